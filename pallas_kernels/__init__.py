@@ -1,0 +1,1 @@
+"""Kernels for the memory updates: jax only, one folder per operation."""
