@@ -1,0 +1,142 @@
+"""The public face of the delta rule: validates, picks an implementation, casts back."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.delta_rule.reference import delta_rule_reference
+from pallas_kernels.delta_rule.types import DeltaOutput, Operands
+from pallas_kernels.delta_rule.xla import delta_chunk_xla, delta_rule_xla
+from pallas_kernels.numerics import accumulation_dtype
+
+_READS = ("running_prev", "running", "anchor")
+_IMPLEMENTATIONS = ("reference", "xla")
+
+
+def delta_rule(
+    x: Float[Array, "..."],
+    error: Float[Array, "..."],
+    rate: Float[Array, "..."],
+    *,
+    initial: Float[Array, "..."],
+    keep: Float[Array, "..."] | None = None,
+    erase: Float[Array, "..."] | None = None,
+    momentum: Float[Array, "..."] | None = None,
+    initial_momentum: Float[Array, "..."] | None = None,
+    queries: Float[Array, "..."] | None = None,
+    read: str = "running_prev",
+    chunk_size: int = 64,
+    implementation: str | None = None,
+) -> DeltaOutput:
+    """Run the delta-rule recurrence over a sequence.
+
+    `W_t = W_{t-1}(keep_t I - erase_t x_t x_t^T) + S_t`,
+    `S_t = momentum_t S_{t-1} - rate_t error_t x_t^T`; without momentum `S_t` is its last term.
+    A term whose operand is None is switched off at trace time and costs nothing. DeltaNet is
+    `error = -values`, `erase = rate`; Gated DeltaNet `erase = keep * rate`; retention has neither
+    erase nor momentum. Leading dimensions of size one broadcast.
+
+    Args:
+      x: keys, or the inputs of the weight matrix, [..., T, n].
+      error: gradient with respect to the matrix's output, [..., T, m].
+      rate: inner learning rates, [..., T].
+      initial: the memory before the first token, [..., m, n].
+      keep: fraction of the memory kept, in (0, 1], [..., T].
+      erase: strength of the erasure along `x_t`, [..., T].
+      momentum: momentum coefficients in [0, 1], [..., T].
+      initial_momentum: [..., m, n]; zeros when None.
+      queries: [..., T, n]; None reads nothing.
+      read: "running_prev" reads `W_{t-1} q_t`, "running" `W_t q_t`, "anchor" `W_0 q_t`.
+      chunk_size: tokens solved in parallel; changes the speed, not the result.
+      implementation: "reference" (token by token), "xla" (chunk-parallel) or None to choose.
+
+    Returns:
+      `DeltaOutput(reads, final, final_momentum)`; reads in the dtype of `x`, states in at least
+      float32.
+
+    Raises:
+      ValueError: a shape, read or implementation that does not fit, with its value.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> key, value = jnp.array([[1.0, 0.0]]), jnp.array([[3.0, 4.0]])
+      >>> out = delta_rule(key, -value, jnp.ones(1), erase=jnp.ones(1), initial=jnp.ones((2, 2)))
+      >>> out.final.tolist()
+      [[3.0, 1.0], [4.0, 1.0]]
+
+    References:
+      Nested Learning (arXiv 2512.24695) eq. 88-93; DeltaNet (arXiv 2406.06484) for the WY form.
+    """
+    implementation = _check_choices(read, implementation)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    gates = (rate, keep, erase, momentum)
+    operands = _prepare(x, error, gates, initial, initial_momentum, queries)
+    if implementation == "reference":
+        out = delta_rule_reference(operands, read=read)
+    else:
+        out = delta_rule_xla(operands, read=read, chunk_size=chunk_size)
+    return out._replace(reads=None if out.reads is None else out.reads.astype(x.dtype))
+
+
+def delta_chunk(
+    x: Float[Array, "..."],
+    error: Float[Array, "..."],
+    rate: Float[Array, "..."],
+    *,
+    initial: Float[Array, "..."],
+    keep: Float[Array, "..."] | None = None,
+    erase: Float[Array, "..."] | None = None,
+    momentum: Float[Array, "..."] | None = None,
+    initial_momentum: Float[Array, "..."] | None = None,
+    queries: Float[Array, "..."] | None = None,
+    read: str = "running_prev",
+    implementation: str | None = None,
+) -> DeltaOutput:
+    """One chunk of `delta_rule`, solved at once: what a memory calls between two anchors.
+
+    The arguments are those of `delta_rule`; the whole call is one chunk of T tokens, which costs
+    O(T^2 (m + n) + T m n).
+    """
+    implementation = _check_choices(read, implementation)
+    gates = (rate, keep, erase, momentum)
+    operands = _prepare(x, error, gates, initial, initial_momentum, queries)
+    form = delta_rule_reference if implementation == "reference" else delta_chunk_xla
+    out = form(operands, read=read)
+    return out._replace(reads=None if out.reads is None else out.reads.astype(x.dtype))
+
+
+def _check_choices(read, implementation):
+    if read not in _READS:
+        raise ValueError(f"read={read!r} is not one of {', '.join(_READS)}")
+    if implementation is None:
+        return "xla"
+    if implementation not in _IMPLEMENTATIONS:
+        known = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r} is not one of {known}")
+    return implementation
+
+
+def _prepare(x, error, gates, initial, initial_momentum, queries) -> Operands:
+    """Check the shapes, cast to the accumulation dtype, give the states the batch's shape."""
+    n, m, length = x.shape[-1], error.shape[-1], x.shape[-2]
+    if initial.shape[-2:] != (m, n):
+        raise ValueError(f"initial has shape {initial.shape}, expected [..., {m}, {n}]")
+    tokens = {"error": error.shape[-2]}
+    for name, gate in zip(("rate", "keep", "erase", "momentum"), gates, strict=True):
+        if gate is not None:
+            tokens[name] = gate.shape[-1]
+    for name, count in tokens.items():
+        if count != length:
+            raise ValueError(f"{name} has {count} tokens where x has {length}")
+    if initial_momentum is not None and gates[3] is None:
+        raise ValueError("initial_momentum is given without momentum: pass momentum too")
+    dtype = accumulation_dtype(initial, x)
+    given = [gate.shape[:-1] for gate in gates if gate is not None]
+    batch = jnp.broadcast_shapes(*given, *(a.shape[:-2] for a in (x, error, initial)))
+    initial = jnp.broadcast_to(initial, (*batch, m, n))
+    if gates[3] is not None:
+        if initial_momentum is None:
+            initial_momentum = jnp.zeros_like(initial)
+        initial_momentum = jnp.broadcast_to(initial_momentum, (*batch, m, n))
+    arrays = (x, error, *gates, initial, initial_momentum, queries)
+    return Operands(*(None if array is None else array.astype(dtype) for array in arrays))
