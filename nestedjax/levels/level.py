@@ -1,7 +1,9 @@
 """What a level is: a pure function with its own state and its own update period."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import jax
 
 PyTree = Any
 
@@ -17,12 +19,14 @@ class Level(NamedTuple):
       init: `init(params) -> state`, the state of one sequence at the start of a context.
       step: `step(params, state, x[P, ...]) -> (state, y[P, ...])`, one whole period: causal inside
         it, parallel over its P tokens, its state written once, at its end. With period None any
-        length P is one step and the state comes back as it was.
+        length is one step, the state comes back as it was and no token sees another.
       token: optional `token(params, state, pending, x) -> y`, the output for one token in O(1)
-        while a period is unfinished; `pending` holds the period's tokens so far. Without it
-        `step` runs again on the unfinished period and its write is dropped.
-      advance: how a composition streams its parts; None for a plain level.
-      parts: the levels a composition was made of.
+        while a period is unfinished; `pending[P, ...]` holds the period's earlier tokens, zeros
+        beyond them. Without it `step` runs again on the unfinished period and its write is dropped.
+      advance: how a composition runs its parts, `advance(params, state, x, reset) -> (y, carry)`;
+        None for a plain level.
+      parts: the levels a composition was made of, in the order the data flows through them.
+      about: words for the tables of `describe`: any of `objective`, `rule`, `transfer`.
     """
 
     name: str
@@ -32,3 +36,63 @@ class Level(NamedTuple):
     token: Callable[..., PyTree] | None = None
     advance: Callable[..., tuple[PyTree, PyTree]] | None = None
     parts: tuple["Level", ...] = ()
+    about: Mapping[str, str] | None = None
+
+
+def read_write(
+    name: str,
+    period: int | None,
+    *,
+    init: Callable[..., PyTree],
+    read: Callable[..., PyTree],
+    write: Callable[..., PyTree] | None = None,
+    about: Mapping[str, str] | None = None,
+) -> Level:
+    """A level that reads with the state of its period's start, then writes once.
+
+    `y[1..P] = read(state, x[1..P])`, `state <- write(state, x[1..P])`: the anchored read of a
+    chunk. Because no token of the period sees another, one token is read in O(1) while streaming.
+
+    Args:
+      name: what the tables and error messages call it.
+      period: tokens between two writes; None for a level that is never written.
+      init: `init(params) -> state`.
+      read: `read(params, state, x[N, ...]) -> y[N, ...]`, each token by itself, for any N >= 1.
+      write: `write(params, state, x[P, ...]) -> state`; None only with `period=None`.
+      about: words for the tables of `describe`: any of `objective`, `rule`, `transfer`.
+
+    Returns:
+      The level.
+
+    Raises:
+      ValueError: if exactly one of `period` and `write` is None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nestedjax import levels
+      >>> total = levels.read_write(
+      ...     "total", 2,
+      ...     init=lambda params: jnp.zeros(()),
+      ...     read=lambda params, state, x: jnp.broadcast_to(state, x.shape),
+      ...     write=lambda params, state, x: state + params * x.sum(),
+      ... )
+      >>> y, carry = levels.run(total, 1.0, total.init(1.0), jnp.arange(1.0, 6.0))
+      >>> print(y)
+      [ 0.  0.  3.  3. 10.]
+    """
+    if (period is None) != (write is None):
+        raise ValueError(
+            f"level {name!r}: period={period} and write={write}; a level that is written needs both"
+            " a period and a write, a frozen one neither"
+        )
+
+    def step(params: PyTree, state: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        y = read(params, state, x)
+        return (state if write is None else write(params, state, x)), y
+
+    def token(params: PyTree, state: PyTree, pending: PyTree, x: PyTree) -> PyTree:
+        del pending  # the read is anchored at the period's start
+        y = read(params, state, jax.tree.map(lambda leaf: leaf[None], x))
+        return jax.tree.map(lambda leaf: leaf[0], y)
+
+    return Level(name, period, init, step, token=token, about=about)

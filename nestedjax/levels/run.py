@@ -1,0 +1,367 @@
+"""Running a level over a sequence, whole or in pieces: the only update clock in the tree."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nestedjax.levels.level import Level, PyTree
+
+
+class Carry(NamedTuple):
+    """Where one sequence stands inside a system: all that the next tokens need.
+
+    Attributes:
+      state: the level's own state at its last write; for a composition a tuple with the `Carry`
+        of each of its parts.
+      pending: like x, [period, ...]: the tokens of the unfinished period, zeros beyond them. None
+        for a frozen level and for a composition, whose parts hold their own.
+      position: tokens since the context's start; `position % period` of them are pending.
+    """
+
+    state: PyTree
+    pending: PyTree
+    position: jax.Array  # shape=(), dtype=int32
+
+
+def run(
+    system: Level,
+    params: PyTree,
+    state: PyTree,
+    x: PyTree,
+    *,
+    reset: jax.Array | np.ndarray | None = None,
+) -> tuple[PyTree, Carry]:
+    """Feed tokens to a system; any split of a sequence into calls gives what one call gives.
+
+    From a fresh state the whole periods are one `jax.lax.scan` without a masked or wasted step, and
+    an unfinished last period is read but not written. From a `Carry`, whose position is traced, the
+    pending and the new tokens are shifted onto the period grid: O(T + period), static shapes.
+
+    Args:
+      system: a level or a composition of levels.
+      params: its slow parameters.
+      state: what `system.init(params)` returned (the start of a context), or the `Carry` of an
+        earlier call.
+      x: arrays with a leading token axis, [T, ...]; one sequence. Batches are `jax.vmap`.
+      reset: bool[T], True at the first token of a new document, which must stand on a boundary of
+        the system's (largest) period counted from the context's start.
+
+    Returns:
+      y, with a leading token axis [T, ...], and the `Carry` for the tokens that follow.
+
+    Raises:
+      ValueError: if the leaves of x differ in length, if the period is not a positive integer, or
+        if a reset known at trace time stands inside a period.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nestedjax import levels
+      >>> mean = levels.read_write(
+      ...     "mean", 3,
+      ...     init=lambda params: jnp.zeros(()),
+      ...     read=lambda params, state, x: x - state,
+      ...     write=lambda params, state, x: x.mean(),
+      ... )
+      >>> x = jnp.arange(7.0)
+      >>> whole, _ = levels.run(mean, None, mean.init(None), x)
+      >>> first, carry = levels.run(mean, None, mean.init(None), x[:4])
+      >>> rest, carry = levels.run(mean, None, carry, x[4:])
+      >>> bool((jnp.concatenate([first, rest]) == whole).all()), int(carry.position)
+      (True, 7)
+    """
+    length = token_count(x)
+    check_reset(system, state, reset, length)
+    if system.advance is not None:
+        return system.advance(params, state, x, reset)
+    if system.period is None:
+        return _run_frozen(system, params, state, x, reset)
+    if not isinstance(state, Carry):
+        return _run_fresh(system, params, state, x, reset)
+    if system.period == 1:  # every token is a whole period: nothing can be pending
+        y, carry = _run_fresh(system, params, state.state, x, reset)
+        return y, carry._replace(position=advance_position(state.position, length, reset))
+    if length == 1 and system.token is not None:
+        return _run_token(system, params, state, x, reset)
+    return _run_shifted(system, params, state, x, reset)
+
+
+def start(system: Level, params: PyTree, x_like: PyTree) -> Carry:
+    """The `Carry` at the start of a context, before its first token.
+
+    Args:
+      system: a level or a composition of levels.
+      params: its slow parameters.
+      x_like: arrays or `jax.ShapeDtypeStruct`s shaped like tokens, [T, ...]; T does not matter.
+
+    Returns:
+      A `Carry` with the structure and dtypes that every later `run` returns.
+    """
+    nothing = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape[1:]), leaf.dtype), x_like)
+    return run(system, params, system.init(params), nothing)[1]
+
+
+def stream(
+    system: Level, params: PyTree, state: PyTree, pieces: Iterable[PyTree]
+) -> Iterator[tuple[PyTree, Carry]]:
+    """Feed tokens as they arrive; compiled once for each length of a piece.
+
+    Args:
+      system: a level or a composition of levels.
+      params: its slow parameters.
+      state: `system.init(params)` or a `Carry`.
+      pieces: blocks of tokens, each [T, ...] with any T >= 1.
+
+    Yields:
+      For every piece its output [T, ...] and the `Carry` after it.
+    """
+    advance = jax.jit(partial(run, system))
+    for piece in pieces:
+        if not isinstance(state, Carry):  # one compilation instead of a fresh one and a later one
+            state = _begin(system, params, state, piece)
+        y, state = advance(params, state, piece)
+        yield y, state
+
+
+def reset(system: Level, params: PyTree, carry: PyTree, where: jax.Array | np.ndarray) -> PyTree:
+    """Start a new context in some sequences of a batch and leave the others untouched.
+
+    Args:
+      system: a level or a composition of levels.
+      params: its slow parameters, shared by the batch.
+      carry: a `Carry`, or a state as `init` returns it, with the axes of `where` in front of every
+        array.
+      where: bool[B] (or any shape, bool[] for one sequence): which sequences start anew.
+
+    Returns:
+      `carry` with state `init(params)`, nothing pending and position 0 where `where` is True.
+    """
+    where = jnp.asarray(where)
+    fresh = _like(system, system.init(params), carry)
+
+    def choose(new, old):
+        old = jnp.asarray(old)
+        mask = where.reshape(where.shape + (1,) * (old.ndim - where.ndim))
+        return jnp.where(mask, jnp.broadcast_to(jnp.asarray(new, old.dtype), old.shape), old)
+
+    return jax.tree.map(choose, fresh, carry)
+
+
+def batch_axes(carry: PyTree) -> PyTree:
+    """`in_axes` and `out_axes` for `jax.vmap` over sequences that advance in lockstep.
+
+    With a shared position the write at a period's end stays a real branch; with one position per
+    sequence `vmap` turns it into a select, and every token pays for a write. Not for calls with
+    `reset=`, after which positions differ.
+
+    Args:
+      carry: a `Carry` (batched or not) of the system.
+
+    Returns:
+      The same tree with 0 for every array and None for every position.
+    """
+    if isinstance(carry, Carry):
+        return Carry(batch_axes(carry.state), batch_axes(carry.pending), None)  # type: ignore[arg-type]
+    return jax.tree.map(
+        lambda node: batch_axes(node) if isinstance(node, Carry) else 0,
+        carry,
+        is_leaf=lambda node: isinstance(node, Carry),
+    )
+
+
+# Shared with the compositions.
+
+
+def token_count(x: PyTree) -> int:
+    """The common length of the leading axis of every leaf."""
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(x)}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            f"every array of x needs the same leading token axis, got lengths {lengths}"
+        )
+    return int(lengths.pop())  # type: ignore[arg-type]
+
+
+def advance_position(position: jax.Array | int, length: int, resets) -> jax.Array:
+    """Tokens since the context's start, after `length` more of them."""
+    after = jnp.asarray(position, jnp.int32) + length
+    if resets is None or length == 0:
+        return after
+    index = jnp.arange(length, dtype=jnp.int32)
+    last = jnp.max(jnp.where(jnp.asarray(resets), index, -1))
+    return jnp.where(last >= 0, length - last, after)
+
+
+def check_reset(system: Level, state: PyTree, resets, length: int) -> None:
+    """Validate the period, and the alignment of resets where both are known at trace time."""
+    period = system.period
+    if period is not None and (not isinstance(period, int) or period < 1):
+        raise ValueError(f"level {system.name!r}: period must be None or an integer >= 1: {period}")
+    if resets is None:
+        return
+    if resets.shape != (length,):
+        raise ValueError(f"reset has shape {resets.shape}; it needs one bool per token: {length}")
+    position = state.position if isinstance(state, Carry) else 0
+    if period is None or isinstance(resets, jax.core.Tracer):
+        return
+    if isinstance(position, jax.core.Tracer):
+        return
+    inside = (np.flatnonzero(np.asarray(resets)) + int(position)) % period
+    if inside.any():
+        raise ValueError(
+            f"level {system.name!r}: a reset stands {int(inside[inside > 0][0])} tokens after a"
+            f" boundary of its period {period}; pad each document to a multiple of {period} tokens"
+        )
+
+
+def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the scalar condition holds, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+# The paths of `run`.
+
+
+def _run_frozen(system, params, state, x, resets):
+    """A level that is never written: one step over any length."""
+    position = 0
+    if isinstance(state, Carry):
+        state, position = state.state, state.position
+    _, y = system.step(params, state, x)
+    return y, Carry(state, None, advance_position(position, token_count(x), resets))
+
+
+def _run_fresh(system, params, state, x, resets):
+    """From a period boundary known at trace time: scan the whole periods, read the rest."""
+    period, length = system.period, token_count(x)
+    whole, rest = divmod(length, period)
+    grid, tail = _cut(x, whole * period)
+    grid = _fold(grid, period)
+    begins = None if resets is None else jnp.asarray(resets)[::period]
+    # Traced once even when nothing is whole: gives the shape of an empty output.
+    outputs = []
+    if whole == 1:  # nothing to loop over
+        state = _renew(system, params, state, None if begins is None else begins[0])
+        state, y = system.step(params, state, jax.tree.map(lambda leaf: leaf[0], grid))
+        outputs.append(y)
+    elif whole:
+        flags = None if begins is None else begins[:whole]
+        state, y = _scan_periods(system, params, state, grid, flags)
+        outputs.append(y)
+    pending = jax.tree.map(lambda leaf: _pad(leaf, period), tail)
+    if rest:
+        state = _renew(system, params, state, None if begins is None else begins[whole])
+        _, y = system.step(params, state, pending)
+        outputs.append(jax.tree.map(lambda leaf: leaf[:rest], y))
+    if not outputs:
+        shapes = jax.eval_shape(system.step, params, state, pending)[1]
+        outputs.append(
+            jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape[1:]), leaf.dtype), shapes)
+        )
+    y = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+    return y, Carry(state, pending, advance_position(0, length, resets))
+
+
+def _run_shifted(system, params, carry, x, resets):
+    """From any position: put pending and new tokens on the period grid, commit full periods."""
+    period, length = system.period, token_count(x)
+    count = carry.position % period
+    periods = -(-(period - 1 + length) // period)  # enough for every count
+
+    def shift(held, new):
+        # One more period than is run, so that the tokens left over can always be sliced out.
+        size = (periods + 1) * period
+        return jax.lax.dynamic_update_slice_in_dim(_pad(held, size), new, count, axis=0)
+
+    tokens = jax.tree.map(shift, carry.pending, x)
+    grid = jax.tree.map(lambda leaf: leaf[: periods * period], tokens)
+    commit = (jnp.arange(periods, dtype=jnp.int32) + 1) * period <= count + length
+    begins = None
+    if resets is not None:
+        # A reset of the pending period was applied by the call that brought its first token.
+        begins = shift(jnp.zeros(period, bool), jnp.asarray(resets))[: periods * period : period]
+    state, y = _scan_periods(system, params, carry.state, _fold(grid, period), begins, commit)
+    y = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, count, length), y)
+    left = (count + length) // period * period
+    pending = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, left, period), tokens)
+    return y, Carry(state, pending, advance_position(carry.position, length, resets))
+
+
+def _run_token(system, params, carry, x, resets):
+    """One token of a level that can read it in O(1); the write runs when the period is full."""
+    period = system.period
+    count = carry.position % period
+    state = _renew(system, params, carry.state, None if resets is None else jnp.asarray(resets)[0])
+    y = system.token(params, state, carry.pending, jax.tree.map(lambda leaf: leaf[0], x))
+
+    def put(held, new):
+        return jax.lax.dynamic_update_slice_in_dim(held, new, count, axis=0)
+
+    def write(state, tokens):
+        return system.step(params, state, tokens)[0], jax.tree.map(jnp.zeros_like, tokens)
+
+    tokens = jax.tree.map(put, carry.pending, x)
+    full = count == period - 1
+    state, pending = jax.lax.cond(full, write, lambda *held: held, state, tokens)
+    y = jax.tree.map(lambda leaf: leaf[None], y)
+    return y, Carry(state, pending, advance_position(carry.position, 1, resets))
+
+
+def _scan_periods(system, params, state, grid, begins=None, commit=None):
+    """Scan `step` over x[periods, period, ...]; outputs come back as [periods * period, ...]."""
+
+    def body(state, inputs):
+        x, begin, keep = inputs
+        state = _renew(system, params, state, begin)
+        new, y = system.step(params, state, x)
+        return (new if keep is None else select(keep, new, state)), y
+
+    state, y = jax.lax.scan(body, state, (grid, begins, commit))
+    return state, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), y)
+
+
+def scan_whole(system: Level, params: PyTree, state: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    """Run a level over a whole number of its periods from a boundary, as `(state, y)`."""
+    if system.period is None or token_count(x) == system.period:
+        return system.step(params, state, x)
+    return _scan_periods(system, params, state, _fold(x, system.period))
+
+
+def _renew(system, params, state, begin):
+    """The state a period starts from: `init` where a document begins."""
+    return state if begin is None else select(begin, system.init(params), state)
+
+
+def _begin(system, params, state, x_like):
+    """The `Carry` of a fresh state."""
+    nothing = jax.tree.map(lambda leaf: leaf[:0], x_like)
+    return run(system, params, state, nothing)[1]
+
+
+def _like(system, state, carry):
+    """A fresh state dressed as `carry` is: with pending tokens and position if it has them."""
+    if not isinstance(carry, Carry):
+        return state
+    if system.parts:
+        parts = zip(system.parts, state, carry.state, strict=True)
+        state = tuple(_like(*part) for part in parts)
+    pending = jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), carry.pending)
+    return Carry(state, pending, np.zeros((), np.int32))  # type: ignore[arg-type]
+
+
+def _cut(x, at):
+    """Split the token axis in two."""
+    return jax.tree.map(lambda leaf: leaf[:at], x), jax.tree.map(lambda leaf: leaf[at:], x)
+
+
+def _fold(x, period):
+    """[N * period, ...] -> [N, period, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), x)
+
+
+def _pad(leaf, size):
+    """Zeros behind the tokens up to `size` of them."""
+    return jnp.pad(leaf, [(0, size - leaf.shape[0])] + [(0, 0)] * (leaf.ndim - 1))

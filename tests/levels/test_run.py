@@ -1,0 +1,121 @@
+"""`run`, `start`, `stream` and `reset` on plain levels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nestedjax import levels
+from tests.levels.systems import gradient_level, make_params, running_level, tick_chain
+
+SIZE = 3
+
+
+def tokens(rng, length, dtype=np.float32):
+    return rng.standard_normal((length, SIZE)).astype(dtype)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("kind,make", [("gradient", gradient_level), ("running", running_level)])
+def test_whole_equals_ticks(kind, make, length):
+    rng = np.random.default_rng(0)
+    params, x = make_params(rng, kind, SIZE), tokens(rng, length)
+    level = make("level", 4)
+    y, carry = levels.run(level, params, level.init(params), x)
+    assert y.shape == (length, SIZE)
+    assert int(carry.position) == length
+    if length:
+        expected, ticks = tick_chain([(kind, 4)], [params], x)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+        np.testing.assert_allclose(carry.state, ticks[0].state, atol=1e-5)
+    left = x[length // 4 * 4 :]
+    np.testing.assert_array_equal(carry.pending[: len(left)], left)
+    assert not np.any(carry.pending[len(left) :])
+
+
+def test_fresh_path_has_no_masked_step():
+    """Two scans would mean a wasted one; a select would mean a masked one."""
+    level = gradient_level("level", 4)
+    params = make_params(np.random.default_rng(0), "gradient", SIZE)
+    run = lambda x: levels.run(level, params, level.init(params), x)  # noqa: E731
+    text = str(jax.make_jaxpr(run)(jnp.zeros((11, SIZE))))
+    assert text.count("scan[") == 1 and "length=2" in text
+    assert "select_n" not in text
+    assert "scan[" not in str(jax.make_jaxpr(run)(jnp.zeros((3, SIZE))))
+
+
+def test_stream_yields_what_run_returns():
+    rng = np.random.default_rng(1)
+    params, x = make_params(rng, "running", SIZE), tokens(rng, 9)
+    level = running_level("level", 4)
+    whole, end = levels.run(level, params, level.init(params), x)
+    pieces = list(levels.stream(level, params, level.init(params), [x[:1], x[1:2], x[2:7], x[7:]]))
+    np.testing.assert_allclose(jnp.concatenate([y for y, _ in pieces]), whole, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), pieces[-1][1], end)
+
+
+def test_input_may_be_a_pytree_of_several_dtypes():
+    level = levels.read_write(
+        "counts",
+        2,
+        init=lambda params: jnp.zeros((), jnp.int32),
+        read=lambda params, state, x: {"id": x["id"] + state, "value": x["value"]},
+        write=lambda params, state, x: state + x["id"].sum(),
+    )
+    x = {"id": jnp.arange(5, dtype=jnp.int32), "value": jnp.ones((5, 2), jnp.bfloat16)}
+    carry = levels.start(level, None, x)
+    outputs = []
+    for i in range(5):
+        piece = {name: leaf[i : i + 1] for name, leaf in x.items()}
+        y, carry = levels.run(level, None, carry, piece)
+        outputs.append(y["id"])
+    np.testing.assert_array_equal(jnp.concatenate(outputs), [0, 1, 3, 4, 10])
+    assert y["value"].dtype == jnp.bfloat16
+
+
+def test_a_period_of_one_and_a_frozen_level():
+    rng = np.random.default_rng(2)
+    params, x = make_params(rng, "gradient", SIZE), tokens(rng, 6)
+    level = gradient_level("every token", 1)
+    expected, _ = tick_chain([("gradient", 1)], [params], x)
+    carry = levels.start(level, params, x)
+    first, carry = levels.run(level, params, carry, x[:2])
+    rest, carry = levels.run(level, params, carry, x[2:])
+    np.testing.assert_allclose(jnp.concatenate([first, rest]), expected, atol=1e-5)
+    assert int(carry.position) == 6
+
+
+def test_lockstep_batch_keeps_the_write_a_branch():
+    level = gradient_level("level", 4)
+    params = make_params(np.random.default_rng(0), "gradient", SIZE)
+    carry = levels.start(level, params, jnp.zeros((1, SIZE)))
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), carry)._replace(
+        position=carry.position
+    )
+    axes = levels.batch_axes(carry)
+    run = jax.vmap(lambda c, x: levels.run(level, params, c, x), (axes, 0), (0, axes))
+    x = jnp.asarray(tokens(np.random.default_rng(1), 6))
+    both = jnp.stack([x, 2 * x])
+    assert "cond[" in str(jax.make_jaxpr(run)(batch, both[:, :1]))
+    outputs = []
+    for i in range(6):
+        y, batch = run(batch, both[:, i : i + 1])
+        outputs.append(y)
+    alone, _ = levels.run(level, params, level.init(params), 2 * x)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1)[1], alone, atol=1e-5)
+
+
+def test_mistakes_are_named():
+    level = gradient_level("memory", 4)
+    params = make_params(np.random.default_rng(0), "gradient", SIZE)
+    state, x = level.init(params), jnp.zeros((8, SIZE))
+    with pytest.raises(ValueError, match="memory.*2 tokens after.*period 4.*multiple of 4"):
+        levels.run(level, params, state, x, reset=np.arange(8) == 6)
+    with pytest.raises(ValueError, match="one bool per token: 8"):
+        levels.run(level, params, state, x, reset=np.zeros(7, bool))
+    with pytest.raises(ValueError, match="period must be None or an integer"):
+        levels.run(level._replace(period=0), params, state, x)
+    with pytest.raises(ValueError, match="same leading token axis"):
+        levels.run(level, params, state, {"a": x, "b": x[:4]})
+    with pytest.raises(ValueError, match="needs both"):
+        levels.read_write("frozen", 4, init=level.init, read=lambda p, s, x: x)
