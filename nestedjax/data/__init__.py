@@ -1,1 +1,20 @@
-"""data."""
+"""Text data: vocabularies, documents, packing, and data sets indexed by step (the only Grain)."""
+
+from nestedjax.data.dataset import Batch, TextDataset, require_fingerprint, text_dataset
+from nestedjax.data.documents import bundled, read_documents, take_split
+from nestedjax.data.errors import DataError
+from nestedjax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+
+__all__ = [
+    "Batch",
+    "ByteVocabulary",
+    "DataError",
+    "SentencePieceVocabulary",
+    "TextDataset",
+    "Vocabulary",
+    "bundled",
+    "read_documents",
+    "require_fingerprint",
+    "take_split",
+    "text_dataset",
+]

@@ -1,0 +1,272 @@
+"""A text data set indexed by step: `dataset[step]` is that step's batch, whatever came before.
+
+Position in the data is therefore the step and nothing else, and a run continues anywhere.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import partial
+
+import grain
+import numpy as np
+
+from nestedjax.data import packing
+from nestedjax.data.documents import Files, read_documents, take_split
+from nestedjax.data.errors import DataError
+from nestedjax.data.vocabulary import Vocabulary
+
+ORDERS = ("shuffled", "contiguous", "once")
+Batch = dict[str, np.ndarray]
+Fingerprint = dict[str, str | int]
+
+ENDLESS = 2**53  # steps; Grain wants a length
+FORMAT = 1  # raised when the same arguments begin to give other batches
+
+
+class TextDataset:
+    """Batches of packed text by step; make one with `text_dataset`.
+
+    Attributes:
+      fingerprint: everything that decides the batches, as a JSON object; compare it with
+        `require_fingerprint` before a run continues.
+      rows: rows of an epoch.
+      tokens: tokens of the split.
+      bytes: bytes of the split's text (for bits per byte).
+    """
+
+    def __init__(
+        self,
+        documents: list[np.ndarray],
+        *,
+        length: int,
+        batch: int,
+        seed: int,
+        align: int,
+        order: str,
+        process: tuple[int, int],
+        fingerprint: Fingerprint,
+        size_bytes: int,
+    ):
+        sizes = np.array([document.size for document in documents], np.int64)
+        self._store = np.concatenate(documents)
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        self._length, self._batch, self._seed = length, batch, seed
+        self._align, self._order, self._process = align, order, process
+        self._epochs: dict[int, tuple[packing.Layout, np.ndarray]] = {}
+        self.fingerprint = fingerprint
+        self.tokens = int(sizes.sum())
+        self.bytes = size_bytes
+        cut = order != "once"
+        rows = packing.count_rows(sizes, length=length, align=align, cut=cut)
+        # Every lane of a contiguous epoch is equally long.
+        self.rows = -(-rows // batch) * batch if order == "contiguous" else rows
+        steps = -(-self.rows // batch) if order == "once" else ENDLESS
+        self._map = grain.MapDataset.range(steps).map(self._read)
+
+    def __len__(self) -> int:
+        """Steps: one pass for `once`; 2**53 for the endless orders."""
+        return len(self._map)
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step (from 0): this process's rows of it.
+
+        Raises:
+          IndexError: a step before 0, or behind the end of a single pass.
+        """
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} is not in [0, {len(self)})")
+        return self._map[step]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All batches from step 0."""
+        return self.iterate(0)
+
+    def iterate(self, start: int, *, ahead: int = 4) -> Iterator[Batch]:
+        """Batches from a step on, read by a background thread.
+
+        Args:
+          start: the first step.
+          ahead: batches kept ready.
+        """
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+        return iter(self._map[start:].to_iter_dataset(options)) if start < len(self) else iter(())
+
+    def _epoch(self, epoch: int) -> tuple[packing.Layout, np.ndarray]:
+        """The layout of an epoch, and the row at each place of it."""
+        found = self._epochs.get(epoch)
+        if found is None:
+            sizes = np.diff(self._starts)
+            random = packing.stable_random(self._seed, epoch)
+            if self._order == "once":
+                cuts, documents = np.zeros_like(sizes), np.arange(sizes.size)
+            else:
+                cuts = packing.random_cuts(random, sizes, length=self._length)
+                documents = packing.permutation(random, sizes.size)
+            layout = packing.lay_out(self._starts, align=self._align, cuts=cuts, order=documents)
+            rows = np.arange(self.rows)
+            if self._order == "shuffled":
+                rows = packing.permutation(random, self.rows)
+            elif self._order == "contiguous":
+                rows = rows.reshape(self._batch, -1).T.reshape(-1)
+            found = layout, rows
+            # Two epochs are enough: a batch rarely reaches further than into the next one.
+            kept = {k: v for k, v in self._epochs.items() if abs(k - epoch) < 2}
+            self._epochs = {**kept, epoch: found}
+        return found
+
+    def _read(self, step: int) -> Batch:
+        index, count = self._process
+        share = self._batch // count
+        places = np.arange(share) + (int(step) * self._batch + index * share)
+        read = partial(packing.read_rows, tokens=self._store, length=self._length)
+        if self._order == "once":
+            layout, rows = self._epoch(0)
+            # Places behind the end lie behind the stream too: padding.
+            return read(layout, rows=places)
+        parts = []
+        for epoch in np.unique(places // self.rows):
+            layout, rows = self._epoch(int(epoch))
+            inside = places[places // self.rows == epoch] % self.rows
+            part = read(layout, rows=rows[inside])
+            if self._order == "contiguous":
+                # An epoch's first step starts every lane anew, also in the middle of a document.
+                part["resets"][:, 0] |= inside < self._batch
+            parts.append(part)
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def text_dataset(
+    files: Files,
+    vocabulary: Vocabulary,
+    *,
+    length: int,
+    batch: int,
+    seed: int = 0,
+    align: int = 1,
+    split: str = "all",
+    order: str = "shuffled",
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> TextDataset:
+    """Make a data set of next-token batches from text files.
+
+    Documents are packed into rows (see `nestedjax.data.packing`): each begins on a multiple of
+    `align` tokens of its row, `resets` marks its first token, and no target crosses from one
+    document into another. Each epoch holds every token once.
+
+    Args:
+      files: one path or several, of files or folders (see `read_documents`).
+      vocabulary: encodes the text.
+      length: tokens of a row.
+      batch: rows of a step, over all processes.
+      seed: decides the order and the cuts of the endless orders.
+      align: the largest in-context period of the model, in tokens; divides `length`.
+      split: `all`, or a part by position: `train` 90 %, `valid` 5 %, `test` 5 %.
+      order: `shuffled`: endless; every epoch shuffles the rows and cuts long documents elsewhere.
+        `contiguous`: endless; row i of a step goes on where row i of the step before ended, for
+        models that carry state from step to step. `once`: one pass in order, the last batch filled
+        up with masked rows.
+      process_index: which share of the rows this process reads; default `jax.process_index()`.
+      process_count: number of shares; default `jax.process_count()`.
+
+    Returns:
+      A `TextDataset`; `dataset[step]` holds `tokens`, `targets` int32[B, L] and `mask`, `resets`
+      bool[B, L].
+
+    Raises:
+      DataError: what the caller can fix, in one line.
+
+    Example:
+      >>> from nestedjax.data import ByteVocabulary, bundled
+      >>> dataset = text_dataset(bundled(), ByteVocabulary(), length=64, batch=4, split="train")
+      >>> dataset[1000]["tokens"].shape
+      (4, 64)
+    """
+    process = _process(process_index, process_count)
+    for name, value in {"length": length, "batch": batch, "align": align}.items():
+        if value < 1:
+            raise DataError(f"{name}={value} must be at least 1")
+    if order not in ORDERS:
+        raise DataError(f"unknown order {order!r}; use one of {', '.join(ORDERS)}")
+    if length % align:
+        nearest = max(align, length // align * align)
+        raise DataError(
+            f"length={length} is not a multiple of the model's largest in-context period {align}; "
+            f"use length={nearest}"
+        )
+    if batch % process[1]:
+        raise DataError(f"batch={batch} does not divide over {process[1]} processes; change batch")
+    texts = take_split(read_documents(files), split)
+    documents = [tokens for text in texts if (tokens := _encode(vocabulary, text)).size]
+    total, needed = sum(document.size for document in documents), 2 if order == "once" else length
+    if total < max(needed, 2):
+        raise DataError(
+            f"the {split} split has {total} tokens, fewer than length={length}; "
+            "use a smaller length or more text"
+        )
+    fingerprint: Fingerprint = {
+        "format": FORMAT,
+        "text": _digest(texts),
+        "vocabulary": vocabulary.fingerprint,
+        "length": length,
+        "batch": batch,
+        "seed": seed,
+        "align": align,
+        "split": split,
+        "order": order,
+    }
+    return TextDataset(
+        documents,
+        length=length,
+        batch=batch,
+        seed=seed,
+        align=align,
+        order=order,
+        process=process,
+        fingerprint=fingerprint,
+        size_bytes=sum(map(len, texts)),
+    )
+
+
+def require_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:
+    """Refuse to continue with another data pipeline than the one saved.
+
+    Args:
+      saved: the fingerprint in the checkpoint.
+      current: the fingerprint of the data set at hand.
+
+    Raises:
+      DataError: they differ; the message names what differs.
+    """
+    keys = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+    if keys:
+        changes = ", ".join(f"{key} was {saved.get(key)}, is {current.get(key)}" for key in keys)
+        raise DataError(
+            f"the data is not what this run was saved with: {changes}; "
+            "give the saved values, or start in a new run folder"
+        )
+
+
+def _process(index: int | None, count: int | None) -> tuple[int, int]:
+    if index is None or count is None:
+        import jax  # only here: the pipeline itself is numpy
+
+        index = jax.process_index() if index is None else index
+        count = jax.process_count() if count is None else count
+    if not 0 <= index < count:
+        raise DataError(f"process_index={index} is not in [0, {count}); fix the launcher")
+    return index, count
+
+
+def _encode(vocabulary: Vocabulary, text: bytes) -> np.ndarray:
+    # The narrowest type that holds every id: a gigabyte of bytes stays a gigabyte.
+    kept = np.uint8 if vocabulary.size <= 2**8 else np.uint16 if vocabulary.size <= 2**16 else None
+    tokens = vocabulary.encode(text)
+    return tokens.astype(kept) if kept else tokens
+
+
+def _digest(texts: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()[:16]
