@@ -1,1 +1,38 @@
-"""training."""
+"""Training: a loop over functions, exact to the last bit across kills and resumes."""
+
+from nestedjax.training.events import Event, Saved, Started, Stepped, Validated
+from nestedjax.training.loop import Dataset, Hook, LoopConfig, Result, train
+from nestedjax.training.metrics import MetricsWriter, read_metrics
+from nestedjax.training.nonfinite import Nonfinite, TrainingError, locate_nonfinite
+from nestedjax.training.optimizer import adamw, matrices, warmup_cosine
+from nestedjax.training.plots import plot_losses
+from nestedjax.training.state import TrainState, init_state
+from nestedjax.training.step import LossFn, make_dispatch, make_evaluate, stateless
+
+__all__ = [
+    "Dataset",
+    "Event",
+    "Hook",
+    "LoopConfig",
+    "LossFn",
+    "MetricsWriter",
+    "Nonfinite",
+    "Result",
+    "Saved",
+    "Started",
+    "Stepped",
+    "TrainState",
+    "TrainingError",
+    "Validated",
+    "adamw",
+    "init_state",
+    "locate_nonfinite",
+    "make_dispatch",
+    "make_evaluate",
+    "matrices",
+    "plot_losses",
+    "read_metrics",
+    "stateless",
+    "train",
+    "warmup_cosine",
+]
