@@ -1,0 +1,130 @@
+"""Chunk-parallel executions: exact, matrix products and at most one triangular solve a chunk."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from nestedjax.memory.state import (
+    Memory,
+    MemoryState,
+    Tokens,
+    next_window,
+    with_window,
+)
+from pallas_kernels.delta_rule import delta_chunk
+
+
+def delta_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
+    """One chunk through `pallas_kernels.delta_rule`, every weight matrix by its own call (C6.8).
+
+    The reads of matrix m are the queries of the matrices after it, so the architecture's body is
+    walked once with the kernel in place of every product.
+
+    Args:
+      memory: the point of the product.
+      state: at the chunk's start, the anchor.
+      tokens: [C, ...], prepared.
+
+    Returns:
+      `(state, reads [C, dv])`.
+    """
+    anchor = memory.link(state.weights)
+    inputs, errors = memory.factors(anchor, tokens)
+    keep = jnp.ones_like(tokens.rate) if tokens.keep is None else tokens.keep
+    ends: dict[int, Array] = {}
+    momenta: dict[int, Array] = {}
+
+    def chunk(m: int, queries: Array | None) -> Any:
+        output = delta_chunk(
+            inputs[m],
+            errors[m],
+            memory.write(tokens.rate, inputs[m]),
+            keep=tokens.keep,
+            erase=memory.erase(m, tokens.rate, keep, inputs[m]),
+            momentum=tokens.momentum,
+            initial=state.weights[m],
+            initial_momentum=None if state.momentum is None else state.momentum[m],
+            queries=queries,
+            read=memory.read,
+        )
+        ends[m] = output.final
+        if output.final_momentum is not None:
+            momenta[m] = output.final_momentum
+        return output.reads
+
+    if memory.read == "anchor":
+        reads = memory.architecture.apply(anchor, tokens.queries)
+        for m in range(len(anchor)):
+            chunk(m, None)
+    else:
+        reads = memory.architecture.forward(chunk, tokens.queries)
+    weights = tuple(ends[m] for m in range(len(anchor)))
+    momentum = tuple(momenta[m] for m in range(len(anchor))) if momenta else None
+    return MemoryState(weights, momentum, None), reads
+
+
+def omega_coefficients(keep: Array | None, count: int, window: int, dtype: jnp.dtype) -> Array:
+    """How much of gradient i is in the accumulator after token t.
+
+    `kappa[t, i] = sum_{s <= t, s - window < i <= s} prod_{j = s+1..t} keep_j`.
+
+    Args:
+      keep: [C], or None for 1.
+      count: C.
+      window: tokens, c.
+      dtype: of the result.
+
+    Returns:
+      [C, c - 1 + C], the columns starting c - 1 tokens before the chunk.
+    """
+    rows = jnp.arange(count)
+    lower = rows[:, None] >= rows[None, :]
+    if keep is None:
+        kept = lower.astype(dtype)
+    else:
+        total = log_keep(keep)
+        kept = jnp.exp(jnp.where(lower, total[:, None] - total[None, :], -jnp.inf))
+    columns = jnp.arange(window - 1 + count)
+    inside = (columns[None, :] >= rows[:, None]) & (columns[None, :] < rows[:, None] + window)
+    return kept @ inside.astype(dtype)
+
+
+def log_keep(keep: Array) -> Array:
+    """Cumulative log of the decays [C]; a decay of 0 counts as the smallest normal number."""
+    return jnp.cumsum(jnp.log(jnp.maximum(keep, jnp.finfo(keep.dtype).tiny)))
+
+
+def omega_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
+    """One chunk of the Omega rule: one score matrix a weight matrix, no solve.
+
+    Args:
+      memory: the point of the product.
+      state: at the chunk's start, the anchor, and the window before it.
+      tokens: [C, ...], prepared.
+
+    Returns:
+      `(state, reads [C, dv])`.
+    """
+    anchor = memory.link(state.weights)
+    extended = with_window(state, tokens)
+    inputs, errors = memory.factors(anchor, extended)
+    count, dtype = len(tokens.rate), tokens.rate.dtype
+    kappa = omega_coefficients(tokens.keep, count, memory.rule.window, dtype)
+    kappa = kappa * extended.rate[None, :]
+    kept = jnp.ones((count,), dtype) if tokens.keep is None else jnp.exp(log_keep(tokens.keep))
+    final = tuple(
+        kept[-1] * a - (kappa[-1][:, None] * e).T @ x
+        for a, e, x in zip(state.weights, errors, inputs, strict=True)
+    )
+    end = MemoryState(final, None, next_window(memory, extended))
+    if memory.read == "anchor":
+        return end, memory.architecture.apply(anchor, tokens.queries)
+    if memory.read == "running_prev":
+        kappa = jnp.concatenate([jnp.zeros_like(kappa[:1]), kappa[:-1]])
+        kept = jnp.concatenate([jnp.ones_like(kept[:1]), kept[:-1]])
+
+    def multiply(m: int, z: Array) -> Array:
+        return kept[:, None] * (z @ state.weights[m].T) - (kappa * (z @ inputs[m].T)) @ errors[m]
+
+    return end, memory.architecture.forward(multiply, tokens.queries)

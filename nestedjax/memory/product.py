@@ -1,0 +1,254 @@
+"""The product of the menus: an associative memory as a level."""
+
+from typing import Literal, NamedTuple
+
+import jax
+from jax import Array
+
+from nestedjax.levels import Level
+from nestedjax.memory.architectures import Architecture, Weights
+from nestedjax.memory.features import FeatureMap, identity
+from nestedjax.memory.objectives import Objective
+from nestedjax.memory.parallel import delta_step, omega_step
+from nestedjax.memory.retention import Retention
+from nestedjax.memory.rules import Rule
+from nestedjax.memory.sequential import reference_step, sequential_step
+from nestedjax.memory.state import Memory, MemoryState, Tokens, initial_state, prepare
+
+_READS = ("running_prev", "running", "anchor")
+_IMPLEMENTATIONS = ("chunked", "reference")
+Execution = Literal["delta", "omega", "sequential", "reference"]
+
+_STEPS = {
+    "delta": delta_step,
+    "omega": omega_step,
+    "sequential": sequential_step,
+    "reference": reference_step,
+}
+
+
+class Plan(NamedTuple):
+    """How a memory will be executed.
+
+    Attributes:
+      execution: "delta" (chunk-parallel, `pallas_kernels.delta_rule`), "omega" (chunk-parallel,
+        one score matrix), "sequential" (gradients in parallel, recurrence token by token) or
+        "reference" (all token by token).
+      reason: one sentence.
+    """
+
+    execution: Execution
+    reason: str
+
+
+def plan(
+    architecture: Architecture,
+    objective: Objective,
+    retention: Retention,
+    rule: Rule,
+    *,
+    read: str = "running_prev",
+    implementation: str = "chunked",
+) -> Plan:
+    """Says how a combination is executed, or why it does not exist.
+
+    Args:
+      architecture: from the menu of architectures.
+      objective: from the menu of objectives.
+      retention: from the menu of retentions.
+      rule: from the menu of rules.
+      read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
+
+    Returns:
+      The execution and its reason.
+
+    Raises:
+      ValueError: the combination is not defined; the message says why.
+    """
+    _check_choice("read", read, _READS)
+    _check_choice("implementation", implementation, _IMPLEMENTATIONS)
+    _check_combination(architecture, objective, retention, rule)
+    if implementation == "reference":
+        return Plan("reference", "asked for: the recurrence token by token, with dense gradients")
+    if rule.solve:
+        return Plan("sequential", f"{rule.name} solves a system with the running weights")
+    if retention.shrink is not None:
+        return Plan("sequential", f"{retention.name} is applied after every token's write")
+    if retention.link is not None and read != "anchor":
+        return Plan(
+            "sequential",
+            f"{retention.name} retention maps the accumulator to weights by a nonlinear link, so "
+            f'a {read} read needs every token\'s weights; read="anchor" is chunk-parallel',
+        )
+    if rule.window > 1:
+        return Plan("omega", "sums of rank-one gradients: one score matrix a weight matrix")
+    return Plan("delta", "rank-one writes at the anchor: one delta_rule chunk a weight matrix")
+
+
+def associative_memory(
+    architecture: Architecture,
+    objective: Objective,
+    retention: Retention,
+    rule: Rule,
+    *,
+    chunk_size: int,
+    read: str = "running_prev",
+    feature_map: FeatureMap = identity,
+    value_map: FeatureMap = identity,
+    implementation: str = "chunked",
+    name: str | None = None,
+) -> Level:
+    """An associative memory that learns from keys to values while it is read.
+
+    With the anchor `a`, the weights at the start of the token's chunk, for every weight matrix
+
+        W_t = W_{t-1} (keep_t I - erase_t x_t x_t^T) + S_t,
+        S_t = momentum_t S_{t-1} - rate_t E_t x_t^T,        E_t x_t^T = grad l(M_a(k_t), v_t)
+
+    with the terms that the retention and the rule switch on; other retentions replace the first
+    line (see `nestedjax.memory.retention`). Chunk size 1 is the token recurrence with gradients at
+    the previous token's weights. The chunk size is part of the function that is computed.
+
+    Executions that agree: `reference` (token by token) and `chunked`. Chunked is chunk-parallel for
+    the retentions `none` and `decay` with every rule but `implicit_omega`, and for the retentions
+    with a link (`kl`, `lq`, `bregman_sigmoid`) with anchor reads; there is no exact chunk-parallel
+    form for the rest, which runs its recurrence token by token inside the chunk (`plan` says which
+    and why).
+
+    Args:
+      architecture: what the weights compute.
+      objective: what a write minimises.
+      retention: how the old weights are kept.
+      rule: how gradients become writes.
+      chunk_size: tokens whose gradients are taken at the same weights; the level's period.
+      read: "running_prev" reads `M_{t-1}(q_t)`, "running" `M_t(q_t)`, "anchor" `M_a(q_t)`.
+      feature_map: applied to keys and queries, e.g. `l2_normalise`.
+      value_map: applied to values.
+      implementation: "chunked" or "reference".
+      name: of the level; by default the names of the four menu entries.
+
+    Returns:
+      A level: `params` the initial weights (a tuple of matrices, as `architecture.init` makes
+      them), `x` a `Tokens`, `y` the reads [T, dv] in the dtype of the queries.
+
+    Raises:
+      ValueError: chunk_size < 1; a combination that is not defined; and, when it is traced, tokens
+        that lack something the menus need, bring something they do not use, or have other widths.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nestedjax import memory
+      >>> level = memory.associative_memory(
+      ...     memory.matrix(4, 3), memory.l2(), memory.decay(), memory.delta(), chunk_size=2)
+      >>> params = (jnp.zeros((3, 4)),)
+      >>> x = memory.Tokens(
+      ...     keys=jnp.eye(4)[:2], values=jnp.ones((2, 3)), queries=jnp.eye(4)[:2],
+      ...     rate=jnp.full(2, 0.5), keep=jnp.full(2, 0.9))
+      >>> state, y = level.step(params, level.init(params), x)
+      >>> state.weights[0].shape, y.shape
+      ((3, 4), (2, 3))
+
+    Reference: Nested Learning (arXiv 2512.24695) eqs. 86-93; Titans (arXiv 2501.00663); MIRAS
+    (arXiv 2504.13173) for the menus.
+
+    Departures:
+      1. The anchor is the end of the previous chunk; the equations print the end of the present.
+      2. The l2 objective is halved.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"associative_memory: chunk_size must be at least 1, got {chunk_size}")
+    chosen = plan(
+        architecture, objective, retention, rule, read=read, implementation=implementation
+    )
+    memory = Memory(architecture, objective, retention, rule, read, feature_map, value_map)
+    execute = _STEPS[chosen.execution]
+
+    def init(params: Weights) -> MemoryState:
+        shapes = tuple(w.shape for w in params)
+        if shapes != architecture.shapes:
+            raise ValueError(
+                f"{architecture.name} memory: initial weights have shapes {shapes}, the "
+                f"architecture {architecture.shapes}; make them with architecture.init(key)"
+            )
+        return initial_state(memory, params)
+
+    def step(params: Weights, state: MemoryState, x: Tokens) -> tuple[MemoryState, Array]:
+        del params  # the initial weights live on in the state
+        _check_tokens(memory, x)
+        tokens = prepare(memory, x, state.weights[0].dtype)
+        _check_widths(memory, tokens)
+        state, reads = execute(memory, state, tokens)
+        return state, reads.astype(x.queries.dtype)
+
+    def token(params: Weights, state: MemoryState, pending: Tokens, x: Tokens) -> Array:
+        del params, pending  # an anchored read sees nothing of the chunk
+        one = jax.tree.map(lambda leaf: leaf[None], x)
+        _check_tokens(memory, one)
+        query = prepare(memory, one, state.weights[0].dtype).queries[0]
+        read_at = memory.link(state.weights)
+        return architecture.apply(read_at, query).astype(x.queries.dtype)
+
+    default = ".".join((architecture.name, objective.name, retention.name, rule.name))
+    return Level(name or default, chunk_size, init, step, token=token if read == "anchor" else None)
+
+
+def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"associative_memory: {argument} is one of {choices}, got {choice!r}")
+
+
+def _check_combination(
+    architecture: Architecture, objective: Objective, retention: Retention, rule: Rule
+) -> None:
+    linear = len(architecture.shapes) == 1 and not architecture.residual
+    erases = rule.erase is not None
+    quadratic = retention.link is None and retention.shrink is None
+    if erases and not quadratic:
+        raise ValueError(
+            f"{rule.name} erases by the closed form of a quadratic retention and is not defined "
+            f"with {retention.name} retention; use none() or decay(), or gradient() or omega()"
+        )
+    if objective.deflate is not None and not linear:
+        raise ValueError(
+            f"the {objective.name} objective is defined on the matrix of a linear memory, not on "
+            f"{architecture.name}; use matrix()"
+        )
+    if objective.deflate is not None and (erases or rule.functional or rule.solve):
+        raise ValueError(
+            f"the {objective.name} objective erases by itself; use it with gradient(), momentum() "
+            f"or omega(), not with {rule.name}"
+        )
+    if rule.solve and not (linear and objective.factor is not None and quadratic):
+        raise ValueError(
+            f"{rule.name} has a closed form for matrix() with l2() and none() or decay() "
+            f"only, not for {architecture.name}, {objective.name}, {retention.name}; use omega()"
+        )
+
+
+def _check_tokens(memory: Memory, x: Tokens) -> None:
+    keep = {"required": True, "optional": x.keep is not None, "unused": False}
+    fields = (
+        ("keep", x.keep, keep[memory.retention.keep], memory.retention.name),
+        ("momentum", x.momentum, memory.rule.momentum, memory.rule.name),
+        ("threshold", x.threshold, memory.objective.token_threshold, memory.objective.name),
+    )
+    for field, given, needed, user in fields:
+        if needed and given is None:
+            raise ValueError(f"{user} needs Tokens.{field}, which is None")
+        if not needed and given is not None:
+            raise ValueError(f"{user} has no use for Tokens.{field}; leave it None")
+
+
+def _check_widths(memory: Memory, tokens: Tokens) -> None:
+    widths = {
+        "keys": (tokens.keys.shape[-1], memory.architecture.key_dim),
+        "queries": (tokens.queries.shape[-1], memory.architecture.key_dim),
+        "values": (tokens.values.shape[-1], memory.architecture.value_dim),
+    }
+    for field, (given, expected) in widths.items():
+        if given != expected:
+            raise ValueError(
+                f"{memory.architecture.name} memory: {field} have {given} features (after the "
+                f"feature map), the architecture takes {expected}"
+            )

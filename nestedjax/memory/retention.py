@@ -1,0 +1,147 @@
+"""Retention: how a memory keeps what it held while it writes.
+
+Every retention here is a linear recurrence of an accumulator followed by a map to weights:
+
+    A_t = keep_t A_{t-1} + S_t,    W_t = link(A_t)            (S_t = -rate_t g_t without momentum)
+
+so the initial weights that are meta-learned are `A_0` (for the simplex: the free parameter of a
+softmax). `elastic_net` shrinks after every write instead: `W_t = shrink(keep_t W_{t-1} + S_t)`.
+
+| function | regulariser | `link` |
+|---|---|---|
+| `none` | `1/2 |W - W'|^2` | identity, keep = 1 |
+| `decay` | `1/2 |W - keep W'|^2` | identity |
+| `kl` | KL on the scaled simplex, row by row | `scale softmax(A)` over the key axis |
+| `elastic_net` | quadratic + l1 | soft threshold after each write |
+| `lq` | `1/2 |W|_q^2` (FTRL) | `sign(A) |A|^(p-1) / |A|_p^(p-2)`, 1/p + 1/q = 1 |
+| `lq_printed` | as printed in MIRAS | `A / |A|_q^(q-2)`, a mirror map for q = 2 only |
+| `bregman_sigmoid` | Bregman divergence of the binary entropy | `sigmoid(A)` |
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Smooths |A|^(p-2) at A = 0, where its derivative is infinite for p < 2.
+_EPSILON = 1e-12
+
+
+class Retention(NamedTuple):
+    """How a memory keeps what it held.
+
+    Attributes:
+      name: what tables and errors call it.
+      keep: whether `Tokens.keep` is "required", "optional" (1 without it) or "unused".
+      link: accumulator -> weights for one matrix [m, n]; None is the identity.
+      shrink: `shrink(weight[m, n], rate[]) -> weight`, applied after every write; or None.
+    """
+
+    name: str
+    keep: Literal["required", "optional", "unused"]
+    link: Callable[[Array], Array] | None = None
+    shrink: Callable[[Array, Array], Array] | None = None
+
+
+def none() -> Retention:
+    """Everything is kept: `W_t = W_{t-1} + S_t`."""
+    return Retention("none", keep="unused")
+
+
+def decay() -> Retention:
+    """A fraction is kept: `W_t = keep_t W_{t-1} + S_t`."""
+    return Retention("decay", keep="required")
+
+
+def kl(scale: float = 1.0) -> Retention:
+    """KL divergence on the scaled simplex: `W_t = scale softmax(keep_t log W_{t-1} + S_t)`.
+
+    Every row of every weight matrix is non-negative and sums to `scale`. The coefficients of the
+    proximal form (strength a, rate eta) are `proximal_coefficients(eta, a)`.
+
+    Raises:
+      ValueError: scale <= 0.
+    Reference: MIRAS (arXiv 2504.13173), Memora.
+    """
+    if scale <= 0:
+        raise ValueError(f"kl retention: the simplex needs scale > 0, got {scale}")
+    # keep log W differs from keep A by a constant a row, which softmax ignores.
+    return Retention("kl", keep="optional", link=lambda a: scale * jax.nn.softmax(a, axis=-1))
+
+
+def elastic_net(sparsity: float) -> Retention:
+    """Quadratic plus l1 retention: `W_t = soft(keep_t W_{t-1} + S_t, rate_t sparsity)`.
+
+    The minimiser of `<W, g> + 1/(2 eta) |W - W'|^2 + 1/(2b) |W|^2 + sparsity |W|_1` has
+    `rate, keep = proximal_coefficients(eta, b)`.
+
+    Raises:
+      ValueError: sparsity < 0.
+    """
+    if sparsity < 0:
+        raise ValueError(f"elastic_net retention: sparsity must be at least 0, got {sparsity}")
+
+    def shrink(weight: Array, rate: Array) -> Array:
+        return jnp.sign(weight) * jnp.maximum(jnp.abs(weight) - rate * sparsity, 0.0)
+
+    return Retention("elastic_net", keep="optional", shrink=shrink)
+
+
+def lq(q: float) -> Retention:
+    """Mirror map of `1/2 |W|_q^2`: `W = sign(A) |A|^(p-1) / |A|_p^(p-2)` with 1/p + 1/q = 1.
+
+    Raises:
+      ValueError: q <= 1 (no dual norm).
+    """
+    if q <= 1:
+        raise ValueError(f"lq retention: q must be greater than 1, got {q}")
+    p = q / (q - 1)
+
+    def link(a: Array) -> Array:
+        square = a * a + _EPSILON
+        norm = jnp.sum(square ** (p / 2)) ** (1 / p)
+        return a * square ** ((p - 2) / 2) / norm ** (p - 2)
+
+    return Retention("lq", keep="optional", link=link)
+
+
+def lq_printed(q: float) -> Retention:
+    """The lq retention as MIRAS prints it: `W = A / |A|_q^(q-2)`.
+
+    A mirror map for q = 2 only; kept for comparison with the published Moneta (q = 4).
+
+    Raises:
+      ValueError: q <= 1.
+    """
+    if q <= 1:
+        raise ValueError(f"lq_printed retention: q must be greater than 1, got {q}")
+
+    def link(a: Array) -> Array:
+        norm = jnp.sum((a * a + _EPSILON) ** (q / 2)) ** (1 / q)
+        return a / norm ** (q - 2)
+
+    return Retention("lq_printed", keep="optional", link=link)
+
+
+def bregman_sigmoid() -> Retention:
+    """Weights in (0, 1): `W_t = sigmoid(keep_t logit(W_{t-1}) + S_t)`."""
+    return Retention("bregman_sigmoid", keep="optional", link=jax.nn.sigmoid)
+
+
+def proximal_coefficients(rate: Array, strength: Array | float) -> tuple[Array, Array]:
+    """Rate and keep of the update whose proximal problem has a rate and a global strength.
+
+    `argmin <W, g> + D(W, W')/rate + G(W)/strength` gives `keep = strength/(strength + rate)`,
+    the written rate `rate keep`: for `D, G` quadratic (decay, elastic net) or KL and entropy.
+
+    Args:
+      rate: eta, any shape.
+      strength: a, scalar or of the shape of `rate`.
+
+    Returns:
+      `(rate, keep)` to be put into `Tokens`.
+    """
+    keep = strength / (strength + rate)
+    return rate * keep, keep

@@ -1,0 +1,174 @@
+"""Rules: how the gradient of one token, or of a window of tokens, changes the weights.
+
+For every weight matrix with layer input `x_t` and local error `E_t` (gradient `E_t x_t^T` at the
+anchor, the weights at the start of the chunk; spec C6.5):
+
+    W_t = W_{t-1} (keep_t I - erase_t x_t x_t^T) + S_t
+    S_t = momentum_t S_{t-1} - write_t E_t x_t^T
+
+| function | erase | write |
+|---|---|---|
+| `gradient` | 0 | rate |
+| `delta` | `rate / max(1, rate |x|^2)` | rate |
+| `explicit_delta` | rate | rate |
+| `implicit_delta` | `rate / (1 + rate |x|^2)` | rate |
+| `closed_form_delta` | `rate / (1 + rate |x|^2)` | the same |
+| `coupled_delta` | keep rate | rate |
+| `input_delta` | as `delta`, only on matrices that read the key (reading R2) | rate |
+| `functional_delta` | 0; the error is `error + body(k)` (reading R4) | rate |
+| `with_momentum(rule)` | as the rule | as the rule |
+| `omega(window)` | 0 | sum of the gradients of the last `window` tokens |
+| `implicit_omega(window)` | exact minimiser over the window (linear, l2) | |
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+
+class Rule(NamedTuple):
+    """How gradients change weights.
+
+    Attributes:
+      name: what tables and errors call it.
+      erase: `erase(rate, keep, square) -> erase`, arrays over tokens, `square = |x|^2` of the
+        layer input; None: nothing is erased.
+      write: `write(rate, square) -> rate` of the gradient; None: the rate as given.
+      momentum: whether the gradients go through a momentum S (needs `Tokens.momentum`).
+      window: gradients of how many tokens, the present one included, enter one update.
+      input_only: erase only on the matrices whose layer input is the key.
+      functional: adds the gradient of `1/2 |body(k)|^2` to the objective's.
+      solve: the update is the exact minimiser over the window, not a gradient step.
+    """
+
+    name: str
+    erase: Callable[[Array, Array, Array], Array] | None = None
+    write: Callable[[Array, Array], Array] | None = None
+    momentum: bool = False
+    window: int = 1
+    input_only: bool = False
+    functional: bool = False
+    solve: bool = False
+
+
+def gradient() -> Rule:
+    """Gradient descent: `W_t = keep_t W_{t-1} - rate_t E_t x_t^T` (reading R3)."""
+    return Rule("gradient")
+
+
+def with_momentum(rule: Rule) -> Rule:
+    """The rule with its gradients accumulated in `S_t = momentum_t S_{t-1} - rate_t E_t x_t^T`.
+
+    Raises:
+      ValueError: for a rule over a window, whose gradients are summed already.
+    """
+    if rule.window > 1 or rule.solve:
+        raise ValueError(f"with_momentum: {rule.name} sums a window of gradients; drop one of them")
+    return rule._replace(name=f"{rule.name}+momentum", momentum=True)
+
+
+def momentum() -> Rule:
+    """Gradient descent with momentum (Titans, spec C4)."""
+    return with_momentum(gradient())._replace(name="momentum")
+
+
+def _bounded(rate: Array, keep: Array, square: Array) -> Array:
+    return rate / jnp.maximum(1.0, rate * square)
+
+
+def _implicit(rate: Array, keep: Array, square: Array) -> Array:
+    return rate / (1.0 + rate * square)
+
+
+def delta() -> Rule:
+    """Delta gradient descent, layer by layer (reading R1): `erase = rate / max(1, rate |x|^2)`.
+
+    Equal to `explicit_delta` while `rate |x|^2 <= 1`; the eigenvalue along x stays in
+    [keep - 1, keep] for inputs of any norm.
+    """
+    return Rule("delta", erase=_bounded)
+
+
+def explicit_delta() -> Rule:
+    """Delta gradient descent with `erase = rate`, unbounded: a rate of 2 on a unit key reflects."""
+    return Rule("explicit_delta", erase=lambda rate, keep, square: rate)
+
+
+def implicit_delta() -> Rule:
+    """Delta gradient descent with `erase = rate / (1 + rate |x|^2)` and the rate as written."""
+    return Rule("implicit_delta", erase=_implicit)
+
+
+def closed_form_delta() -> Rule:
+    """The exact minimiser of the DGD step: erase and write both `rate / (1 + rate |x|^2)` (B9).
+
+    With the dot objective on a linear memory this is Longhorn.
+    """
+    return Rule(
+        "closed_form_delta",
+        erase=_implicit,
+        write=lambda rate, square: rate / (1.0 + rate * square),
+    )
+
+
+def coupled_delta() -> Rule:
+    """Decay outside the erase, `keep_t W_{t-1} (I - rate_t x x^T)`: `erase = keep rate`.
+
+    With the dot objective on a linear memory this is Gated DeltaNet.
+    """
+    return Rule("coupled_delta", erase=lambda rate, keep, square: keep * rate)
+
+
+def input_delta() -> Rule:
+    """Delta gradient descent on the matrices that read the key, plain decay on the others (R2)."""
+    return Rule("input_delta", erase=_bounded, input_only=True)
+
+
+def functional_delta() -> Rule:
+    """Delta gradient descent of the whole function (reading R4).
+
+    `W k k^T` is the gradient of `1/2 |W k|^2`; for a memory `M(k) = [k +] body(k)` the gradient of
+    `1/2 |body(k)|^2` at the anchor is added to the objective's.
+    """
+    return Rule("functional_delta", functional=True)
+
+
+def omega(window: int) -> Rule:
+    """Omega rule: `W_t = keep_t W_{t-1} - sum_{i = t-window+1..t} rate_i g_i`.
+
+    Each `g_i` is the gradient of token i at the anchor of token t. The weights `gamma_i` of the
+    paper are the rates. Window 1 is `gradient()`.
+
+    Args:
+      window: tokens, at least 1.
+
+    Raises:
+      ValueError: window < 1.
+    Reference: ATLAS (arXiv 2505.23735); signs of spec C2.
+    """
+    return Rule("omega", window=_check_window(window))
+
+
+def implicit_omega(window: int) -> Rule:
+    """Exact minimiser over the window, for linear memories with the l2 objective.
+
+    `W_t = argmin_W 1/2 sum_i rate_i |W k_i - v_i|^2 + 1/2 |W - keep_t W_{t-1}|^2`, solved with a
+    window x window system. Window 1 is Longhorn; a window over the whole context from W_0 = 0 with
+    keep 1 is, at its first full token, a ridge regression. The update uses the running weights, so
+    chunks only say when they are written.
+
+    Args:
+      window: tokens, at least 1.
+
+    Raises:
+      ValueError: window < 1.
+    """
+    return Rule("implicit_omega", window=_check_window(window), solve=True)
+
+
+def _check_window(window: int) -> int:
+    if window < 1:
+        raise ValueError(f"omega rule: the window holds at least 1 token, got {window}")
+    return window

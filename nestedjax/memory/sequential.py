@@ -1,0 +1,153 @@
+"""Executions that go token by token.
+
+`reference_step` is the recurrence as the equations have it, with dense gradients from
+differentiating the architecture: the oracle. `sequential_step` computes the rank-one gradients of
+a whole chunk in parallel and scans only the recurrence: for combinations without a chunk-parallel
+form.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nestedjax.memory.architectures import Weights
+from nestedjax.memory.state import (
+    Memory,
+    MemoryState,
+    Tokens,
+    Window,
+    next_window,
+    with_window,
+)
+
+
+class _Carry(NamedTuple):
+    weights: Weights
+    momentum: Weights | None
+
+
+def _solve(memory: Memory, old: "_Carry", window: Window, token: Tokens) -> "_Carry":
+    """`argmin_W 1/2 sum_i factor rate_i |W k_i - v_i|^2 + 1/2 |W - keep W_{t-1}|^2`."""
+    assert memory.objective.factor is not None
+    keys, rate = window.keys, memory.objective.factor * window.rate[:, None]
+    weight = old.weights[0] if token.keep is None else token.keep * old.weights[0]
+    system = jnp.eye(len(keys), dtype=weight.dtype) + rate * (keys @ keys.T)
+    residual = keys @ weight.T - window.values
+    return _Carry((weight - jnp.linalg.solve(system, rate * residual).T @ keys,), None)
+
+
+def _write(
+    memory: Memory, carry: _Carry, gradients: Weights, inputs: Weights, token: Tokens
+) -> _Carry:
+    """One token's write; `gradients` are multiplied by their rates already."""
+    rate = token.rate
+    keep = jnp.ones_like(rate) if token.keep is None else token.keep
+    added = tuple(-g for g in gradients)
+    if carry.momentum is not None:
+        assert token.momentum is not None
+        added = tuple(token.momentum * s + a for s, a in zip(carry.momentum, added, strict=True))
+    weights = []
+    for m, (a, s, x) in enumerate(zip(carry.weights, added, inputs, strict=True)):
+        erase = memory.erase(m, rate, keep, x)
+        new = keep * a + s
+        if erase is not None:
+            new = new - erase * jnp.outer(a @ x, x)
+        weights.append(
+            new if memory.retention.shrink is None else memory.retention.shrink(new, rate)
+        )
+    return _Carry(tuple(weights), None if carry.momentum is None else added)
+
+
+def _read(memory: Memory, anchor: Weights, old: _Carry, new: _Carry, query: Array) -> Array:
+    if memory.read == "anchor":
+        return memory.architecture.apply(anchor, query)
+    carry = new if memory.read == "running" else old
+    return memory.architecture.apply(memory.link(carry.weights), query)
+
+
+def _dense_gradients(memory: Memory, anchor: Weights, token: Window) -> Weights:
+    """rate times the gradient of one token at the anchor, as dense matrices."""
+    output, pull = jax.vjp(lambda w: memory.architecture.apply(w, token.keys), anchor)
+    (gradients,) = pull(memory.output_error(output, token))
+    penalty = memory.objective.penalty
+    if penalty is not None:
+        gradients = (gradients[0] + jax.grad(penalty)(anchor[0], token.values),)
+    inputs, _ = memory.factors(anchor, token)
+    return tuple(memory.write(token.rate, x) * g for g, x in zip(gradients, inputs, strict=True))
+
+
+def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
+    """One chunk, token by token with dense gradients: the definition.
+
+    Args:
+      memory: the point of the product.
+      state: at the chunk's start, the anchor.
+      tokens: [C, ...], prepared.
+
+    Returns:
+      `(state, reads [C, dv])`.
+    """
+    anchor = memory.link(state.weights)
+    window = memory.rule.window
+
+    def token_step(carry: tuple[_Carry, Any], token: Tokens) -> tuple[tuple[_Carry, Any], Array]:
+        old, past = carry
+        present = jax.tree.map(
+            lambda x: x[None], Window(token.keys, token.values, token.rate, token.threshold)
+        )
+        recent = (
+            present
+            if past is None
+            else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), past, present)
+        )
+        if memory.rule.solve:
+            new = _solve(memory, old, recent, token)
+        else:
+            each = jax.vmap(lambda one: _dense_gradients(memory, anchor, one))(recent)
+            inputs, _ = memory.factors(anchor, token)
+            new = _write(memory, old, tuple(g.sum(0) for g in each), inputs, token)
+        past = None if past is None else jax.tree.map(lambda x: x[-(window - 1) :], recent)
+        return (new, past), _read(memory, anchor, old, new, token.queries)
+
+    start = (_Carry(state.weights, state.momentum), state.window)
+    (end, past), reads = jax.lax.scan(token_step, start, tokens)
+    return MemoryState(end.weights, end.momentum, past), reads
+
+
+def sequential_step(
+    memory: Memory, state: MemoryState, tokens: Tokens
+) -> tuple[MemoryState, Array]:
+    """One chunk with its gradients in parallel and its recurrence token by token.
+
+    Args:
+      memory: the point of the product.
+      state: at the chunk's start, the anchor.
+      tokens: [C, ...], prepared.
+
+    Returns:
+      `(state, reads [C, dv])`.
+    """
+    anchor = memory.link(state.weights)
+    extended = with_window(state, tokens)
+    inputs, errors = memory.factors(anchor, extended)
+    written = tuple(
+        memory.write(extended.rate, x)[:, None] * e for x, e in zip(inputs, errors, strict=True)
+    )
+    window = memory.rule.window
+    index = jnp.arange(len(tokens.rate))[:, None] + jnp.arange(window)[None, :]
+    scanned = jax.tree.map(lambda a: a[index], (inputs, written, extended))
+
+    def token_step(old: _Carry, xs: tuple[Any, Any, Any, Tokens]) -> tuple[_Carry, Array]:
+        inputs, written, recent, token = xs
+        if memory.rule.solve:
+            new = _solve(memory, old, recent, token)
+        else:
+            gradients = tuple(e.T @ x for e, x in zip(written, inputs, strict=True))
+            new = _write(memory, old, gradients, tuple(x[-1] for x in inputs), token)
+        return new, _read(memory, anchor, old, new, token.queries)
+
+    start = _Carry(state.weights, state.momentum)
+    end, reads = jax.lax.scan(token_step, start, (*scanned, tokens))
+    return MemoryState(end.weights, end.momentum, next_window(memory, extended)), reads

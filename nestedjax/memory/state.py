@@ -1,0 +1,149 @@
+"""What a memory reads and what it carries."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nestedjax.memory.architectures import Architecture, Weights
+from nestedjax.memory.features import FeatureMap
+from nestedjax.memory.objectives import Objective
+from nestedjax.memory.retention import Retention
+from nestedjax.memory.rules import Rule
+from pallas_kernels.numerics import accumulation_dtype
+
+
+class Tokens(NamedTuple):
+    """The tokens of one sequence, as a memory sees them.
+
+    Attributes:
+      keys: [T, dk].
+      values: [T, dv].
+      queries: [T, dk].
+      rate: [T], inner learning rate, at least 0.
+      keep: [T] in (0, 1], fraction kept; None where the retention has no use for it.
+      momentum: [T] in [0, 1]; None unless the rule has momentum.
+      threshold: [T], > 0; None unless the objective's threshold depends on the token.
+    """
+
+    keys: Array
+    values: Array
+    queries: Array
+    rate: Array
+    keep: Array | None = None
+    momentum: Array | None = None
+    threshold: Array | None = None
+
+
+class Window(NamedTuple):
+    """The last `window - 1` tokens written, for rules over a window (rate 0 before the first)."""
+
+    keys: Array
+    values: Array
+    rate: Array
+    threshold: Array | None
+
+
+class MemoryState(NamedTuple):
+    """What the memory of one sequence carries from chunk to chunk, in float32 or wider.
+
+    Attributes:
+      weights: one [m, n] a matrix; the retention's accumulator, where its link is no identity.
+      momentum: like weights, or None.
+      window: the tokens before the chunk, or None.
+    """
+
+    weights: Weights
+    momentum: Weights | None
+    window: Window | None
+
+
+class Memory(NamedTuple):
+    """A point of the product of the menus; what the executions are given."""
+
+    architecture: Architecture
+    objective: Objective
+    retention: Retention
+    rule: Rule
+    read: str
+    feature_map: FeatureMap
+    value_map: FeatureMap
+
+    def link(self, accumulators: Weights) -> Weights:
+        """The weights that the accumulators stand for."""
+        link = self.retention.link
+        return accumulators if link is None else tuple(link(a) for a in accumulators)
+
+    def factors(self, weights: Weights, tokens: "Tokens | Window") -> tuple[Weights, Weights]:
+        """Layer inputs and local errors of all tokens at these weights, one pair a matrix."""
+        keys, values = tokens.keys, tokens.values
+        output, inputs, pull = self.architecture.linearise(weights, keys)
+        error = self.output_error(output, tokens)
+        if self.objective.deflate is not None:
+            inputs = (self.objective.deflate(weights[0], keys, values),)
+        return inputs, pull(error)
+
+    def output_error(self, output: Array, tokens: "Tokens | Window") -> Array:
+        """Derivative of what the rule descends by the memory's output."""
+        error = self.objective.error(output, tokens.values, tokens.threshold)
+        if self.rule.functional:
+            body = output - tokens.keys if self.architecture.residual else output
+            error = error + body
+        return error
+
+    def erase(self, m: int, rate: Array, keep: Array, x: Array) -> Array | None:
+        """How strongly matrix m forgets its layer input x [..., n]; None: not at all."""
+        rule = self.rule
+        if rule.erase is None or (rule.input_only and m not in self.architecture.inputs):
+            return None
+        return rule.erase(rate, keep, jnp.sum(x * x, axis=-1))
+
+    def write(self, rate: Array, x: Array) -> Array:
+        """Rate at which the gradient on layer input x [..., n] is written."""
+        if self.rule.write is None:
+            return rate
+        return self.rule.write(rate, jnp.sum(x * x, axis=-1))
+
+
+def initial_state(memory: Memory, params: Weights) -> MemoryState:
+    """The state at the start of a context: the meta-learned weights, nothing else."""
+    weights = tuple(w.astype(accumulation_dtype(w)) for w in params)
+    dtype, before = weights[0].dtype, memory.rule.window - 1
+    window = None
+    if before:
+        window = Window(
+            keys=jnp.zeros((before, memory.architecture.key_dim), dtype),
+            values=jnp.zeros((before, memory.architecture.value_dim), dtype),
+            rate=jnp.zeros((before,), dtype),
+            threshold=jnp.ones((before,), dtype) if memory.objective.token_threshold else None,
+        )
+    momentum = tuple(jnp.zeros_like(w) for w in weights) if memory.rule.momentum else None
+    return MemoryState(weights, momentum, window)
+
+
+def prepare(memory: Memory, tokens: Tokens, dtype: jnp.dtype) -> Tokens:
+    """The tokens in the state's dtype, with the feature and value maps applied."""
+
+    tokens = jax.tree.map(lambda x: x.astype(dtype), tokens)
+    return tokens._replace(
+        keys=memory.feature_map(tokens.keys),
+        queries=memory.feature_map(tokens.queries),
+        values=memory.value_map(tokens.values),
+    )
+
+
+def with_window(state: MemoryState, tokens: Tokens) -> Window:
+    """The tokens of the chunk behind those of the window before it."""
+    chunk = Window(tokens.keys, tokens.values, tokens.rate, tokens.threshold)
+    if state.window is None:
+        return chunk
+    return jax.tree.map(lambda old, new: jnp.concatenate([old, new]), state.window, chunk)
+
+
+def next_window(memory: Memory, extended: Window) -> Window | None:
+    """The window that the next chunk starts with."""
+    before = memory.rule.window - 1
+    if not before:
+        return None
+    return jax.tree.map(lambda x: x[-before:], extended)
