@@ -3,6 +3,7 @@
 from nestedjax.levels.adapt import Adaptation, Adapting, adapt, adaptive_level
 from nestedjax.levels.compose import chain, flow, parallel
 from nestedjax.levels.level import Level, read_write
+from nestedjax.levels.nested import nested
 from nestedjax.levels.run import Carry, batch_axes, reset, run, start, stream
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "batch_axes",
     "chain",
     "flow",
+    "nested",
     "parallel",
     "read_write",
     "reset",

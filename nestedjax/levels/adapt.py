@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.levels.level import Level, PyTree
-from nestedjax.levels.run import Carry, advance_position, run, token_count
+from nestedjax.levels.run import Carry, advance_position, run, run_some, token_count
 
 
 class Adaptation(NamedTuple):
@@ -207,9 +207,11 @@ def adaptive_level(
 
     level = Level(name, period, init, step)
 
-    def advance(params: PyTree, state: PyTree, x: PyTree, reset, **valid) -> tuple[PyTree, Carry]:
+    def advance(params, state, x, reset, valid=None):
+        if valid is not None:
+            return run_some(level, params, state, x, valid)
         if isinstance(state, Carry) or token_count(x) < period:
-            return run(level, params, state, x, reset=reset, **valid)
+            return run(level, params, state, x, reset=reset)
         return _run_known_labels(level, learner, params, state, x, reset)
 
     about = {"objective": "next token", "rule": "optax", "transfer": "init"}

@@ -1,4 +1,4 @@
-"""Composing levels into one system: `chain`, `flow`, `parallel`, `nested`."""
+"""Composing levels into one system: `chain`, `flow`, `parallel`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import jax
 
 from nestedjax.levels.level import Level, PyTree
-from nestedjax.levels.run import Carry, advance_position, run, scan_whole, token_count
+from nestedjax.levels.run import Carry, advance_position, run, run_some, scan_whole, token_count
 
 
 def chain(*levels: Level, name: str = "chain") -> Level:
@@ -70,7 +70,7 @@ def flow(*levels: Level, name: str = "flow") -> Level:
     Raises:
       ValueError: if a period does not divide the largest, or two levels share a name.
     """
-    _check_divides(levels)
+    check_divides(levels)
     return _sequence(levels, list(range(len(levels))), name)
 
 
@@ -101,8 +101,8 @@ def parallel(
     Reference:
       Nested Learning (arXiv 2512.24695), equation 74: the independent continuum memory.
     """
-    _check_divides(levels)
-    picks = [_picker(levels, i) for i in range(len(levels))]
+    check_divides(levels)
+    picks = [picker(levels, i) for i in range(len(levels))]
     combine = aggregate or _weighted_sum
 
     def weights(params: PyTree) -> PyTree:
@@ -121,14 +121,14 @@ def parallel(
         states, outputs = zip(*results, strict=True)
         return states, combine(weights(params), outputs)
 
-    def advance(params: PyTree, state: PyTree, x: PyTree, reset) -> tuple[PyTree, Carry]:
+    def advance(params, state, x, reset, valid=None):
         parts, position = _parts_of(state)
         results = [
-            run(level, pick(params), part, x, reset=reset)
+            _feed(level, pick(params), part, x, reset, valid)
             for level, pick, part in zip(levels, picks, parts, strict=True)
         ]
         outputs, carries = zip(*results, strict=True)
-        position = advance_position(position, token_count(x), reset)
+        position = advance_position(position, token_count(x) if valid is None else valid, reset)
         return combine(weights(params), outputs), Carry(carries, None, position)
 
     return Level(name, _longest(levels), init, step, advance=advance, parts=tuple(levels))
@@ -136,7 +136,7 @@ def parallel(
 
 def _sequence(levels: tuple[Level, ...], order: list[int], name: str) -> Level:
     """The levels fed one from the other in `order`, an order of their indices."""
-    picks = [_picker(levels, i) for i in order]
+    picks = [picker(levels, i) for i in order]
     parts = tuple(levels[i] for i in order)
 
     def init(params: PyTree) -> PyTree:
@@ -149,19 +149,26 @@ def _sequence(levels: tuple[Level, ...], order: list[int], name: str) -> Level:
             states.append(part)
         return tuple(states), x
 
-    def advance(params: PyTree, state: PyTree, x: PyTree, reset) -> tuple[PyTree, Carry]:
+    def advance(params, state, x, reset, valid=None):
         held, position = _parts_of(state)
-        position = advance_position(position, token_count(x), reset)
+        position = advance_position(position, token_count(x) if valid is None else valid, reset)
         carries = []
         for level, pick, part in zip(parts, picks, held, strict=True):
-            x, carry = run(level, pick(params), part, x, reset=reset)
+            x, carry = _feed(level, pick(params), part, x, reset, valid)
             carries.append(carry)
         return x, Carry(tuple(carries), None, position)
 
     return Level(name, _longest(levels), init, step, advance=advance, parts=parts)
 
 
-def _picker(levels: tuple[Level, ...], index: int) -> Callable[[PyTree], PyTree]:
+def _feed(level, params, state, x, reset, valid):
+    """Run one part of a composition over its input."""
+    if valid is None:
+        return run(level, params, state, x, reset=reset)
+    return run_some(level, params, state, x, valid)
+
+
+def picker(levels: tuple[Level, ...], index: int) -> Callable[[PyTree], PyTree]:
     """How to find one level's params among those of the composition."""
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
@@ -202,7 +209,8 @@ def _longest(levels: tuple[Level, ...]) -> int | None:
     return max((level.period for level in levels if level.period is not None), default=None)
 
 
-def _check_divides(levels: tuple[Level, ...]) -> None:
+def check_divides(levels: tuple[Level, ...]) -> None:
+    """Every period divides the largest."""
     slow = max(levels, key=lambda level: level.period or 0)
     for fast in levels:
         if fast.period is not None and slow.period % fast.period:  # type: ignore[operator]

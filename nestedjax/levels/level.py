@@ -24,7 +24,8 @@ class Level(NamedTuple):
         while a period is unfinished; `pending[P, ...]` holds the period's earlier tokens, zeros
         beyond them. Without it `step` runs again on the unfinished period and its write is dropped.
       advance: how a composition runs its parts, `advance(params, state, x, reset) -> (y, carry)`;
-        None for a plain level.
+        None for a plain level. Inside `nested` it is also called with `valid=`, the traced number
+        of leading tokens of x that count.
       parts: the levels a composition was made of, in the order the data flows through them.
       about: words for the tables of `describe`: any of `objective`, `rule`, `transfer`.
     """

@@ -121,7 +121,8 @@ def stream(
     advance = jax.jit(partial(run, system))
     for piece in pieces:
         if not isinstance(state, Carry):  # one compilation instead of a fresh one and a later one
-            state = _begin(system, params, state, piece)
+            nothing = jax.tree.map(lambda leaf: leaf[:0], piece)
+            state = run(system, params, state, nothing)[1]
         y, state = advance(params, state, piece)
         yield y, state
 
@@ -140,7 +141,7 @@ def reset(system: Level, params: PyTree, carry: PyTree, where: jax.Array | np.nd
       `carry` with state `init(params)`, nothing pending and position 0 where `where` is True.
     """
     where = jnp.asarray(where)
-    fresh = _like(system, system.init(params), carry)
+    fresh = fresh_like(system, system.init(params), carry)
 
     def choose(new, old):
         old = jnp.asarray(old)
@@ -185,12 +186,12 @@ def token_count(x: PyTree) -> int:
     return int(lengths.pop())  # type: ignore[arg-type]
 
 
-def advance_position(position: jax.Array | int, length: int, resets) -> jax.Array:
+def advance_position(position: jax.Array | int, length: jax.Array | int, resets) -> jax.Array:
     """Tokens since the context's start, after `length` more of them."""
     after = jnp.asarray(position, jnp.int32) + length
-    if resets is None or length == 0:
+    if resets is None or not resets.size:
         return after
-    index = jnp.arange(length, dtype=jnp.int32)
+    index = jnp.arange(resets.size, dtype=jnp.int32)
     last = jnp.max(jnp.where(jnp.asarray(resets), index, -1))
     return jnp.where(last >= 0, length - last, after)
 
@@ -217,6 +218,43 @@ def check_reset(system: Level, state: PyTree, resets, length: int) -> None:
         )
 
 
+def run_some(
+    system: Level, params: PyTree, carry: Carry, x: PyTree, valid: jax.Array | None
+) -> tuple[PyTree, Carry]:
+    """`run` from a `Carry` of which only the first `valid` (traced) tokens of x count; None: all.
+
+    Outputs behind the valid tokens are without meaning.
+    """
+    if valid is None:
+        return run(system, params, carry, x)
+    if system.advance is not None:
+        return system.advance(params, carry, x, None, valid=valid)
+    if system.period is None:
+        y, after = _run_frozen(system, params, carry, x, None)
+        return y, after._replace(position=carry.position + valid)
+    return _run_shifted(system, params, carry, x, None, valid)
+
+
+def fresh_like(system: Level, state: PyTree, carry: PyTree) -> PyTree:
+    """A fresh state dressed as `carry` is, with scalars for what is pending (zeros)."""
+    if not isinstance(carry, Carry):
+        return state
+    if system.parts:
+        parts = zip(system.parts, state, carry.state, strict=True)
+        state = tuple(fresh_like(*part) for part in parts)
+    pending = jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), carry.pending)
+    return Carry(state, pending, np.zeros((), np.int32))  # type: ignore[arg-type]
+
+
+def plain_state(system: Level, carry: PyTree) -> PyTree:
+    """The state inside a `Carry` as `init` and `step` know it."""
+    if not isinstance(carry, Carry):
+        return carry
+    if not system.parts:
+        return carry.state
+    return tuple(plain_state(*part) for part in zip(system.parts, carry.state, strict=True))
+
+
 def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the scalar condition holds, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
@@ -241,7 +279,6 @@ def _run_fresh(system, params, state, x, resets):
     grid, tail = _cut(x, whole * period)
     grid = _fold(grid, period)
     begins = None if resets is None else jnp.asarray(resets)[::period]
-    # Traced once even when nothing is whole: gives the shape of an empty output.
     outputs = []
     if whole == 1:  # nothing to loop over
         state = _renew(system, params, state, None if begins is None else begins[0])
@@ -265,10 +302,11 @@ def _run_fresh(system, params, state, x, resets):
     return y, Carry(state, pending, advance_position(0, length, resets))
 
 
-def _run_shifted(system, params, carry, x, resets):
+def _run_shifted(system, params, carry, x, resets, valid=None):
     """From any position: put pending and new tokens on the period grid, commit full periods."""
     period, length = system.period, token_count(x)
     count = carry.position % period
+    end = count + (length if valid is None else valid)
     periods = -(-(period - 1 + length) // period)  # enough for every count
 
     def shift(held, new):
@@ -278,16 +316,19 @@ def _run_shifted(system, params, carry, x, resets):
 
     tokens = jax.tree.map(shift, carry.pending, x)
     grid = jax.tree.map(lambda leaf: leaf[: periods * period], tokens)
-    commit = (jnp.arange(periods, dtype=jnp.int32) + 1) * period <= count + length
+    commit = (jnp.arange(periods, dtype=jnp.int32) + 1) * period <= end
     begins = None
     if resets is not None:
         # A reset of the pending period was applied by the call that brought its first token.
         begins = shift(jnp.zeros(period, bool), jnp.asarray(resets))[: periods * period : period]
     state, y = _scan_periods(system, params, carry.state, _fold(grid, period), begins, commit)
     y = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, count, length), y)
-    left = (count + length) // period * period
+    if valid is not None:  # what is left over ends with the valid tokens
+        tokens = jax.tree.map(lambda leaf: _keep(leaf, end), tokens)
+    left = end // period * period
     pending = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, left, period), tokens)
-    return y, Carry(state, pending, advance_position(carry.position, length, resets))
+    added = length if valid is None else valid
+    return y, Carry(state, pending, advance_position(carry.position, added, resets))
 
 
 def _run_token(system, params, carry, x, resets):
@@ -335,23 +376,6 @@ def _renew(system, params, state, begin):
     return state if begin is None else select(begin, system.init(params), state)
 
 
-def _begin(system, params, state, x_like):
-    """The `Carry` of a fresh state."""
-    nothing = jax.tree.map(lambda leaf: leaf[:0], x_like)
-    return run(system, params, state, nothing)[1]
-
-
-def _like(system, state, carry):
-    """A fresh state dressed as `carry` is: with pending tokens and position if it has them."""
-    if not isinstance(carry, Carry):
-        return state
-    if system.parts:
-        parts = zip(system.parts, state, carry.state, strict=True)
-        state = tuple(_like(*part) for part in parts)
-    pending = jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), carry.pending)
-    return Carry(state, pending, np.zeros((), np.int32))  # type: ignore[arg-type]
-
-
 def _cut(x, at):
     """Split the token axis in two."""
     return jax.tree.map(lambda leaf: leaf[:at], x), jax.tree.map(lambda leaf: leaf[at:], x)
@@ -360,6 +384,12 @@ def _cut(x, at):
 def _fold(x, period):
     """[N * period, ...] -> [N, period, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), x)
+
+
+def _keep(leaf, count):
+    """The first `count` tokens (traced), zeros behind them."""
+    index = jnp.arange(leaf.shape[0], dtype=jnp.int32).reshape((-1,) + (1,) * (leaf.ndim - 1))
+    return jnp.where(jnp.broadcast_to(index < count, leaf.shape), leaf, jnp.zeros_like(leaf))
 
 
 def _pad(leaf, size):
