@@ -1,0 +1,251 @@
+"""Self-modifying Titans: five memories per head that generate their own context and values.
+
+Keys, values, inner learning rate and keep gate of every token are read from memories that the same
+tokens write (paper eq. 79-93, spec C6); `memory` is the one that is queried. The projection
+memories and the queried one may have different chunk sizes: they are two levels, joined by
+`levels.flow` because one generates the other's context.
+
+Departures from the paper, all switchable: (1) queries come from a static projection unless
+`adaptive_query`; (2) the gradient's anchor is the end of the previous chunk, not of the current one
+(eq. 90-93 print an index that does not exist yet); (3) the inner error is clipped to norm 1 and the
+rate starts near 1/C, without which training diverges in the first steps; (4) several heads;
+(5) the erasure of an MLP's matrices uses each layer's own input.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nestedjax.levels import Level, flow
+from nestedjax.mixers.deep_memory import (
+    FastWeights,
+    Rule,
+    Written,
+    activation,
+    hidden,
+    predict,
+    write_chunk,
+)
+from pallas_kernels.numerics import accumulation_dtype
+
+MEMORIES = ("key", "rate", "keep", "value", "memory")
+
+_CHOICES = {
+    "objective": ("l2", "dot"),
+    "dgd": ("layerwise", "input_only", "none", "functional"),
+    "erase": ("clipped", "implicit"),
+    "read": ("running_prev", "running", "anchor"),
+    "values": ("self", "shared"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfModifyingConfig:
+    """A self-modifying memory.
+
+    Attributes:
+      heads: independent heads.
+      head_dim: d, width of keys, values and queries.
+      hidden: f, hidden width of each memory.
+      chunk_size: tokens between two writes of the queried memory.
+      projection_chunk_size: tokens between two writes of the others; None for `chunk_size`. One
+        must divide the other.
+      objective: inner objective, "l2" (halved) or "dot".
+      dgd: which matrices erase along their input: "layerwise" (R1), "input_only" (R2), "none" (R3)
+        or "functional" (R4).
+      erase: "clipped" (rate / max(1, rate |x|^2)) or "implicit" (rate / (1 + rate |x|^2)).
+      momentum: whether writes go through an inner momentum.
+      read: "running_prev" (the state before the token), "running" or "anchor" (the chunk's start).
+      values: "self" (each memory generates its own target) or "shared" (the generated value).
+      adaptive_query: whether a sixth memory generates the queries.
+      max_rate: upper bound of the inner learning rate; rates start at max_rate / (C + 1).
+      inner_clip: bound on the norm of each token's inner error; None for no bound.
+      keep_bias: logit of the keep gate at the start.
+    """
+
+    heads: int = 2
+    head_dim: int = 64
+    hidden: int = 64
+    chunk_size: int = 16
+    projection_chunk_size: int | None = None
+    objective: str = "l2"
+    dgd: str = "layerwise"
+    erase: str = "clipped"
+    momentum: bool = True
+    read: str = "running_prev"
+    values: str = "self"
+    adaptive_query: bool = False
+    max_rate: float = 1.0
+    inner_clip: float | None = 1.0
+    keep_bias: float = 4.0
+
+    def __post_init__(self):
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        for name in ("heads", "head_dim", "hidden", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = self.chunk_sizes
+        if min(sizes) < 1 or max(sizes) % min(sizes):
+            raise ValueError(
+                f"chunk_size={sizes[0]} and projection_chunk_size={sizes[1]}: one must divide the "
+                "other; change either"
+            )
+
+    @property
+    def chunk_sizes(self) -> tuple[int, int]:
+        """Tokens between two writes: (queried memory, the others)."""
+        return self.chunk_size, self.projection_chunk_size or self.chunk_size
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """The names of the adaptive memories."""
+        return (*MEMORIES, "query") if self.adaptive_query else MEMORIES
+
+
+class Inputs(NamedTuple):
+    """What the block projects slowly for each token: heads [T, H, d], momentum logits [T, H]."""
+
+    queries: Float[Array, "T H d"]
+    key_inputs: Float[Array, "T H d"]
+    value_inputs: Float[Array, "T H d"]
+    momentum_logits: Float[Array, "T H"] | None = None
+
+
+class Generated(NamedTuple):
+    """What the projection memories generate for each token, in the accumulation dtype."""
+
+    queries: Float[Array, "T H d"]
+    keys: Float[Array, "T H d"]
+    values: Float[Array, "T H d"]
+    rate: Float[Array, "T H"]
+    keep: Float[Array, "T H"]
+    momentum: Float[Array, "T H"] | None
+
+
+def init_params(key: Array, config: SelfModifyingConfig) -> dict:
+    """Slow parameters: the meta-learned initial state of each memory and the gates' read-outs.
+
+    Each memory starts near the identity: V ~ N(0, 1/d), U ~ N(0, 0.01/f). U is not exactly zero, so
+    that V has a gradient from the first token on.
+
+    Returns:
+      `{name: {"inner": [H, f, d], "outer": [H, d, f]}}` for each memory, and `"readout"` with
+      `rate`, `keep` [H, d] and `rate_bias`, `keep_bias` [H].
+    """
+    heads, d, f = config.heads, config.head_dim, config.hidden
+    keys = jax.random.split(key, 2 * len(config.memories) + 2)
+    params = {}
+    for index, name in enumerate(config.memories):
+        params[name] = {
+            "inner": jax.random.normal(keys[2 * index], (heads, f, d)) / math.sqrt(d),
+            "outer": jax.random.normal(keys[2 * index + 1], (heads, d, f)) * (0.1 / math.sqrt(f)),
+        }
+    params["readout"] = {
+        "rate": jax.random.normal(keys[-2], (heads, d)) / math.sqrt(d),
+        "keep": jax.random.normal(keys[-1], (heads, d)) / math.sqrt(d),
+        "rate_bias": jnp.full((heads,), -math.log(config.chunk_size)),  # sigmoid = 1 / (C + 1)
+        "keep_bias": jnp.full((heads,), config.keep_bias),
+    }
+    return params
+
+
+def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
+    """The self-modifying memory as a level: `Inputs` in, reads [T, H, d] out.
+
+    Its period is the longer of the two chunk sizes and its parameters are those of `init_params`.
+
+    Args:
+      config: see `SelfModifyingConfig`.
+      remat: recompute each chunk in the backward pass; what is stored is one state per chunk.
+
+    Reference: Nested Learning (arXiv 2512.24695), eq. 79-93; spec C6.
+    """
+    queried, others = config.chunk_sizes
+    checkpoint = jax.checkpoint if remat else lambda step: step
+    projections = Level(
+        "projections",
+        others,
+        lambda params: _start(params, config, config.memories[:4] + config.memories[5:]),
+        checkpoint(lambda params, state, x: _project(params, state, x, config)),
+    )
+    memory = Level(
+        "memory",
+        queried,
+        lambda params: _start(params, config, ("memory",)),
+        checkpoint(lambda params, state, x: _remember(state, x, config)),
+    )
+    both = flow(projections, memory)
+    return both._replace(
+        name="self_modifying",
+        init=lambda params: both.init((params, params)),
+        step=lambda params, state, x: both.step((params, params), state, x),
+        advance=lambda params, *rest, **options: both.advance((params, params), *rest, **options),
+    )
+
+
+def _start(params, config, names) -> FastWeights:
+    dtype = accumulation_dtype(params["memory"]["inner"])
+    inner = jnp.stack([params[name]["inner"].astype(dtype) for name in names], axis=1)
+    outer = jnp.stack([params[name]["outer"].astype(dtype) for name in names], axis=1)
+    if not config.momentum:
+        return FastWeights(inner, outer, None, None)
+    return FastWeights(inner, outer, jnp.zeros_like(inner), jnp.zeros_like(outer))
+
+
+def _rule(config) -> Rule:
+    return Rule(
+        config.objective, config.values, config.dgd, config.erase, config.inner_clip, config.read
+    )
+
+
+def _heads_first(array, dtype):
+    return None if array is None else jnp.swapaxes(array, 0, 1).astype(dtype)
+
+
+def _unit(x):
+    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def _gate(params, name, weights, index, rows, hidden_rows):
+    """A scalar per token from a memory: w . M(x) + b, with w folded into U."""
+    readout = params["readout"][name].astype(rows.dtype)
+    direct = jnp.einsum("hcd,hd->hc", rows, readout)
+    folded = jnp.einsum("hdf,hd->hf", weights.outer[:, index], readout)
+    bias = params["readout"][f"{name}_bias"].astype(rows.dtype)
+    return direct + jnp.einsum("hcf,hf->hc", hidden_rows[:, index], folded) + bias[:, None]
+
+
+def _project(params, weights, x: Inputs, config):
+    """Generate one chunk's context with the memories at its start, then write it into them."""
+    dtype = accumulation_dtype(weights.inner)
+    rows, value_rows = _heads_first(x.key_inputs, dtype), _heads_first(x.value_inputs, dtype)
+    h = activation(hidden(weights.inner[:, :3], rows))
+    keys = _unit(rows + jnp.einsum("hdf,hcf->hcd", weights.outer[:, 0], h[:, 0]))
+    rate = config.max_rate * jax.nn.sigmoid(_gate(params, "rate", weights, 1, rows, h))
+    keep = jax.nn.sigmoid(_gate(params, "keep", weights, 2, rows, h))
+    values = predict(jax.tree.map(lambda a: a[:, 3:4], weights), value_rows)[:, 0]
+    queries = _heads_first(x.queries, dtype)
+    if config.adaptive_query:
+        queries = predict(jax.tree.map(lambda a: a[:, 4:5], weights), queries)[:, 0]
+    queries = _unit(queries)
+    momentum = None
+    if config.momentum:
+        momentum = jax.nn.sigmoid(_heads_first(x.momentum_logits, dtype))
+    chunk = Written(keys, values, rate, keep, momentum)
+    weights, _ = write_chunk(weights, chunk, _rule(config))
+    generated = Generated(queries, keys, values, rate, keep, momentum)
+    return weights, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), generated)
+
+
+def _remember(weights, x: Generated, config):
+    """Read the queried memory and write the chunk's context into it."""
+    x = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
+    chunk = Written(x.keys, x.values, x.rate, x.keep, x.momentum)
+    weights, reads = write_chunk(weights, chunk, _rule(config), queries=x.queries)
+    return weights, jnp.swapaxes(reads[:, 0], 0, 1)
