@@ -1,0 +1,239 @@
+"""Self-modifying Titans against a token-by-token numpy loop that shares no code with it."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nestedjax import levels
+from nestedjax.mixers.self_modifying import (
+    Inputs,
+    SelfModifyingConfig,
+    init_params,
+    self_modifying,
+)
+
+BASE = SelfModifyingConfig(heads=2, head_dim=4, hidden=6, chunk_size=4)
+VARIANTS = {
+    "default": {},
+    "no momentum": {"momentum": False},
+    "dot": {"objective": "dot"},
+    "R2": {"dgd": "input_only"},
+    "R3": {"dgd": "none"},
+    "R4": {"dgd": "functional"},
+    "implicit": {"erase": "implicit"},
+    "running": {"read": "running"},
+    "anchor": {"read": "anchor"},
+    "shared values": {"values": "shared"},
+    "adaptive query": {"adaptive_query": True},
+    "no clip": {"inner_clip": None},
+    "slow memory": {"chunk_size": 8, "projection_chunk_size": 4},
+    "slow projections": {"chunk_size": 2, "projection_chunk_size": 4},
+    "token by token": {"chunk_size": 1},
+}
+
+
+def make(variant, length=16, seed=0):
+    config = dataclasses.replace(BASE, **VARIANTS[variant])
+    params = init_params(jax.random.key(seed), config)
+    # an initial state far from the identity, so that every term of the rule matters
+    for name in config.memories:
+        params[name]["outer"] = params[name]["outer"] * 6.0
+    rng = np.random.default_rng(seed)
+    shape = (length, config.heads, config.head_dim)
+    arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(3)]
+    logits = jnp.asarray(rng.normal(size=shape[:2])) if config.momentum else None
+    return config, params, Inputs(*arrays, logits)
+
+
+def gelu(z):
+    inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
+    return 0.5 * z * (1 + np.tanh(inner))
+
+
+def gelu_slope(z, step=1e-6):
+    return (gelu(z + step) - gelu(z - step)) / (2 * step)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def unit(z):
+    return z / np.sqrt(z @ z + 1e-6)
+
+
+class Memory:
+    """One memory of one head: M(z) = z + U gelu(V z), its anchor and its own token clock."""
+
+    def __init__(self, initial, head, chunk):
+        self.V, self.U = (np.asarray(initial[n][head], np.float64) for n in ("inner", "outer"))
+        self.SV, self.SU = np.zeros_like(self.V), np.zeros_like(self.U)
+        self.chunk, self.count = chunk, 0
+        self.anchor = (self.V, self.U)
+
+    def at_anchor(self, z):
+        V, U = self.anchor
+        return z + U @ gelu(V @ z)
+
+    def now(self, z):
+        return z + self.U @ gelu(self.V @ z)
+
+    def write(self, k, v, rate, keep, momentum, config):
+        V, U = self.anchor
+        p = V @ k
+        h = gelu(p)
+        target = self.at_anchor(v) if config.values == "self" else v
+        error = -target if config.objective == "dot" else k + U @ h - target
+        if config.dgd == "functional":
+            error = error + U @ h
+        if config.inner_clip is not None:
+            error = error * min(1.0, config.inner_clip / np.sqrt(error @ error + 1e-12))
+        inner_error = (U.T @ error) * gelu_slope(p)
+        for name, x, e in (("V", k, inner_error), ("U", h, error)):
+            erase = 0.0
+            if config.dgd == "layerwise" or (config.dgd == "input_only" and name == "V"):
+                implicit = config.erase == "implicit"
+                erase = rate / (1 + rate * x @ x if implicit else max(1, rate * x @ x))
+            velocity = momentum * getattr(self, "S" + name) - rate * np.outer(e, x)
+            weight = getattr(self, name)
+            weight = keep * weight - erase * np.outer(weight @ x, x) + velocity
+            setattr(self, "S" + name, velocity)
+            setattr(self, name, weight)
+        self.count += 1
+        if self.count % self.chunk == 0:
+            self.anchor = (self.V, self.U)
+
+
+def numpy_loop(config, params, x):
+    queried, others = config.chunk_sizes
+    length = x.queries.shape[0]
+    out = np.zeros(x.queries.shape)
+    given = jax.tree.map(lambda a: np.asarray(a, np.float64), x)
+    read = {n: np.asarray(v, np.float64) for n, v in params["readout"].items()}
+    for head in range(config.heads):
+        memories = {
+            name: Memory(params[name], head, queried if name == "memory" else others)
+            for name in config.memories
+        }
+        for t in range(length):
+            z, zv, q = (
+                given.key_inputs[t, head],
+                given.value_inputs[t, head],
+                given.queries[t, head],
+            )
+            k, v = unit(memories["key"].at_anchor(z)), memories["value"].at_anchor(zv)
+            rate = sigmoid(
+                read["rate"][head] @ memories["rate"].at_anchor(z) + read["rate_bias"][head]
+            )
+            keep = sigmoid(
+                read["keep"][head] @ memories["keep"].at_anchor(z) + read["keep_bias"][head]
+            )
+            momentum = sigmoid(given.momentum_logits[t, head]) if config.momentum else 0.0
+            q = unit(memories["query"].at_anchor(q) if config.adaptive_query else q)
+            main = memories["memory"]
+            if config.read == "anchor":
+                out[t, head] = main.at_anchor(q)
+            elif config.read == "running_prev":
+                out[t, head] = main.now(q)
+            for memory in memories.values():
+                memory.write(k, v, config.max_rate * rate, keep, momentum, config)
+            if config.read == "running":
+                out[t, head] = main.now(q)
+    return out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_token_loop(x64, variant):
+    config, params, x = make(variant)
+    level = self_modifying(config)
+    y, _ = jax.jit(lambda p, x: levels.run(level, p, level.init(p), x))(params, x)
+    np.testing.assert_allclose(y, numpy_loop(config, params, x), atol=2e-9)
+
+
+@pytest.mark.parametrize("variant", ["default", "slow memory", "slow projections", "anchor"])
+def test_any_split_equals_one_call(x64, variant):
+    config, params, x = make(variant)
+    level = self_modifying(config)
+    whole, _ = levels.run(level, params, level.init(params), x)
+    carry, pieces = levels.start(level, params, x), []
+    step = jax.jit(lambda carry, x: levels.run(level, params, carry, x))
+    bounds = [0, 1, 4, 9, 16]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        y, carry = step(carry, jax.tree.map(lambda a: a[first:last], x))  # noqa: B023
+        pieces.append(y)
+    np.testing.assert_allclose(jnp.concatenate(pieces), whole, atol=1e-10)
+
+
+def test_causal_and_isolated_exactly():
+    config, params, x = make("default")
+    x = jax.tree.map(lambda a: a.astype(jnp.float32), x)
+    level = self_modifying(config)
+    run = jax.jit(
+        jax.vmap(lambda x: levels.run(level, params, level.init(params), x)[0], axis_size=2)
+    )
+    batch = jax.tree.map(lambda a: jnp.stack([a, a + 1]), x)
+    base = run(batch)
+    changed = jax.tree.map(lambda a: a.at[1, 9:].add(1.0), batch)
+    after = run(changed)
+    assert bool(jnp.all(after[0] == base[0])) and bool(jnp.all(after[1, :9] == base[1, :9]))
+    assert float(jnp.max(jnp.abs(after[1, 9:] - base[1, 9:]))) > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["default", "no momentum", "anchor"])
+def test_outer_gradient_of_every_initial_state(x64, variant):
+    """Non-zero for each of the five memories and equal to finite differences (spec H 37)."""
+    config, params, x = make(variant)
+    level = self_modifying(config)
+
+    @jax.jit
+    def loss(params):
+        y, _ = levels.run(level, params, level.init(params), x)
+        return jnp.sum(jnp.sin(3 * y))
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    rng = np.random.default_rng(1)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        name = jax.tree_util.keystr(path)
+        assert float(jnp.max(jnp.abs(leaf))) > 1e-7, name
+        direction = jnp.asarray(rng.normal(size=leaf.shape))
+
+        def moved(step, path=path, direction=direction):
+            return jax.tree_util.tree_map_with_path(
+                lambda p, a: a + step * direction if p == path else a, params
+            )
+
+        numeric = (loss(moved(1e-6)) - loss(moved(-1e-6))) / 2e-6
+        np.testing.assert_allclose(
+            numeric, jnp.sum(leaf * direction), rtol=2e-5, atol=1e-7, err_msg=name
+        )
+
+
+def test_no_rate_and_full_keep_leave_the_memories_as_they_were(x64):
+    """Spec H 16: the read is then that of the initial memory."""
+    config, params, x = make("R3")
+    params["readout"]["rate_bias"] = jnp.full((2,), -800.0)
+    params["readout"]["keep_bias"] = jnp.full((2,), 800.0)
+    level = self_modifying(config)
+    start = level.init(params)
+    y, carry = levels.run(level, params, start, x)
+    q = x.queries / jnp.sqrt(jnp.sum(x.queries**2, -1, keepdims=True) + 1e-6)
+    initial = params["memory"]
+    h = jax.nn.gelu(jnp.einsum("hfd,thd->thf", initial["inner"], q))
+    np.testing.assert_allclose(y, q + jnp.einsum("hdf,thf->thd", initial["outer"], h), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"read": "later"}, "read='later' is not one of"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 16, "projection_chunk_size": 6}, "one must divide the other"),
+    ],
+)
+def test_bad_config_says_what(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(BASE, **change)
