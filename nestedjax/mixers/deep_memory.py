@@ -107,7 +107,7 @@ def write_chunk(
         queries=inner_queries,
         read=rule.read,
     )
-    if inner_queries is not None:
+    if stacked.reads is not None:
         seen = stacked.reads.reshape(heads, -1, n, f)
         outer_queries = activation(jnp.moveaxis(seen, 2, 1))
     rate, keep = chunk.rate[:, None], chunk.keep[:, None]
@@ -123,7 +123,7 @@ def write_chunk(
         queries=outer_queries,
         read=rule.read,
     )
-    if outer_queries is not None:
+    if queries is not None and outer.reads is not None:
         reads = queries[:, None] + outer.reads
     inner_shape = weights.inner.shape
     return (

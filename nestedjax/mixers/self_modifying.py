@@ -181,11 +181,13 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
         checkpoint(lambda params, state, x: _remember(state, x, config)),
     )
     both = flow(projections, memory)
+    assert both.advance is not None
+    advance = both.advance
     return both._replace(
         name="self_modifying",
         init=lambda params: both.init((params, params)),
         step=lambda params, state, x: both.step((params, params), state, x),
-        advance=lambda params, *rest, **options: both.advance((params, params), *rest, **options),
+        advance=lambda params, *rest, **options: advance((params, params), *rest, **options),
     )
 
 
@@ -248,4 +250,5 @@ def _remember(weights, x: Generated, config):
     x = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
     chunk = Written(x.keys, x.values, x.rate, x.keep, x.momentum)
     weights, reads = write_chunk(weights, chunk, _rule(config), queries=x.queries)
+    assert reads is not None
     return weights, jnp.swapaxes(reads[:, 0], 0, 1)

@@ -1,5 +1,6 @@
 """The public face of the delta rule: validates, picks an implementation, casts back."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -138,5 +139,6 @@ def _prepare(x, error, gates, initial, initial_momentum, queries) -> Operands:
         if initial_momentum is None:
             initial_momentum = jnp.zeros_like(initial)
         initial_momentum = jnp.broadcast_to(initial_momentum, (*batch, m, n))
-    arrays = (x, error, *gates, initial, initial_momentum, queries)
-    return Operands(*(None if array is None else array.astype(dtype) for array in arrays))
+    rate, keep, erase, momentum = gates
+    operands = Operands(x, error, rate, keep, erase, momentum, initial, initial_momentum, queries)
+    return jax.tree.map(lambda array: array.astype(dtype), operands)

@@ -91,7 +91,7 @@ def _from_start(rows, operands: Operands, tables: Tables, *, before: bool):
         scale = tables.keep_start
         scale = _before(scale, axis=scale.ndim - 1, first=1.0) if before else scale
         out = scale[..., None] * out
-    if tables.carried is not None:
+    if tables.carried is not None and operands.initial_momentum is not None:
         scale = tables.carried
         scale = _before(scale, axis=scale.ndim - 1) if before else scale
         velocity = jnp.swapaxes(operands.initial_momentum, -1, -2)
@@ -194,7 +194,8 @@ def delta_rule_xla(operands: Operands, *, read: str, chunk_size: int) -> DeltaOu
         )
         out = delta_chunk_xla(_with_states(rest, carry), read=read)
         carry = (out.final, out.final_momentum)
-        pieces.append(out.reads)
+        if out.reads is not None:
+            pieces.append(out.reads)
     if read == "anchor" and queries is not None:
         reads = queries @ jnp.swapaxes(start, -1, -2)
     elif queries is None:
