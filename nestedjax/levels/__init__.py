@@ -2,25 +2,33 @@
 
 from nestedjax.levels.adapt import Adaptation, Adapting, adapt, adaptive_level
 from nestedjax.levels.compose import chain, flow, parallel
+from nestedjax.levels.describe import HasBoxes, describe, table
 from nestedjax.levels.level import Level, read_write
 from nestedjax.levels.nested import nested
+from nestedjax.levels.order import TRANSFERS, Box, order
 from nestedjax.levels.run import Carry, batch_axes, reset, run, start, stream
 
 __all__ = [
+    "TRANSFERS",
     "Adaptation",
     "Adapting",
+    "Box",
     "Carry",
+    "HasBoxes",
     "Level",
     "adapt",
     "adaptive_level",
     "batch_axes",
     "chain",
+    "describe",
     "flow",
     "nested",
+    "order",
     "parallel",
     "read_write",
     "reset",
     "run",
     "start",
     "stream",
+    "table",
 ]

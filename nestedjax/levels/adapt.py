@@ -188,7 +188,7 @@ def adaptive_level(
         fast, carry = init_fast(params), init_carry(params)
         nothing = jax.tree.map(lambda like: jnp.zeros((period, *like.shape), like.dtype), token)
         optimizer = learner.transformation(params).init(fast)
-        return Adapting(fast, optimizer, carry, carry, nothing, jnp.zeros((), bool))
+        return Adapting(fast, optimizer, carry, carry, nothing, jnp.asarray(False))
 
     @jax.checkpoint
     def step(params: PyTree, state: Adapting, x: PyTree) -> tuple[Adapting, PyTree]:
@@ -203,7 +203,8 @@ def adaptive_level(
             (state.fast, state.optimizer),
         )
         y, carry = forward(params, fast, state.carry, x)
-        return Adapting(fast, optimizer, carry, state.carry, x, jnp.ones((), bool)), y
+        # Not a constant: under vmap in Explicit mode it takes its sharding from the state.
+        return Adapting(fast, optimizer, carry, state.carry, x, state.started | True), y
 
     level = Level(name, period, init, step)
 
@@ -283,7 +284,7 @@ def _run_known_labels(level, learner, params, state, x, resets):
     tokens = jax.tree.map(lambda leaf: leaf[-1], grid)
     y, carry = jax.checkpoint(learner.forward)(params, fast, anchor, tokens)
     outputs.append(y)
-    state = Adapting(fast, optimizer, carry, anchor, tokens, jnp.ones((), bool))
+    state = Adapting(fast, optimizer, carry, anchor, tokens, state.started | True)
     rest = jax.tree.map(lambda leaf: leaf[whole * period :], x)
     flags = None if resets is None else resets[whole * period :]
     y, carry = run(level, params, state, rest, reset=flags)

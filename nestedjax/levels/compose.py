@@ -8,6 +8,9 @@ import jax
 from nestedjax.levels.level import Level, PyTree
 from nestedjax.levels.run import Carry, advance_position, run, run_some, scan_whole, token_count
 
+# For `describe`: each part needs what the one before it says.
+_SEQUENCE = {"flow": "sequence"}
+
 
 def chain(*levels: Level, name: str = "chain") -> Level:
     """Levels one after the other, the fastest first: each reads the output of the one before it.
@@ -158,7 +161,7 @@ def _sequence(levels: tuple[Level, ...], order: list[int], name: str) -> Level:
             carries.append(carry)
         return x, Carry(tuple(carries), None, position)
 
-    return Level(name, _longest(levels), init, step, advance=advance, parts=parts)
+    return Level(name, _longest(levels), init, step, advance=advance, parts=parts, about=_SEQUENCE)
 
 
 def _feed(level, params, state, x, reset, valid):

@@ -100,7 +100,7 @@ def nested(
 
     plain = Level(name, slow.period, init, step)
     system = _Nested(slow.period, plain, fast, slow, reinit, pick_fast, pick_slow)
-    return plain._replace(advance=advance, parts=levels)
+    return plain._replace(advance=advance, parts=levels, about={"flow": "sequence"})
 
 
 class _Nested(NamedTuple):

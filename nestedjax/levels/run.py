@@ -277,16 +277,15 @@ def _run_fresh(system, params, state, x, resets):
     period, length = system.period, token_count(x)
     whole, rest = divmod(length, period)
     grid, tail = _cut(x, whole * period)
-    grid = _fold(grid, period)
     begins = None if resets is None else jnp.asarray(resets)[::period]
     outputs = []
     if whole == 1:  # nothing to loop over
         state = _renew(system, params, state, None if begins is None else begins[0])
-        state, y = system.step(params, state, jax.tree.map(lambda leaf: leaf[0], grid))
+        state, y = system.step(params, state, grid)
         outputs.append(y)
     elif whole:
         flags = None if begins is None else begins[:whole]
-        state, y = _scan_periods(system, params, state, grid, flags)
+        state, y = _scan_periods(system, params, state, _fold(grid, period), flags)
         outputs.append(y)
     pending = jax.tree.map(lambda leaf: _pad(leaf, period), tail)
     if rest:

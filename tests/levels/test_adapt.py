@@ -103,6 +103,23 @@ def test_adaptive_level_equals_any_split(lax_promotion, cuts, tx):
     assert kind(carry) == kind(end)
 
 
+@pytest.mark.parametrize("cuts", [[], [4], [3, 9], range(1, 14)])
+def test_adaptive_level_inside_a_composition(cuts):
+    """As the slow level of a pair, and beside another level of another period."""
+    params, tokens = make_model(np.random.default_rng(0)), make_tokens(14)
+    same = levels.read_write("same", None, init=lambda p: (), read=lambda p, s, x: x)
+    pair = levels.nested(same, make_level(), lambda params, state: ())
+    longer = make_level()._replace(name="other")
+    system = levels.parallel(pair, longer)
+    params = {"nested": {"same": None, "model": params}, "other": params}
+    carry, outputs = levels.start(system, params, tokens), []
+    for piece in np.split(tokens, cuts):
+        y, carry = levels.run(system, params, carry, piece)
+        outputs.append(y)
+    expected = 2 * oracle(params["other"], tokens)
+    np.testing.assert_allclose(np.concatenate(outputs), expected, atol=2e-5)
+
+
 def test_adaptive_level_starts_anew_at_a_reset():
     params = make_model(np.random.default_rng(0))
     level, tokens = make_level(), make_tokens(17)

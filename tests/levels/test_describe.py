@@ -1,0 +1,207 @@
+"""The order of boxes and the worked decompositions of specification A7."""
+
+import json
+from fractions import Fraction
+from math import inf
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nestedjax import levels
+from nestedjax.levels import Box
+
+WEIGHTS = jnp.zeros((4, 3))
+
+
+def names(boxes):
+    """Names by level, slow to fast, from described boxes."""
+    grouped = {}
+    for box in boxes:
+        grouped.setdefault(box.level, set()).add(box.name)
+    assert sorted(grouped) == list(range(len(grouped)))
+    return [grouped[level] for level in sorted(grouped)]
+
+
+def linear_attention():
+    return levels.read_write(
+        "attention",
+        1,
+        init=lambda params: jnp.zeros((3, 3)),
+        read=lambda params, state, x: x @ state.T,
+        write=lambda params, state, x: state + x.T @ x,
+        about={"objective": "dot", "rule": "gradient"},
+    )
+
+
+def test_order_of_frequencies():
+    """Oracle 53."""
+    boxes = [
+        Box("projections", None),
+        Box("memory", Fraction(16)),
+        Box("cms slow", 512),
+        Box("attention", 0),
+        Box("cms fast", Fraction(31, 2)),
+    ]
+    for listing in (boxes, boxes[::-1]):
+        found = [{box.name for box in level} for level in levels.order(listing)]
+        assert found == [{"projections"}, {"cms slow"}, {"memory"}, {"cms fast"}, {"attention"}]
+    assert [box.frequency for box in boxes] == [
+        0,
+        Fraction(1, 16),
+        Fraction(1, 512),
+        inf,
+        Fraction(2, 31),
+    ]
+
+
+def test_order_at_equal_frequency():
+    boxes = [Box(name, 8) for name in "abcd"] + [Box("e", 2)]
+    layers = levels.order(boxes, {"a": ["b", "e"], "b": ["c"], "d": ["c"], "e": ["a"]})
+    assert [{box.name for box in layer} for layer in layers] == [{"a"}, {"b", "d"}, {"c"}, {"e"}]
+
+
+def test_a_circle_at_equal_frequency_is_refused():
+    boxes = [Box(name, 8) for name in "abc"] + [Box("d", 4)]
+    with pytest.raises(ValueError, match="circle: 'a' needs 'b' needs 'c' needs 'a'"):
+        levels.order(boxes, {"a": ["b"], "b": ["c"], "c": ["a"]})
+    levels.order(boxes, {"a": ["d"], "d": ["a"]})  # different frequencies: no circle
+    with pytest.raises(ValueError, match="'z'"):
+        levels.order(boxes, {"a": ["z"]})
+    with pytest.raises(ValueError, match="different names"):
+        levels.order([*boxes, Box("a", 1)])
+
+
+def test_sgd_on_a_linear_layer_is_one_level():
+    boxes = levels.describe((), optax.sgd(0.1).init(WEIGHTS), params=WEIGHTS, step_tokens=64)
+    assert names(boxes) == [{"parameters"}]
+    assert (boxes[0].parameters, boxes[0].state_bytes, boxes[0].period) == (12, 48, 64)
+
+
+def test_sgd_with_momentum_is_two_levels():
+    state = optax.sgd(0.1, momentum=0.9).init(WEIGHTS)
+    boxes = levels.describe((), state, params=WEIGHTS, step_tokens=64)
+    assert names(boxes) == [{"parameters"}, {"momentum"}]
+    assert boxes[1].parameters == 12 and boxes[1].transfer == "gen_context"
+
+
+def test_linear_attention_trained_by_sgd():
+    level = linear_attention()
+    boxes = levels.describe(level, optax.sgd(0.1).init(WEIGHTS), params=WEIGHTS, step_tokens=64)
+    assert names(boxes) == [{"parameters"}, {"attention"}]
+    assert boxes[1].state_bytes == 36 and boxes[1].objective == "dot"
+    state = optax.sgd(0.1, momentum=0.9).init(WEIGHTS)
+    boxes = levels.describe(level, state, params=WEIGHTS, step_tokens=64)
+    assert names(boxes) == [{"parameters"}, {"momentum"}, {"attention"}]
+
+
+def test_the_moments_of_adamw_share_a_level():
+    state = jax.eval_shape(optax.adamw(1e-3).init, WEIGHTS)  # shapes suffice
+    boxes = levels.describe((), state, params=WEIGHTS)
+    assert names(boxes) == [{"parameters"}, {"first moment", "second moment"}]
+
+
+def test_transformer_is_frozen_projections_and_attention():
+    boxes = [
+        Box("attention", 0, objective="kernel regression", transfer="nonparam"),
+        Box("projections and MLP", None, parameters=100),
+    ]
+    assert names(levels.describe(boxes)) == [{"projections and MLP"}, {"attention"}]
+    trained = levels.describe(boxes, optax.adamw(1e-3).init(WEIGHTS), step_tokens=2048)
+    assert names(trained)[0] == {"projections and MLP"}
+    assert trained[0].period == 2048 and len(names(trained)) == 3
+
+
+def test_adatransformer():
+    """Equation 69: attention, then a fast matrix whose start is learned."""
+    fast = levels.read_write(
+        "W",
+        1,
+        init=lambda params: params,
+        read=lambda params, state, x: x @ state.T,
+        write=lambda params, state, x: state + x.T @ x,
+        about={"transfer": "init"},
+    )
+    described = levels.describe(fast, params=jnp.zeros((3, 3)))
+    boxes = levels.describe([Box("attention", 0), Box("projections", None), *described])
+    assert names(boxes) == [{"projections"}, {"W"}, {"attention"}]
+    assert boxes[1].transfer == "init" and boxes[1].parameters == 9
+
+
+def test_other_optimizers():
+    params = {"a": WEIGHTS, "b": WEIGHTS}
+    tx = optax.partition(
+        {"fast": optax.sgd(0.1, momentum=0.9), "slow": optax.adam(0.1)}, {"a": "fast", "b": "slow"}
+    )
+    tokens = {"": 1, "fast": 16, "slow": 64}
+    boxes = levels.describe((), tx.init(params), params=params, step_tokens=tokens)
+    assert {box.name: box.period for box in boxes} == {
+        "parameters": 1,
+        "fast momentum": 16,
+        "slow first moment": 64,
+        "slow second moment": 64,
+    }
+    assert [box.parameters for box in boxes if box.name == "fast momentum"] == [12]
+    tx = optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 4)
+    boxes = levels.describe((), tx.init(WEIGHTS), params=WEIGHTS)
+    assert names(boxes) == [{"parameters"}, {"momentum"}, {"gradient accumulator"}]
+    tx = optax.chain(optax.trace(0.9), optax.trace(0.5), optax.scale_by_lbfgs())
+    found = {box.name for box in levels.describe((), tx.init(WEIGHTS))}
+    assert found == {"momentum", "momentum 2", "state of ScaleByLBFGSState"}
+
+
+def test_a_composition_describes_its_parts():
+    system = levels.chain(
+        linear_attention()._replace(name="slow", period=16),
+        levels.chain(
+            linear_attention()._replace(name="first", period=4),
+            linear_attention()._replace(name="second", period=4),
+            name="inner",
+        ),
+    )
+    params = {"slow": None, "inner": (None, None)}
+    boxes = levels.describe(system, params=params)
+    assert names(boxes) == [{"slow"}, {"inner/second"}, {"inner/first"}]
+
+    class Model:
+        def boxes(self):
+            return boxes
+
+    assert levels.describe(Model()) == boxes
+
+
+def test_rows_and_table():
+    boxes = levels.describe(
+        [
+            Box("memory", 16, 1234, 4936, "l2", "delta", "param"),
+            Box("frozen", None, 7),
+            Box("cms", Fraction(31, 2)),
+            Box("attention", 0, transfer="nonparam"),
+        ]
+    )
+    text = levels.table(boxes).splitlines()
+    assert text[0].split("  ")[0] == "name" and text[0].endswith("transfer")
+    assert [line.split()[0] for line in text[2:]] == ["frozen", "memory", "cms", "attention"]
+    assert text[3].split() == ["memory", "16", "1/16", "1,234", "4,936", "l2", "delta", "param"]
+    assert text[5].split() == ["attention", "0", "inf", "0", "0", "nonparam"]
+    rows = json.loads(json.dumps([box.row() for box in boxes]))
+    assert rows[1]["period"] == 16 and rows[2]["period"] == "31/2" and rows[0]["period"] is None
+    assert [row["level"] for row in rows] == [0, 1, 2, 3]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="negative period -1"):
+        Box("a", -1)
+    with pytest.raises(ValueError, match="'magic' is not among"):
+        Box("a", 1, transfer="magic")
+
+
+def test_parts_written_per_token():
+    """Oracle 50: parameters written per token = sum of P / C."""
+    boxes = [Box("a", 16, 96), Box("b", 64, 96), Box("c", None, 1000)]
+    assert sum(box.parameters * box.frequency for box in boxes) == Fraction(96, 16) + Fraction(
+        96, 64
+    )
+    assert np.isinf(Box("attention", 0).frequency)
