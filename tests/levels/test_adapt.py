@@ -77,7 +77,7 @@ def make_tokens(length, seed=1):
     return np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 6, 7, 12, 14])
+@pytest.mark.parametrize("length", [1, 3, 4, 6, 14])
 def test_adaptive_level_equals_ticks(length):
     params = make_model(np.random.default_rng(0))
     level, tokens = make_level(), make_tokens(length)
@@ -86,9 +86,8 @@ def test_adaptive_level_equals_ticks(length):
     assert int(carry.position) == length
 
 
-@pytest.mark.parametrize("cuts", [range(1, 14), [4], [3, 9], [7, 8, 12]])
-@pytest.mark.parametrize("tx", ["sgd", "adam"])
-def test_adaptive_level_equals_any_split(lax_promotion, cuts, tx):
+@pytest.mark.parametrize("tx,cuts", [("sgd", range(1, 14)), ("sgd", [3, 9]), ("adam", [7, 8, 12])])
+def test_adaptive_level_equals_any_split(lax_promotion, tx, cuts):
     params = make_model(np.random.default_rng(0))
     level, tokens = make_level(None if tx == "sgd" else optax.adam(0.1)), make_tokens(14)
     y, end = levels.run(level, params, level.init(params), tokens)
@@ -103,7 +102,7 @@ def test_adaptive_level_equals_any_split(lax_promotion, cuts, tx):
     assert kind(carry) == kind(end)
 
 
-@pytest.mark.parametrize("cuts", [[], [4], [3, 9], range(1, 14)])
+@pytest.mark.parametrize("cuts", [[4], range(1, 14)])
 def test_adaptive_level_inside_a_composition(cuts):
     """As the slow level of a pair, and beside another level of another period."""
     params, tokens = make_model(np.random.default_rng(0)), make_tokens(14)
@@ -113,8 +112,9 @@ def test_adaptive_level_inside_a_composition(cuts):
     system = levels.parallel(pair, longer)
     params = {"nested": {"same": None, "model": params}, "other": params}
     carry, outputs = levels.start(system, params, tokens), []
+    run = jax.jit(lambda carry, x: levels.run(system, params, carry, x))
     for piece in np.split(tokens, cuts):
-        y, carry = levels.run(system, params, carry, piece)
+        y, carry = run(carry, piece)
         outputs.append(y)
     expected = 2 * oracle(params["other"], tokens)
     np.testing.assert_allclose(np.concatenate(outputs), expected, atol=2e-5)

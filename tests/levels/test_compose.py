@@ -29,7 +29,7 @@ def assert_same(a, b, atol=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
-SPLITS = [range(1, 29), [5, 6, 20], [28], [8, 16]]
+SPLITS = [range(1, 29), [5, 6, 14]]
 
 
 @pytest.mark.parametrize("cuts", SPLITS)
@@ -113,7 +113,7 @@ def tick_nested(params, x, fast_period=2, slow_period=8):
     return np.stack(outputs), fast, slow
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 29, 32])
+@pytest.mark.parametrize("length", [7, 8, 29])
 def test_nested_equals_ticks(length):
     system, params, x = make_nested(), nested_params(), tokens(length)
     y, carry = levels.run(system, params, system.init(params), x)
@@ -125,7 +125,7 @@ def test_nested_equals_ticks(length):
 
 
 @pytest.mark.parametrize("cuts", SPLITS)
-@pytest.mark.parametrize("periods", [(2, 8), (1, 4), (4, 4)])
+@pytest.mark.parametrize("periods", [(2, 8), (4, 4)])
 def test_nested_equals_any_split(cuts, periods):
     system, params, x = make_nested(*periods), nested_params(), tokens(29)
     y, end = levels.run(system, params, system.init(params), x)
@@ -138,7 +138,7 @@ def test_nested_equals_any_split(cuts, periods):
     assert_same(same, carry, atol=0)
 
 
-@pytest.mark.parametrize("cuts", [[], [11, 12], range(1, 29)])
+@pytest.mark.parametrize("cuts", [[11, 12], range(1, 29)])
 def test_nested_starts_anew_at_a_reset(cuts):
     system, params, x = make_nested(), nested_params(), tokens(29)
     where = np.arange(29) == 16
@@ -191,7 +191,7 @@ def test_compositions_compose(x64, cuts):
     assert_same(levels.reset(system, params, carry, np.array(True)), fresh, atol=0)
 
 
-@pytest.mark.parametrize("cuts", [[], [3, 4, 17]])
+@pytest.mark.parametrize("cuts", [[], [3, 17]])
 def test_gradients_through_nested_equal_finite_differences(x64, cuts):
     system, params, x = make_nested(), nested_params(np.float64), tokens(29, dtype=np.float64)
 
