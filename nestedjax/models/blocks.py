@@ -1,0 +1,88 @@
+"""Stacked blocks: one module whose weights carry a leading layer axis, scanned over the layers.
+
+A block is a module with two halves, `mix` (the sequence mixer, with state) and `feed` (what acts on
+each token alone), each with its residual inside:
+
+    init_state(batch) -> state
+    mix(x[B, T, d], state or None, *, resets) -> (x, state)
+    feed(x[B, T, d]) -> x
+
+and `names`, what a probe calls the two. Compile time does not grow with depth.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+PyTree = Any
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """`layers` independently drawn blocks as one module, with "layers" as each weight's first axis.
+
+    Args:
+      make: builds one block from the random streams.
+      layers: how many.
+      rngs: where the blocks draw their weights.
+    """
+    blocks = [make(rngs) for _ in range(layers)]
+    graphdef, _ = nnx.split(blocks[0])
+
+    def join(*weights: nnx.Param) -> nnx.Param:
+        value = jnp.stack([weight[...] for weight in weights])
+        return nnx.Param(value, axes=("layers", *weights[0].get_metadata("axes")))
+
+    states = [nnx.state(block) for block in blocks]
+    stacked = jax.tree.map(join, *states, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return nnx.merge(graphdef, stacked)
+
+
+def init_states(blocks: nnx.Module, batch: int) -> PyTree:
+    """The state of every block for `batch` sequences, leaves [layers, batch, ...]."""
+    graphdef, params = nnx.split(blocks)
+    return jax.vmap(lambda weights: nnx.merge(graphdef, weights).init_state(batch))(params)
+
+
+def scan_blocks(
+    blocks: nnx.Module,
+    x: Float[Array, "B T d"],
+    states: PyTree,
+    *,
+    resets: Bool[Array, "B T"] | None,
+    remat: str,
+    probe: bool = False,
+) -> tuple[Float[Array, "B T d"], PyTree]:
+    """Run every block in turn.
+
+    Args:
+      blocks: a module made by `stack`.
+      x: activations.
+      states: stacked block states, or None for a fresh context.
+      resets: True at the first token of a new document.
+      remat: "none", "full" (recompute all but the block inputs) or "dots" (keep matrix products).
+      probe: return the two halves' outputs of every layer in place of the states.
+
+    Returns:
+      The activations and the stacked states after the T tokens.
+    """
+    graphdef, params = nnx.split(blocks)
+
+    def body(x: Array, layer: tuple[PyTree, PyTree]) -> tuple[Array, PyTree]:
+        weights, state = layer
+        block = nnx.merge(graphdef, weights)
+        mixed, state = block.mix(x, state, resets=resets)
+        x = block.feed(mixed)
+        return x, (mixed, x) if probe else state
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (params, states))

@@ -1,0 +1,42 @@
+"""From a preset's name or a configuration to a model."""
+
+from typing import Any
+
+from flax import nnx
+
+from nestedjax.models.config import TransformerConfig
+from nestedjax.models.language_model import LanguageModel
+from nestedjax.models.presets import PRESETS
+from nestedjax.models.transformer import TransformerBlock
+
+BLOCKS = {TransformerConfig: TransformerBlock}
+
+
+def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel:
+    """Build a model.
+
+    Args:
+      preset: a name in `PRESETS`, or a model configuration.
+      rngs: where the weights are drawn.
+
+    Returns:
+      The model; abstract (nothing allocated) under `nnx.eval_shape`.
+
+    Raises:
+      ValueError: if there is no such preset, or no such kind of configuration.
+
+    Example:
+      >>> from flax import nnx
+      >>> from nestedjax import models
+      >>> models.build("transformer_nano", rngs=nnx.Rngs(0)).config.layers
+      2
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise ValueError(f"No preset {preset!r}; there are {', '.join(sorted(PRESETS))}.")
+        preset = PRESETS[preset]
+    block = BLOCKS.get(type(preset))
+    if block is None:
+        known = ", ".join(config.__name__ for config in BLOCKS)
+        raise ValueError(f"Cannot build {type(preset).__name__}; use a preset's name or {known}.")
+    return LanguageModel(preset, lambda streams: block(preset, rngs=streams), rngs=rngs)

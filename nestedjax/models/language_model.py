@@ -1,0 +1,110 @@
+"""A language model: embedding, stacked blocks, final norm, tied head."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from nestedjax.models.blocks import init_states, scan_blocks, stack
+from nestedjax.models.layers import Embed, RMSNorm
+
+PyTree = Any
+
+
+class LanguageModel(nnx.Module):
+    """Tokens to next-token logits, with a state that belongs to each sequence.
+
+    The module holds slow weights and static configuration; everything that a sequence changes is in
+    the state, a pytree of arrays [layers, batch, ...]. Feeding a sequence in any number of pieces
+    gives what feeding it whole gives. Without dropout, training and evaluation are one function.
+
+    Args:
+      config: a model configuration with `vocab, width, layers, dtype, remat`.
+      make_block: builds one block from the random streams.
+      rngs: where the weights are drawn.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from nestedjax import models
+      >>> model = models.build("transformer_nano", rngs=nnx.Rngs(0))
+      >>> tokens = jnp.zeros((1, 6), jnp.int32)
+      >>> whole, _ = model(tokens)
+      >>> first, state = model(tokens[:, :4])
+      >>> second, state = model(tokens[:, 4:], state)
+      >>> bool(jnp.allclose(whole, jnp.concatenate([first, second], 1), atol=1e-5))
+      True
+    """
+
+    def __init__(
+        self, config: Any, make_block: Callable[[nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.embed = Embed(config.vocab, config.width, dtype=config.dtype, rngs=rngs)
+        self.blocks = stack(make_block, config.layers, rngs=rngs)
+        self.norm = RMSNorm((config.width,), ("embed",), dtype=config.dtype)
+
+    def init_state(self, batch_size: int) -> PyTree:
+        """The state of `batch_size` sequences at the start of a context."""
+        return init_states(self.blocks, batch_size)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        state: PyTree = None,
+        *,
+        resets: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], PyTree]:
+        """Logits of the token after each of `tokens`.
+
+        Args:
+          tokens: int32 [B, T], any T >= 1.
+          state: from `init_state` or an earlier call; None at the start of a context, which is the
+            fastest path and gives the same values as `init_state`.
+          resets: True at the first token of a new document inside a packed sequence. For models
+            with memories it must stand on a boundary of the largest period.
+
+        Returns:
+          Logits [B, T, V] in at least float32, and the state after the T tokens.
+        """
+        hidden, state = self.hidden(tokens, state, resets=resets)
+        return self.embed.attend(hidden), state
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        state: PyTree = None,
+        *,
+        resets: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T d"], PyTree]:
+        """What `__call__` computes before the head: `logits = model.embed.attend(hidden)`."""
+        x = self.embed(tokens)
+        x, state = scan_blocks(self.blocks, x, state, resets=resets, remat=self.config.remat)
+        return self.norm(x), state
+
+    def probe(
+        self, tokens: Int[Array, "B T"], *, resets: Bool[Array, "B T"] | None = None
+    ) -> dict[str, Array]:
+        """Every named intermediate activation of a fresh context, in the order it is computed.
+
+        Keys are "embed", "blocks.0.memory", "blocks.0.cms", ..., "norm" and "logits".
+        """
+        x = self.embed(tokens)
+        found = {"embed": x}
+        x, halves = scan_blocks(
+            self.blocks, x, None, resets=resets, remat=self.config.remat, probe=True
+        )
+        for layer in range(self.config.layers):
+            for name, values in zip(self.blocks.names, halves, strict=True):
+                found[f"blocks.{layer}.{name}"] = values[layer]
+        found["norm"] = self.norm(x)
+        found["logits"] = self.embed.attend(found["norm"])
+        return found
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """How many slow parameters a model has; works on an abstract model (`nnx.eval_shape`)."""
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
