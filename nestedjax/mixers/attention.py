@@ -103,8 +103,9 @@ def _attend_in_blocks(queries, keys, values, reach, window):
     @jax.checkpoint
     def block(_, inputs):
         index, query, behind = inputs
-        near = [jax.lax.dynamic_slice_in_dim(x, index, 2 * window, 1) for x in (keys, values)]
-        return None, _attend(query, *near, behind)
+        near_keys = jax.lax.dynamic_slice_in_dim(keys, index, 2 * window, 1)
+        near_values = jax.lax.dynamic_slice_in_dim(values, index, 2 * window, 1)
+        return None, _attend(query, near_keys, near_values, behind)
 
     starts = jnp.arange(blocks, dtype=jnp.int32) * window
     _, outputs = jax.lax.scan(block, None, (starts, split(queries), split(reach)))

@@ -1,10 +1,9 @@
 """The attention half of a block: norm, projections, rotary sliding-window attention, residual."""
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from nestedjax.mixers.attention import AttentionState, attention, init_attention
+from nestedjax.mixers.attention import attention, init_attention
 from nestedjax.models.config import AttentionConfig
 from nestedjax.models.layers import CausalConv, Linear, RMSNorm, residual_scale
 
@@ -42,7 +41,7 @@ class AttentionLayer(nnx.Module):
         scale = residual_scale(layers)
         self.out = Linear(heads, (width,), back, dtype=dtype, rngs=rngs, scale=scale)
 
-    def init_state(self, batch: int) -> dict[str, AttentionState | jax.Array]:
+    def init_state(self, batch: int) -> dict:
         """The state at the start of a context."""
         state: dict = {
             "attention": init_attention(batch, self.config.context, *self.head_shape, self.dtype)

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 PyTree = Any
+Block = Any  # an nnx.Module with the three methods above
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -26,7 +27,7 @@ REMAT_POLICIES = {
 }
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make: Callable[[nnx.Rngs], Block], layers: int, *, rngs: nnx.Rngs) -> Block:
     """`layers` independently drawn blocks as one module, with "layers" as each weight's first axis.
 
     Args:
@@ -46,14 +47,14 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs
     return nnx.merge(graphdef, stacked)
 
 
-def init_states(blocks: nnx.Module, batch: int) -> PyTree:
+def init_states(blocks: Block, batch: int) -> PyTree:
     """The state of every block for `batch` sequences, leaves [layers, batch, ...]."""
     graphdef, params = nnx.split(blocks)
     return jax.vmap(lambda weights: nnx.merge(graphdef, weights).init_state(batch))(params)
 
 
 def scan_blocks(
-    blocks: nnx.Module,
+    blocks: Block,
     x: Float[Array, "B T d"],
     states: PyTree,
     *,

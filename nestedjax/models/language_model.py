@@ -1,13 +1,14 @@
 """A language model: embedding, stacked blocks, final norm, tied head."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from nestedjax.models.blocks import init_states, scan_blocks, stack
+from nestedjax.models.blocks import Block, init_states, scan_blocks, stack
 from nestedjax.models.layers import Embed, RMSNorm
 
 PyTree = Any
@@ -38,9 +39,7 @@ class LanguageModel(nnx.Module):
       True
     """
 
-    def __init__(
-        self, config: Any, make_block: Callable[[nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: Any, make_block: Callable[[nnx.Rngs], Block], *, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embed(config.vocab, config.width, dtype=config.dtype, rngs=rngs)
         self.blocks = stack(make_block, config.layers, rngs=rngs)

@@ -179,11 +179,10 @@ class MLP(nnx.Module):
     ):
         up, down = ("embed", "mlp"), ("mlp", "embed")
         self.wi = Linear((width,), (hidden,), up, dtype=dtype, rngs=rngs)
-        self.wg = None
-        if kind == "swiglu":
-            self.wg = Linear((width,), (hidden,), up, dtype=dtype, rngs=rngs)
-        elif kind != "gelu":
+        if kind not in ("gelu", "swiglu"):
             raise ValueError(f"mlp={kind!r}: use 'gelu' or 'swiglu'.")
+        gated = kind == "swiglu"
+        self.wg = Linear((width,), (hidden,), up, dtype=dtype, rngs=rngs) if gated else None
         self.wo = Linear((hidden,), (width,), down, dtype=dtype, rngs=rngs, scale=scale)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
