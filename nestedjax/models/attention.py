@@ -58,7 +58,8 @@ class AttentionLayer(nnx.Module):
         resets: Bool[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T d"], dict]:
         """Attend over T more tokens; state None at the start of a context."""
-        h, after = self.norm(x), {}
+        after: dict = {}
+        h = self.norm(x)
         if self.conv is not None:
             past = state["conv"] if state else self.conv.init_state(x.shape[0])
             h, after["conv"] = self.conv(h, past, resets=resets)

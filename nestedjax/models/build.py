@@ -4,12 +4,13 @@ from typing import Any
 
 from flax import nnx
 
-from nestedjax.models.config import TransformerConfig
+from nestedjax.models.config import HopeConfig, TransformerConfig
+from nestedjax.models.hope import HopeBlock
 from nestedjax.models.language_model import LanguageModel
 from nestedjax.models.presets import PRESETS
 from nestedjax.models.transformer import TransformerBlock
 
-BLOCKS = {TransformerConfig: TransformerBlock}
+BLOCKS = {TransformerConfig: TransformerBlock, HopeConfig: HopeBlock}
 
 
 def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel:

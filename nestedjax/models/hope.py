@@ -1,0 +1,147 @@
+"""HOPE: self-modifying Titans followed by a continuum memory (paper eq. 94-97, spec E)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from nestedjax import levels
+from nestedjax.mixers.self_modifying import Inputs, init_params, self_modifying
+from nestedjax.models.cms import ContinuumMemory
+from nestedjax.models.config import HopeConfig
+from nestedjax.models.layers import (
+    CausalConv,
+    Linear,
+    RMSNorm,
+    param,
+    residual_scale,
+    weight_dtype,
+)
+
+_AXES = {
+    "inner": ("heads", "hidden", "head_dim"),
+    "outer": ("heads", "head_dim", "hidden"),
+    "rate": ("heads", "head_dim"),
+    "keep": ("heads", "head_dim"),
+    "rate_bias": ("heads",),
+    "keep_bias": ("heads",),
+}
+
+
+class SelfModifyingLayer(nnx.Module):
+    """norm, convolution, slow projections, the self-modifying memory, gate, output projection.
+
+    With `config.literal` (one head as wide as the model, nothing projected but the query): x + o.
+
+    Args:
+      config: the model's configuration.
+      rngs: where the weights are drawn.
+    """
+
+    def __init__(self, config: HopeConfig, *, rngs: nnx.Rngs):
+        width, dtype, memory = config.width, config.dtype, config.memory
+        if memory.heads * memory.head_dim != width and config.literal:
+            raise ValueError(
+                f"the literal form needs heads * head_dim = width, got {memory.heads} *"
+                f" {memory.head_dim} and {width}"
+            )
+        heads, axes = (memory.heads, memory.head_dim), ("embed", "heads", "head_dim")
+        self.config, self.dtype = memory, dtype
+        self.norm = RMSNorm((width,), ("embed",), dtype=dtype)
+        self.conv = CausalConv(4, width, dtype=dtype)
+
+        def project(scale: float = 1.0) -> Linear:
+            # unit-variance maps: the memories expect inputs of order one
+            unit = scale / (0.02 * math.sqrt(width))
+            return Linear((width,), heads, axes, dtype=dtype, rngs=rngs, scale=unit)
+
+        self.query = project()
+        self.key = None if config.literal else project()
+        self.value = None if config.literal else project()
+        self.gate = None if config.literal else project()
+        momentum = Linear((width,), heads[:1], axes[:2], dtype=dtype, rngs=rngs)
+        self.momentum = momentum if memory.momentum else None
+        initial = init_params(rngs.params(), memory)
+        wide = weight_dtype(dtype)
+        self.memories = nnx.data(
+            {
+                name: {leaf: param(value.astype(wide), *_AXES[leaf]) for leaf, value in of.items()}
+                for name, of in initial.items()
+            }
+        )
+        back = ("heads", "head_dim", "embed")
+        scale = residual_scale(config.layers) / (0.02 * math.sqrt(width))
+        out = Linear(heads, (width,), back, dtype=dtype, rngs=rngs, scale=scale)
+        self.head_norm = None if config.literal else RMSNorm(heads, axes[1:], dtype=dtype)
+        self.out = None if config.literal else out
+
+    def params(self) -> dict:
+        """The slow parameters of the memory as plain arrays."""
+        return jax.tree.map(
+            lambda leaf: leaf[...], self.memories, is_leaf=lambda x: isinstance(x, nnx.Param)
+        )
+
+    def init_state(self, batch: int) -> dict:
+        """The state at the start of a context."""
+        level, params = self_modifying(self.config), self.params()
+        one = jnp.zeros((1, self.config.heads, self.config.head_dim), self.dtype)
+        logits = one[..., 0] if self.config.momentum else None
+        carry = levels.start(level, params, Inputs(one, one, one, logits))
+        many = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (batch, *a.shape)), carry)
+        return {"memory": many, "conv": self.conv.init_state(batch)}
+
+    def __call__(
+        self, x: Float[Array, "B T d"], state: dict | None, *, resets: Bool[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T d"], dict]:
+        """Read and write T more tokens; state None at the start of a context."""
+        h = self.norm(x)
+        past = state["conv"] if state else self.conv.init_state(x.shape[0])
+        u, conv = self.conv(h, past, resets=resets)
+        as_heads = u.reshape(*u.shape[:2], -1, self.config.head_dim) if self.key is None else u
+        inputs = Inputs(
+            self.query(u),
+            as_heads if self.key is None else self.key(u),
+            as_heads if self.value is None else self.value(u),
+            None if self.momentum is None else self.momentum(u),
+        )
+        level, params = self_modifying(self.config), self.params()
+
+        def one(carry, x, reset):
+            start = level.init(params) if carry is None else carry
+            return levels.run(level, params, start, x, reset=reset)
+
+        carry = state["memory"] if state else None
+        o, carry = jax.vmap(one)(carry, inputs, resets)
+        o = o.astype(x.dtype)
+        if self.out is None or self.head_norm is None or self.gate is None:
+            return x + o.reshape(x.shape), {"memory": carry, "conv": conv}
+        o = self.head_norm(o) * jax.nn.silu(self.gate(h))
+        return x + self.out(o), {"memory": carry, "conv": conv}
+
+
+class HopeBlock(nnx.Module):
+    """One block of HOPE: the self-modifying memory, then the continuum memory."""
+
+    names = ("memory", "cms")
+
+    def __init__(self, config: HopeConfig, *, rngs: nnx.Rngs):
+        self.memory = SelfModifyingLayer(config, rngs=rngs)
+        self.cms = ContinuumMemory(
+            config.cms, config.width, config.layers, dtype=config.dtype, rngs=rngs
+        )
+
+    def init_state(self, batch: int) -> dict:
+        """The state at the start of a context."""
+        return self.memory.init_state(batch)
+
+    def mix(
+        self, x: Float[Array, "B T d"], state: dict | None, *, resets: Bool[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T d"], dict]:
+        """The self-modifying memory over the sequence."""
+        return self.memory(x, state, resets=resets)
+
+    def feed(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
+        """The continuum memory on each token."""
+        return self.cms(x)
