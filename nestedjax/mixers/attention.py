@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.numerics import accumulation_dtype
+
 
 class AttentionState(NamedTuple):
     """What a sequence carries from call to call.
@@ -40,7 +42,7 @@ def rotary(
     Reference: Su et al., RoFormer (arXiv 2104.09864), in the half-split layout of Llama.
     """
     half = x.shape[-1] // 2
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulation_dtype(x)
     frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
     angle = position.astype(wide)[..., None] * frequency[None, None]
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
@@ -71,7 +73,7 @@ def positions(
 def _attend(queries, keys, values, reach):
     """Softmax over the keys at most `reach` [B, T] places behind each query; keys end with them."""
     length, total = queries.shape[1], keys.shape[1]
-    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    wide = accumulation_dtype(queries)
     scores = jnp.einsum("bthk,bshk->bhts", queries, keys, preferred_element_type=wide)
     query_index = jnp.arange(total - length, total, dtype=jnp.int32)
     distance = query_index[:, None] - jnp.arange(total, dtype=jnp.int32)[None]

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.numerics import accumulation_dtype
+
 INIT_STD = 0.02
 
 
 def weight_dtype(dtype: str) -> jnp.dtype:
     """The dtype in which weights and memories of a model computing in `dtype` are kept."""
-    return jnp.promote_types(jnp.dtype(dtype), jnp.float32)
+    return accumulation_dtype(jnp.dtype(dtype))
 
 
 def param(value: Array, *axes: str) -> nnx.Param:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestedjax.training.state import PyTree
+from pallas_kernels.numerics import accumulation_dtype
 
 
 class TrainingError(RuntimeError):
@@ -58,7 +59,7 @@ def locate_nonfinite(named_trees: Iterable[tuple[str, PyTree]]) -> Nonfinite | N
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             if not leaf.is_fully_addressable:  # no process sees the whole of it
                 return Nonfinite(name, where, float("nan"), ())
-            values = np.asarray(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+            values = np.asarray(leaf.astype(accumulation_dtype(leaf)))
             place = tuple(map(int, np.argwhere(~np.isfinite(values))[0]))
             return Nonfinite(name, where, float(values[place].real), place)
     return None

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from nestedjax.training.state import PyTree, TrainState
+from pallas_kernels.numerics import accumulation_dtype
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[..., tuple[jax.Array, tuple[Metrics, PyTree]]]
@@ -61,7 +62,7 @@ def loss_and_gradients(
 
     def scaled(tree, weight):
         def scale(x):
-            wide = jnp.promote_types(x.dtype, jnp.float32)
+            wide = accumulation_dtype(x)
             return x.astype(wide) * weight.astype(wide)
 
         return jax.tree.map(scale, tree)
