@@ -3,7 +3,7 @@
 from nestedjax.levels.adapt import Adaptation, Adapting, adapt, adaptive_level
 from nestedjax.levels.compose import chain, flow, parallel
 from nestedjax.levels.describe import HasBoxes, describe, table
-from nestedjax.levels.level import Level, read_write
+from nestedjax.levels.level import Level, due, read_write
 from nestedjax.levels.nested import nested
 from nestedjax.levels.order import TRANSFERS, Box, order
 from nestedjax.levels.run import Carry, batch_axes, reset, run, start, stream
@@ -21,6 +21,7 @@ __all__ = [
     "batch_axes",
     "chain",
     "describe",
+    "due",
     "flow",
     "nested",
     "order",

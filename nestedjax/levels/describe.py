@@ -178,7 +178,9 @@ def _optimizer_boxes(state: Any, label: str, step_tokens: Any) -> list[Box]:
     rest: list[PyTree] = []
     for field, value in zip(fields, state, strict=True):
         if field in _MEMORIES and _count(value):
-            boxes.append(_memory_box(front, period, value, *_MEMORIES[field]))
+            # Gradients are gathered at every step, whatever the period of the write.
+            often = _tokens_of(step_tokens, "") if field == "acc_grads" else period
+            boxes.append(_memory_box(front, often, value, *_MEMORIES[field]))
         elif _holds_states(value):
             boxes += _optimizer_boxes(value, label, step_tokens)
         elif _count(value) > len(jax.tree.leaves(value)):  # more than counters

@@ -97,3 +97,14 @@ def read_write(
         return jax.tree.map(lambda leaf: leaf[0], y)
 
     return Level(name, period, init, step, token=token, about=about)
+
+
+def due(position: jax.Array | int, period: int) -> jax.Array | bool:
+    """Whether the token at `position`, counted from 0, ends a period: the clock of every write.
+
+    Example:
+      >>> from nestedjax import levels
+      >>> [levels.due(position, 3) for position in range(6)]
+      [False, False, True, False, False, True]
+    """
+    return (position + 1) % period == 0

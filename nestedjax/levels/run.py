@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nestedjax.levels.level import Level, PyTree
+from nestedjax.levels.level import Level, PyTree, due
 
 
 class Carry(NamedTuple):
@@ -344,7 +344,7 @@ def _run_token(system, params, carry, x, resets):
         return system.step(params, state, tokens)[0], jax.tree.map(jnp.zeros_like, tokens)
 
     tokens = jax.tree.map(put, carry.pending, x)
-    full = count == period - 1
+    full = due(carry.position, period)
     state, pending = jax.lax.cond(full, write, lambda *held: held, state, tokens)
     y = jax.tree.map(lambda leaf: leaf[None], y)
     return y, Carry(state, pending, advance_position(carry.position, 1, resets))

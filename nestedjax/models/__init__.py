@@ -1,15 +1,21 @@
 """Language models: slow weights in flax modules, fast weights in plain state."""
 
 from nestedjax.models.build import build
-from nestedjax.models.config import AttentionConfig, TransformerConfig
+from nestedjax.models.config import AttentionConfig, CMSConfig, HopeConfig, TransformerConfig
 from nestedjax.models.language_model import LanguageModel, parameter_count
+from nestedjax.models.periods import labels, optimizer, periods
 from nestedjax.models.presets import PRESETS
 
 __all__ = [
     "PRESETS",
     "AttentionConfig",
+    "CMSConfig",
+    "HopeConfig",
     "LanguageModel",
     "TransformerConfig",
     "build",
+    "labels",
+    "optimizer",
     "parameter_count",
+    "periods",
 ]
