@@ -18,6 +18,7 @@ _MEMORIES = {
     "ema": ("average", "l2 to the update", "moving average"),
     "sum_of_squares": ("sum of squares", "dot with the squared gradient", "sum"),
     "acc_grads": ("gradient accumulator", "dot with the gradient", "mean of the steps"),
+    "start": ("start of the faster block", "loss of its context", "optimizer"),
 }
 _ACCUMULATOR = _MEMORIES["acc_grads"][0]
 
@@ -212,7 +213,8 @@ def _wire(memories: list[Box], learned: list[str], needs: dict) -> None:
 
 
 def _memory_box(front, period, value, what, objective, rule):
-    return Box(front + what, period, _count(value), _bytes(value), objective, rule, "gen_context")
+    transfer = "init" if what == _MEMORIES["start"][0] else "gen_context"
+    return Box(front + what, period, _count(value), _bytes(value), objective, rule, transfer)
 
 
 def _renamed(boxes: list[Box], taken: set[str]) -> list[Box]:

@@ -56,7 +56,7 @@ def labels(params: PyTree, config: Any) -> PyTree:
 
 
 def optimizer(
-    model: nnx.Module,
+    model: Any,
     make: Callable[[int], optax.GradientTransformation],
     *,
     step_tokens: int,
@@ -64,7 +64,7 @@ def optimizer(
     """The outer optimizer of a model: each block of its continuum memory at its own period.
 
     Args:
-      model: a model, abstract or not.
+      model: a model of this package, abstract or not.
       make: `make(period) -> optimizer` for what is written every `period` steps. Schedules inside
         it count writes: use `lambda n: schedule(n * period)`.
       step_tokens: tokens in one optimizer step, batch x length.
