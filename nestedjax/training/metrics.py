@@ -104,7 +104,7 @@ def read_metrics(folder: str | os.PathLike) -> list[Record]:
     return [json.loads(line) for line in lines if _step_of(line) != float("inf")]
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     # A kill in the middle of a write leaves half a line, which belongs behind any checkpoint.
     if not line.endswith("\n"):
         return float("inf")

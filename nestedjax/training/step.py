@@ -119,11 +119,11 @@ def make_dispatch(
             loss_fn, state.params, batches, state.carry
         )
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         metrics = {"loss": loss, "grad_norm": norm, **metrics}
         if learning_rate is not None:
             metrics["learning_rate"] = jnp.asarray(learning_rate(state.step))
-        finite = [loss, norm, optax.global_norm(updates), *_inexact(carry)]
+        finite = [loss, norm, optax.tree.norm(updates), *_inexact(carry)]
         healthy = jnp.stack([healthy, *(jnp.isfinite(x).all() for x in finite)]).all()
         new = TrainState(
             step=state.step + 1,

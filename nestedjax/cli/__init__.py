@@ -1,0 +1,77 @@
+"""The command line: `nestedjax COMMAND ...`, one module a command, imported when it is used.
+
+Exit codes: 0 done; 1 training cannot go on (a number is not finite); 2 something the caller can
+fix, said in one line on standard error; 130 or 143 stopped by Ctrl-C or SIGTERM, with everything
+saved. Any other exception is a bug and shows its traceback.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+# name -> module, and what the command does. A module has `add_arguments(parser)`, `run(args)` that
+# returns an exit code, its docstring as description, and EXAMPLE.
+COMMANDS = {
+    "train": ("nestedjax.cli.train", "train a model, or continue a run"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+      argv: arguments without the program's name; default those of the process.
+
+    Returns:
+      The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        print(f"nestedjax: no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = _Parser(
+        prog=f"nestedjax {name}",
+        description=module.__doc__,
+        epilog=module.EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(arguments[1:])
+
+    from nestedjax.cli.errors import guarded
+
+    return guarded(name, lambda: module.run(args))
+
+
+def _overview() -> str:
+    lines = [f"  {name:10}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: nestedjax COMMAND ...",
+            "",
+            "Nested Learning in JAX: train, evaluate and look into models of nested levels.",
+            "",
+            *lines,
+            "",
+            "nestedjax COMMAND --help says what a command takes, with an example.",
+        ]
+    )

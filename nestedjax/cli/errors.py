@@ -1,0 +1,43 @@
+"""Turning what the caller can fix into one line and an exit code."""
+
+import sys
+import warnings
+from collections.abc import Callable
+
+FAILED, FIX = 1, 2
+
+
+def guarded(command: str, run: Callable[[], int]) -> int:
+    """Run a command; an error that the caller can fix becomes one line on standard error.
+
+    Args:
+      command: its name.
+      run: returns the exit code.
+    """
+    from nestedjax.checkpoint import CheckpointError, CheckpointWarning
+    from nestedjax.data import DataError
+    from nestedjax.overrides import ConfigError, one_line
+    from nestedjax.training import TrainingError
+
+    shown = warnings.showwarning
+
+    def show(message, category, *args, **options):
+        if issubclass(category, CheckpointWarning):
+            print(f"nestedjax {command}: warning: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *args, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = show
+        try:
+            return run()
+        except (ConfigError, DataError, CheckpointError) as error:
+            print(f"nestedjax {command}: {one_line(error)}", file=sys.stderr)
+            return FIX
+        except TrainingError as error:
+            print(f"nestedjax {command}: {one_line(error)}", file=sys.stderr)
+            return FAILED
+        except KeyboardInterrupt:
+            print(f"nestedjax {command}: interrupted", file=sys.stderr)
+            return 130

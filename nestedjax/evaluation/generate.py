@@ -1,0 +1,75 @@
+"""Sampling: one token after another through a recurrent model, with a state of constant size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+PyTree = Any
+Step = Callable[[Any, PyTree], tuple[Array, PyTree]]
+
+
+def generate(
+    step: Step,
+    state: PyTree,
+    prompt: Int[Array, "B T"],
+    *,
+    tokens: int,
+    key: Array,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int | None = None,
+) -> tuple[Int[Array, "B N"], PyTree]:
+    """Continue a prompt: one call over the prompt, then one scan over the new tokens.
+
+    Meant to be called inside `jax.jit`; memory does not grow with the number of tokens.
+
+    Args:
+      step: `step(tokens[B, T], state) -> (logits[B, T, V], state)`, such as a model.
+      state: at the start of the prompt.
+      prompt: at least one token.
+      tokens: N, how many to draw.
+      key: random key.
+      temperature: 0 takes the most likely token; with a traced temperature it must be positive.
+      top_k: draw among the k most likely tokens only.
+
+    Returns:
+      The new tokens int32[B, N], and the state after all but the last of them.
+
+    Raises:
+      ValueError: an empty prompt, no token asked for, or a top_k below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> def count(tokens, state):  # the next number follows, whatever the state
+      ...     return jax.nn.one_hot((tokens + 1) % 5, 5) * 100, state
+      >>> prompt = jnp.asarray([[3]], jnp.int32)
+      >>> generate(count, None, prompt, tokens=4, key=jax.random.key(0))[0].tolist()
+      [[4, 0, 1, 2]]
+    """
+    if prompt.shape[1] < 1 or tokens < 1:
+        raise ValueError(f"prompt {prompt.shape}, tokens={tokens}: both need at least one token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1")
+
+    def pick(logits, key):
+        if isinstance(temperature, int | float) and temperature == 0:
+            return logits.argmax(-1).astype(jnp.int32)
+        if top_k is not None and top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        scaled = logits / jnp.asarray(temperature, logits.dtype)
+        return jax.random.categorical(key, scaled).astype(jnp.int32)
+
+    def body(carried, key):
+        token, state = carried
+        logits, state = step(token[:, None], state)
+        return (pick(logits[:, -1], key), state), token
+
+    keys = jax.random.split(key, tokens)
+    logits, state = step(prompt, state)
+    start = pick(logits[:, -1], keys[0])
+    # The scan yields the token it consumes: N tokens need N - 1 further calls of the model.
+    (last, state), drawn = jax.lax.scan(body, (start, state), keys[1:])
+    return jnp.concatenate([drawn, last[None]]).swapaxes(0, 1), state

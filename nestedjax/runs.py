@@ -1,0 +1,279 @@
+"""From a run's configuration to the objects that train it, and from a run folder back to a model.
+
+A run folder holds `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `loss.png`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from flax import nnx
+
+from nestedjax import configs, models
+from nestedjax.checkpoint import CheckpointError, Checkpoints
+from nestedjax.configs import RunConfig
+from nestedjax.data import (
+    Batch,
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    TextDataset,
+    Vocabulary,
+    bundled,
+    text_dataset,
+)
+from nestedjax.overrides import ConfigError, one_line
+from nestedjax.training import LossFn, TrainState, adamw, init_state, warmup_cosine
+
+PyTree = Any
+
+
+class Model(NamedTuple):
+    """A trained model out of a run folder.
+
+    Attributes:
+      config: of its run.
+      step: updates it has seen.
+      model: with the weights of that step.
+      vocabulary: its tokens.
+    """
+
+    config: RunConfig
+    step: int
+    model: models.LanguageModel
+    vocabulary: Vocabulary
+
+
+def vocabulary_of(config: RunConfig) -> Vocabulary:
+    """The vocabulary of a run: bytes, or its SentencePiece model."""
+    path = config.data.vocabulary
+    return ByteVocabulary() if path is None else SentencePieceVocabulary(path)
+
+
+def datasets(config: RunConfig, vocabulary: Vocabulary) -> tuple[TextDataset, Sequence[Batch]]:
+    """The training data, and the batches of a validation pass.
+
+    Raises:
+      DataError: a file is missing or empty, or too short for the settings.
+    """
+    data, files = config.data, config.data.files or bundled()
+    common = {"length": data.length, "align": configs.alignment(config.model)}
+    train = text_dataset(
+        files,
+        vocabulary,
+        batch=data.batch,
+        seed=config.seed,
+        split="train",
+        order=data.order,
+        **common,
+    )
+    valid = text_dataset(files, vocabulary, batch=data.batch, split="valid", order="once", **common)
+    count = min(len(valid), data.validation_batches or len(valid))
+    return train, [valid[step] for step in range(count)]
+
+
+def new_model(config: RunConfig) -> models.LanguageModel:
+    """The model of a run before its first step.
+
+    Raises:
+      ConfigError: its settings do not fit each other.
+    """
+    try:
+        return models.build(config.model, rngs=nnx.Rngs(config.seed))
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def abstract_model(config: RunConfig) -> models.LanguageModel:
+    """The model of a run with shapes in place of weights."""
+    return nnx.eval_shape(lambda: new_model(config))
+
+
+def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The outer optimizer of a run and its learning rate by step.
+
+    One global norm is clipped; then AdamW steps each block of the continuum memory at its own
+    period and everything else at every step.
+
+    Raises:
+      ConfigError: a period that is not a multiple of a step's tokens.
+    """
+    settings, steps = config.optimizer, config.loop.steps
+    schedule = warmup_cosine(
+        settings.learning_rate,
+        steps=steps,
+        warmup=settings.warmup,
+        final_fraction=settings.final_fraction,
+    )
+
+    def make(period: int) -> optax.GradientTransformation:
+        return adamw(
+            lambda writes: schedule(writes * period),
+            weight_decay=settings.weight_decay,
+            decay_mask=decays,
+            clip=None,
+            b1=settings.b1,
+            b2=settings.b2,
+        )
+
+    try:
+        tx = models.optimizer(abstract_model(config), make, step_tokens=config.step_tokens)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
+    if settings.clip is not None:
+        tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx)
+    return tx, schedule
+
+
+def decays(params: PyTree) -> PyTree:
+    """Whether weight decay pulls each weight to zero: projections and the embedding.
+
+    Not norms, the convolution (the identity at the start), nor the initial states of memories.
+    """
+
+    def decay(path, _):
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        return "embedding" in names or ("kernel" in names and "conv" not in names)
+
+    return jax.tree.map_with_path(decay, params)
+
+
+def new_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState:
+    """The state of a run before its first step."""
+    model, parts = new_model(config), config.loop.microbatches
+    carry = None
+    if config.data.order == "contiguous":
+        carry = model.init_state(config.data.batch // parts)
+        if parts > 1:
+            carry = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (parts, *x.shape)), carry)
+    return init_state(nnx.state(model, nnx.Param), tx, seed=config.seed, carry=carry)
+
+
+def language_loss(graphdef: nnx.GraphDef) -> LossFn:
+    """Next-token cross-entropy, in nats per token, of the model that `graphdef` describes.
+
+    Returns:
+      `loss_fn(params, batch, carry) -> (loss, ({"tokens": n}, carry))`, the mean over the n tokens
+      of `batch["mask"]`. A carry is the model's state after the step before; gradients end there.
+    """
+
+    def loss_fn(params, batch, carry):
+        model = nnx.merge(graphdef, params)
+        state = None if carry is None else jax.lax.stop_gradient(carry)
+        logits, state = model(batch["tokens"], state, resets=batch["resets"])
+        losses = token_losses(logits, batch["targets"])
+        count = batch["mask"].sum(dtype=jnp.int32)
+        weight = 1 / jnp.maximum(count, 1).astype(losses.dtype)
+        loss = jnp.where(batch["mask"], losses, 0.0).sum() * weight
+        return loss, ({"tokens": count}, None if carry is None else state)
+
+    return loss_fn
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) of each token, in nats.
+
+    Args:
+      logits: [B, T, V].
+      targets: int32 [B, T].
+    """
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def probe(graphdef: nnx.GraphDef) -> Callable[[PyTree, Batch], dict[str, PyTree]]:
+    """What the training loop asks where a number ceased to be finite."""
+
+    @jax.jit
+    def activations(params, batch):
+        return nnx.merge(graphdef, params).probe(batch["tokens"], resets=batch["resets"])
+
+    def in_order(params, batch):
+        found = activations(params, batch)
+        # A dict comes out of jit sorted by key; the model's own order is that of cause and effect.
+        return {name: found[name] for name in probe_names(graphdef, params, batch)}
+
+    return in_order
+
+
+def probe_names(graphdef: nnx.GraphDef, params: PyTree, batch: Batch) -> list[str]:
+    """The names of a probe's activations in the order in which they are computed."""
+    names: list[str] = []
+
+    def record(params, batch):
+        names.extend(nnx.merge(graphdef, params).probe(batch["tokens"], resets=batch["resets"]))
+
+    jax.eval_shape(record, params, batch)
+    return names
+
+
+def save_config(folder: str | os.PathLike, config: RunConfig) -> None:
+    """Write `config.json` in one atomic replacement; the folder is made if missing.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    path = epath.Path(folder) / "config.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / "config.json.tmp"
+        temporary.write_text(json.dumps(configs.to_json(config), indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the run folder {os.fspath(folder)} ({error.strerror or error}); "
+            "give another one with --run"
+        ) from error
+
+
+def load_config(folder: str | os.PathLike) -> RunConfig | None:
+    """The configuration of a run folder, or None if there is no run in it.
+
+    Raises:
+      ConfigError: `config.json` cannot be read.
+    """
+    path = epath.Path(folder) / "config.json"
+    try:
+        if not path.exists():
+            return None
+        return configs.from_json(json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise ConfigError(
+            f"{path} is no run configuration ({one_line(error)}); restore it, or use a new folder"
+        ) from error
+
+
+def load(folder: str | os.PathLike) -> Model:
+    """The newest whole model of a run folder, on one device.
+
+    Raises:
+      ConfigError: it is no run folder, or nothing is saved in it yet.
+      CheckpointError: nothing in it is whole.
+    """
+    config = load_config(folder)
+    if config is None:
+        raise ConfigError(
+            f"no run in {os.fspath(folder)}; make one with nestedjax train PRESET --run DIR"
+        )
+    tx, _ = optimizer(config)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        jax.eval_shape(lambda: new_state(config, tx)),
+    )
+    checkpoints = epath.Path(folder) / "checkpoints"
+    restored = None
+    if checkpoints.exists():
+        with Checkpoints(checkpoints) as found:
+            restored = found.restore(like)
+    if restored is None:
+        raise CheckpointError(f"no checkpoint in {os.fspath(folder)} yet; train it first")
+    graphdef, _ = nnx.split(abstract_model(config))
+    model = nnx.merge(graphdef, restored.state.params)
+    return Model(config, restored.step, model, vocabulary_of(config))

@@ -1,0 +1,27 @@
+"""A run of seconds, and running commands in this process."""
+
+from nestedjax.cli import main
+
+TEXT = ("To be, or not to be, that is the question: whether 'tis nobler\n" * 200)[:12000]
+HOPE = (
+    "layers=1 width=16 memory.heads=1 memory.head_dim=8 memory.hidden=8 memory.chunk_size=8 "
+    "cms.hidden=16 cms.periods=none,128"
+).split()
+TRANSFORMER = "layers=1 width=16 hidden=16 attention.context=16".split()  # compiles sooner
+RUN = "length=16 batch=4 steps=12 validate_every=6 checkpoint_every=4 steps_per_dispatch=2".split()
+RUN += ["sample_every=none", "validation_batches=2", "learning_rate=0.01"]
+
+
+def command(capsys, *arguments):
+    """Run a command: its exit code, standard output and standard error."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(capsys, *arguments):
+    """The one line with which a command refuses its arguments."""
+    code, out, err = command(capsys, *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.endswith("\n"), (code, out, err)
+    return err
