@@ -1,0 +1,121 @@
+"""AdaMuon: a second moment of the orthogonalised momentum (baseline of the M3 study)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nestedjax.optim.matrices import Axes, widened
+from nestedjax.optim.parts import (
+    Orthogonalize,
+    PyTree,
+    Rate,
+    choice,
+    matrix_function,
+    number,
+    orthogonal,
+    rescaled,
+    with_adamw,
+)
+
+
+class AdaMuonState(NamedTuple):
+    """The state of `scale_by_adamuon`: momentum and second moment of its orthogonal factor."""
+
+    mu: PyTree
+    nu: PyTree
+
+
+def adamuon(
+    learning_rate: Rate,
+    *,
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    accumulate: str = "trace",
+    rms_rescale: Any = 0.2,
+    orthogonalize: Orthogonalize = "quintic",
+    steps: int = 5,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.1,
+    axes: Axes = None,
+    rest: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaMuon for matrices, AdamW for everything else.
+
+        M <- b1 M + g,   O = NS(sign(M)),   V <- b2 V + (1 - b2) O^2
+        W <- W - lr (rms_rescale U / rms(U) + weight_decay W),   U = O / (sqrt(V) + eps)
+
+    Args:
+      learning_rate: a rate or schedule that suits AdamW.
+      b1: decay of the momentum.
+      b2: decay of the second moment.
+      accumulate: "trace" as above, or "ema"; sign(M) and so the result are the same.
+      rms_rescale: root mean square of each matrix' update; None leaves it as it comes out.
+      orthogonalize: "quintic", "cubic", "svd" (exact), "none", or a function of [..., m, n].
+      steps: Newton-Schulz iterations.
+      eps: in both denominators.
+      weight_decay: decoupled, of the matrices.
+      axes: which parameters are matrices, and how; see `m3`.
+      rest: what steps the others; see `m3`.
+
+    Raises:
+      ValueError: an argument out of range, or axes that do not fit a parameter, by its name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nestedjax import optim
+      >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+      >>> tx = optim.adamuon(1e-3)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+
+    Reference:
+      Si et al., AdaMuon (arXiv 2507.11005). V has no bias correction: the rescaling undoes it.
+    """
+    rule = scale_by_adamuon(
+        b1=b1,
+        b2=b2,
+        accumulate=accumulate,
+        rms_rescale=rms_rescale,
+        orthogonalize=orthogonalize,
+        steps=steps,
+        eps=eps,
+        axes=axes,
+    )
+    return with_adamw(rule, learning_rate, axes=axes, weight_decay=weight_decay, rest=rest)
+
+
+def scale_by_adamuon(
+    *,
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    accumulate: str = "trace",
+    rms_rescale: Any = 0.2,
+    orthogonalize: Orthogonalize = "quintic",
+    steps: int = 5,
+    eps: Any = 1e-8,
+    axes: Axes = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of `adamuon`, whose arguments these are.
+
+    Leaves that are no matrices take `s / (rms(s) + eps)` of s = sign(M) for the orthogonal factor.
+    """
+    choice("accumulate", accumulate, ("trace", "ema"))
+    number("b1", b1)
+    number("b2", b2)
+    function = matrix_function(orthogonalize, steps=steps, eps=eps)
+    add = 1.0 if accumulate == "trace" else 1 - b1
+
+    def init(params: PyTree) -> AdaMuonState:
+        return AdaMuonState(*(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
+
+    def update(updates, state, params=None, **extra):
+        mu = jax.tree.map(lambda m, g: b1 * m + add * g, state.mu, updates)
+        direction = orthogonal(jax.tree.map(jnp.sign, mu), function, axes)
+        nu = jax.tree.map(lambda v, o: b2 * v + (1 - b2) * o * o, state.nu, direction)
+        direction = jax.tree.map(lambda o, v: o / (jnp.sqrt(v) + eps), direction, nu)
+        if rms_rescale is not None:
+            direction = rescaled(direction, rms_rescale, axes)
+        return direction, AdaMuonState(mu, nu)
+
+    return widened(optax.GradientTransformationExtraArgs(init, update))

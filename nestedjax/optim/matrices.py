@@ -1,0 +1,197 @@
+"""Which parameters are matrices, and how each is laid out as one for the rules that need it.
+
+The specification is optax's own, `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)`:
+the axes that a layer contracts with its input, and those it produces; every other axis is a stack
+of independent matrices. The same labels therefore serve `optax.contrib.muon`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.numerics import accumulation_dtype
+
+PyTree = Any
+MatrixAxes = optax.contrib.MuonDimensionNumbers
+Axes = PyTree | Callable[[PyTree], PyTree] | None
+
+
+class Layout(NamedTuple):
+    """How one parameter is a stack of matrices [..., outputs, inputs].
+
+    Attributes:
+      name: of the parameter, for errors.
+      order: its axes, stack first, then outputs, then inputs.
+      split: its shape in that order.
+      matrix: shape [*stack, outputs, inputs].
+      sharding: where it lies, under a mesh of Explicit axes; else None.
+    """
+
+    name: str
+    order: tuple[int, ...]
+    split: tuple[int, ...]
+    matrix: tuple[int, ...]
+    sharding: Any = None
+
+
+def last_two(params: PyTree) -> PyTree:
+    """The rule for a plain pytree: the last two axes are (inputs, outputs), the others stacks.
+
+    Arrays with fewer than two axes are no matrices (None). A plain pytree does not say which of its
+    arrays are embeddings: give `axes` where there are some.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> last_two({"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones(5)})["bias"] is None
+      True
+    """
+    return jax.tree.map(lambda leaf: MatrixAxes(-2, -1) if leaf.ndim >= 2 else None, params)
+
+
+def layouts(axes: Axes, params: PyTree) -> list[Layout | None]:
+    """The layout of each leaf, in the order of the leaves; None where it is no matrix.
+
+    Args:
+      axes: a tree like the parameters, or a prefix of it, of `MatrixAxes` or None; or a function
+        that makes it from the parameters; None is `last_two`. Parameters are found in it by their
+        path, so that it fits a masked tree too.
+      params: arrays; masked ones may be missing.
+
+    Raises:
+      ValueError: a leaf that `axes` does not cover, or axes that do not fit it, by name.
+    """
+    axes = last_two(params) if axes is None else axes(params) if callable(axes) else axes
+    known = dict(
+        jax.tree_util.tree_leaves_with_path(
+            axes, is_leaf=lambda a: a is None or isinstance(a, MatrixAxes)
+        )
+    )
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        cuts = [path[:cut] for cut in range(len(path), -1, -1) if path[:cut] in known]
+        if not cuts:
+            raise ValueError(f"axes say nothing about the parameter {named(path)!r}: add it")
+        found.append(_layout(named(path), leaf, known[cuts[0]]))
+    return found
+
+
+def named(path: Any) -> str:
+    """The path of a leaf as text."""
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "(the only one)"
+
+
+def _layout(name: str, leaf: Any, axes: Any) -> Layout | None:
+    if axes is None:
+        return None
+    if not isinstance(axes, MatrixAxes):
+        raise ValueError(f"axes of {name!r} are {axes!r}: give MatrixAxes(inputs, outputs) or None")
+    shape = leaf.shape
+    given = [a if isinstance(a, tuple | list) else (a,) for a in (axes[1], axes[0])]
+    if any(not -len(shape) <= a < len(shape) for group in given for a in group):
+        raise ValueError(f"{name!r} has shape {shape}: it has no axes {axes}; label it None")
+    outputs, inputs = ([a % len(shape) for a in group] for group in given)
+    if len({*outputs, *inputs}) < len(outputs) + len(inputs) or not (outputs and inputs):
+        raise ValueError(f"axes {axes} of {name!r} must name different axes of its shape {shape}")
+    stack = [a for a in range(len(shape)) if a not in (*outputs, *inputs)]
+    order = (*stack, *outputs, *inputs)
+    rows, columns = (math.prod(shape[a] for a in group) for group in (outputs, inputs))
+    matrix = (*(shape[a] for a in stack), rows, columns)
+    return Layout(name, order, tuple(shape[a] for a in order), matrix, _explicit(leaf))
+
+
+def _explicit(leaf: Any) -> Any:
+    """The sharding of an array on a mesh with Explicit axes, where reshapes must not guess it."""
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    types = getattr(getattr(sharding, "mesh", None), "axis_types", ()) or ()
+    return sharding if AxisType.Explicit in types else None
+
+
+def fold(leaf: jax.Array, layout: Layout) -> jax.Array:
+    """A parameter as matrices [*stack, outputs, inputs]: `y = matrix @ x`.
+
+    On a mesh of Explicit axes the matrices are gathered and the stack stays where it lies; on Auto
+    axes the compiler decides.
+    """
+    leaf = leaf.transpose(layout.order)
+    if layout.sharding is not None:
+        stack = len(layout.matrix) - 2
+        spec = [layout.sharding.spec[a] for a in layout.order[:stack]]
+        leaf = jax.sharding.reshard(leaf, P(*spec, *[None] * (leaf.ndim - stack)))
+    return leaf.reshape(layout.matrix)
+
+
+def unfold(matrix: jax.Array, layout: Layout) -> jax.Array:
+    """The inverse of `fold`."""
+    leaf = matrix.reshape(layout.split)
+    back = sorted(range(leaf.ndim), key=lambda i: layout.order[i])
+    leaf = leaf.transpose(back)
+    if layout.sharding is not None:
+        leaf = jax.sharding.reshard(leaf, layout.sharding.spec)
+    return leaf
+
+
+def on_leaves(
+    function: Callable, axes: Axes, tree: PyTree, *states: PyTree, outputs: int = 1
+) -> tuple[PyTree, ...]:
+    """`function(layout, leaf, *its parts of the states) -> outputs values`, for every leaf.
+
+    Args:
+      function: takes the `Layout` of the leaf, None where it is no matrix.
+      axes: see `layouts`.
+      tree: arrays, in the parameters' shapes.
+      states: trees whose structure begins with that of `tree`; at a leaf they may hold anything.
+      outputs: how many trees to return.
+    """
+    leaves = jax.tree.leaves(tree)
+    treedef: Any = jax.tree.structure(tree)
+    parts = [treedef.flatten_up_to(state) for state in states]
+    results = [
+        function(layout, leaf, *rest)
+        for layout, leaf, *rest in zip(layouts(axes, tree), leaves, *parts, strict=True)
+    ]
+    columns = zip(*results, strict=True) if results else [[]] * outputs
+    return tuple(treedef.unflatten(column) for column in columns)
+
+
+def labels(axes: Axes) -> Callable[[PyTree], PyTree]:
+    """`label(params)` -> a tree of "matrix" and "rest", for `optax.partition`."""
+
+    def label(params: PyTree) -> PyTree:
+        kinds = ["rest" if layout is None else "matrix" for layout in layouts(axes, params)]
+        return jax.tree.unflatten(jax.tree.structure(params), kinds)
+
+    return label
+
+
+def widened(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` with its states and its arithmetic in at least float32, updates as the gradients are.
+
+    What every optimizer here is wrapped in, so that bfloat16 parameters have float32 memories.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def wide(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda a: a.astype(accumulation_dtype(a)), tree)
+
+    def init(params: PyTree) -> PyTree:
+        return tx.init(wide(params))
+
+    def update(updates, state, params=None, **extra):
+        high, state = tx.update(
+            wide(updates), state, None if params is None else wide(params), **extra
+        )
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), high, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def rms(x: jax.Array, layout: Layout | None) -> jax.Array:
+    """Root mean square of each matrix that a leaf holds, or of the whole leaf; kept as size 1."""
+    axes = tuple(range(x.ndim)) if layout is None else layout.order[len(layout.matrix) - 2 :]
+    return jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
