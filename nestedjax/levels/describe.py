@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -21,6 +21,7 @@ _MEMORIES = {
     "start": ("start of the faster block", "loss of its context", "optimizer"),
 }
 _ACCUMULATOR = _MEMORIES["acc_grads"][0]
+EVERY = "every_"  # "every_20" in front of what a state writes once in 20 of its own updates
 
 
 @runtime_checkable
@@ -81,7 +82,8 @@ def describe(
     if optimizer is not None:
         boxes = _trained(boxes, params, _tokens_of(step_tokens, ""))
         learned = [box.name for box in boxes if box.rule == "optimizer"]
-        memories = _optimizer_boxes(optimizer, "", step_tokens)
+        step = _tokens_of(step_tokens, "")
+        memories = _optimizer_boxes(optimizer, _Clock("", step, step), step_tokens)
         memories = _renamed(memories, {box.name for box in boxes})
         _wire(memories, learned, needs)
         boxes += memories
@@ -160,35 +162,55 @@ def _trained(boxes: list[Box], params: PyTree, period: int | Fraction) -> list[B
     return boxes
 
 
-def _optimizer_boxes(state: Any, label: str, step_tokens: Any) -> list[Box]:
+class _Clock(NamedTuple):
+    """Where in an optimizer's state a walk is: what it calls things, and how often they change."""
+
+    label: str
+    often: int | Fraction  # tokens between two gradients
+    period: int | Fraction  # tokens between two writes
+
+    def at(self, key: str, step_tokens: Any) -> "_Clock":
+        """Inside the part of the state that is stored under a key."""
+        label = f"{self.label} {key}".strip()
+        if key.startswith(EVERY):
+            count = int(key.removeprefix(EVERY))
+            return _Clock(label.replace("_", " "), self.period, self.period * count)
+        if isinstance(step_tokens, Mapping) and key in step_tokens:
+            return _Clock(label, self.often, step_tokens[key])
+        return self._replace(label=label)
+
+
+def _optimizer_boxes(state: Any, clock: _Clock, step_tokens: Any) -> list[Box]:
     """The memories of an optax state."""
     if isinstance(state, Mapping):
         return [
             box
             for key, part in state.items()
-            for box in _optimizer_boxes(part, str(key), step_tokens)
+            for box in _optimizer_boxes(part, clock.at(str(key), step_tokens), step_tokens)
         ]
     if not isinstance(state, tuple):
         return []
     fields = getattr(state, "_fields", None)
     if fields is None:
-        return [box for part in state for box in _optimizer_boxes(part, label, step_tokens)]
-    period = _tokens_of(step_tokens, label)
-    front = f"{label} " if label else ""
+        return [box for part in state for box in _optimizer_boxes(part, clock, step_tokens)]
+    front = f"{clock.label} " if clock.label else ""
     boxes: list[Box] = []
     rest: list[PyTree] = []
     for field, value in zip(fields, state, strict=True):
         if field in _MEMORIES and _count(value):
             # Gradients are gathered at every step, whatever the period of the write.
-            often = _tokens_of(step_tokens, "") if field == "acc_grads" else period
+            often = clock.often if field == "acc_grads" else clock.period
             boxes.append(_memory_box(front, often, value, *_MEMORIES[field]))
+        elif field == "held" and boxes:  # what the memory before it was last read as
+            total = boxes[0].state_bytes + _bytes(value)
+            boxes[0] = dataclasses.replace(boxes[0], state_bytes=total)
         elif _holds_states(value):
-            boxes += _optimizer_boxes(value, label, step_tokens)
+            boxes += _optimizer_boxes(value, clock, step_tokens)
         elif _count(value) > len(jax.tree.leaves(value)):  # more than counters
             rest.append(value)
     if rest:
         what = f"state of {type(state).__name__}"
-        boxes.append(_memory_box(front, period, rest, what, "", ""))
+        boxes.append(_memory_box(front, clock.period, rest, what, "", ""))
     return boxes
 
 

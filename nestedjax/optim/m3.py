@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.levels import due
+from nestedjax.levels.describe import EVERY
 from nestedjax.optim.matrices import Axes, widened
 from nestedjax.optim.parts import (
     Orthogonalize,
@@ -235,7 +236,7 @@ def _init(rule: _Rule, params: PyTree) -> M3State:
     def zeros(wanted: bool = True) -> PyTree:
         return jax.tree.map(jnp.zeros_like, params) if wanted else ()
 
-    slow = {f"every_{f}": SlowState(zeros(), zeros(), zeros(rule.cache)) for f in rule.periods}
+    slow = {f"{EVERY}{f}": SlowState(zeros(), zeros(), zeros(rule.cache)) for f in rule.periods}
     return M3State(jnp.zeros((), jnp.int32), zeros(), zeros(rule.moment != "none"), slow)
 
 
@@ -244,11 +245,11 @@ def _update(rule: _Rule, grads: PyTree, state: M3State) -> tuple[PyTree, M3State
     mu = _moment(rule, state.mu, grads, b1)
     direction, slow = rule.ortho(_unbiased(rule, "mu", mu, b1, position)), {}
     for f, weight in rule.periods.items():
-        before = state.slow[f"every_{f}"]
+        before = state.slow[f"{EVERY}{f}"]
         total = jax.tree.map(jnp.add, before.acc_grads, grads)
         slower = _slow_direction(rule, before, total, position < f)
         direction = jax.tree.map(lambda o, s, w=weight: o + w * s, direction, slower)
-        slow[f"every_{f}"] = _slow_write(rule, before, total, f, position)
+        slow[f"{EVERY}{f}"] = _slow_write(rule, before, total, f, position)
     nu = state.nu
     if rule.moment != "none":
         source = grads if rule.moment == "grad" else direction

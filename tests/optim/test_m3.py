@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from nestedjax import optim
+from nestedjax import levels, optim
 from tests.optim.running import draw, numpy_ns, run
 
 T, F = 11, 3
@@ -255,3 +255,37 @@ def test_axes_that_do_not_fit_name_the_leaf():
     ]:
         with pytest.raises(ValueError, match=message):
             optim.m3(0.1, axes=axes).init(tree)
+
+
+def test_describe_shows_the_slow_memory_at_its_own_period():
+    """Alone, and inside by_period, where its steps are the writes of its label."""
+    params = {"w": draw(4, 3)}
+    tx = optim.m3(0.1, period=(5, 20))
+    boxes = {
+        box.name: box
+        for box in levels.describe(
+            (), jax.eval_shape(tx.init, params), params=params, step_tokens=64
+        )
+    }
+    assert {name: box.period for name, box in boxes.items()} == {
+        "parameters": 64,
+        "matrix first moment": 64,
+        "matrix second moment": 64,
+        "matrix every 5 first moment": 320,
+        "matrix every 5 gradient accumulator": 64,
+        "matrix every 20 first moment": 1280,
+        "matrix every 20 gradient accumulator": 64,
+    }
+    assert boxes["matrix every 5 first moment"].state_bytes == 2 * 12 * 8  # M2 and O(M2)
+    fast, slow, weights = (
+        boxes[f"matrix {name}first moment"].level for name in ("", "every 20 ", "every 5 ")
+    )
+    assert slow < weights < boxes["parameters"].level < fast
+    nested = optim.by_period({"cms": (4, optim.m3(0.1, period=5))}, lambda p: {"w": "cms"})
+    state = jax.eval_shape(nested.init, params)
+    tokens = optim.in_tokens({"cms": 4}, step_tokens=64)
+    boxes = {b.name: b for b in levels.describe((), state, params=params, step_tokens=tokens)}
+    assert boxes["cms matrix first moment"].period == 256
+    assert boxes["cms matrix every 5 first moment"].period == 1280
+    assert boxes["cms matrix every 5 gradient accumulator"].period == 256
+    assert boxes["cms gradient accumulator"].period == 64
