@@ -9,7 +9,7 @@ train: $(VENV)/installed
 	$(BIN)/nestedjax train hope_nano --run runs/hope_nano
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

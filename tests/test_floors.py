@@ -1,0 +1,135 @@
+"""The floors of the tree, read from the imports: nothing imports from its own height or above."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# The longest prefix that fits decides. A module may import from lower floors and its own folder.
+FLOORS = {
+    "pallas_kernels": 0,
+    "nestedjax.levels": 1,
+    "nestedjax.sharding": 1,
+    "nestedjax.data": 1,
+    "nestedjax.checkpoint": 1,
+    "nestedjax.overrides": 1,
+    "nestedjax.memory": 2,
+    "nestedjax.optim": 3,
+    "nestedjax.mixers": 3,
+    "nestedjax.models": 4,
+    "nestedjax.training": 5,
+    "nestedjax.evaluation": 5,
+    "nestedjax.configs": 6,
+    "nestedjax.runs": 7,
+    "nestedjax.cli": 8,
+    "nestedjax": 9,
+}
+
+# Lower, and still not to be known: these take functions.
+NEVER = {"nestedjax.training": ("nestedjax.models",), "nestedjax.evaluation": ("nestedjax.models",)}
+
+# Third-party modules that stay in one place (`from x import y` and `import x.y` alike).
+ONLY_IN = {
+    "grain": ("nestedjax.data",),
+    "orbax": ("nestedjax.checkpoint",),
+    "flax": ("nestedjax.models", "nestedjax.configs", "nestedjax.runs", "nestedjax.cli"),
+    "argparse": ("nestedjax.cli",),
+}
+
+
+def modules():
+    for package in ("nestedjax", "pallas_kernels"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def inside(module, prefix):
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def home(module):
+    """The entry of FLOORS that a module belongs to, None for foreign modules."""
+    return max((f for f in FLOORS if inside(module, f)), key=len, default=None)
+
+
+def imports(tree, module, is_package):
+    """Every module named by an import anywhere in the file, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                base = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                source = ".".join([*base, *filter(None, [source])])
+            known = {name for name, _ in modules()}
+            for alias in node.names:  # `from nestedjax import levels` imports nestedjax.levels
+                inner = f"{source}.{alias.name}"
+                yield (inner if inner in known else source), node.lineno
+
+
+def violations(module, source, is_package=False):
+    tree = ast.parse(source)
+    here = home(module)
+    for target, line in imports(tree, module, is_package):
+        there = home(target)
+        if there is not None and there != here and FLOORS[there] >= FLOORS[here]:
+            yield f"{module}:{line} imports {target} (floor {FLOORS[there]} into {FLOORS[here]})"
+        if any(inside(target, shunned) for shunned in NEVER.get(here, ())):
+            yield f"{module}:{line} imports {target}; take a function instead"
+        for package, homes in ONLY_IN.items():
+            if inside(target, package) and not any(inside(module, h) for h in homes):
+                yield f"{module}:{line} imports {target}, which belongs in {', '.join(homes)}"
+    if here == "nestedjax.cli":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id == "print":
+                yield f"{module}:{node.lineno} prints; only nestedjax.cli does"
+
+
+@pytest.mark.parametrize(
+    "module,path", list(modules()), ids=lambda value: str(value).split("/")[-1]
+)
+def test_floors(module, path):
+    found = list(violations(module, path.read_text(), path.name == "__init__.py"))
+    assert not found, "\n".join(found)
+
+
+def test_every_folder_has_a_floor():
+    folders = {module for module, path in modules() if path.name == "__init__.py"}
+    assert {home(module) for module in folders} <= set(FLOORS)
+    unplaced = [m for m, _ in modules() if home(m) == "nestedjax" and m != "nestedjax"]
+    assert not unplaced, f"give {unplaced} a floor in DESIGN and here"
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("pallas_kernels.delta_rule.xla", "from nestedjax.levels import Level"),
+        ("nestedjax.levels.run", "import nestedjax.memory"),
+        ("nestedjax.memory.product", "def f():\n    from nestedjax.mixers import attention"),
+        ("nestedjax.mixers.attention", "from nestedjax.optim import by_period"),
+        ("nestedjax.training.loop", "from nestedjax import models"),
+        ("nestedjax.training.loop", "from nestedjax.evaluation import perplexity"),
+        ("nestedjax.levels.run", "import nestedjax"),
+        ("nestedjax.levels.run", "from ..mixers import attention"),
+        ("nestedjax.training.state", "from flax import nnx"),
+        ("nestedjax.models.build", "import orbax.checkpoint as ocp"),
+        ("nestedjax.training.loop", "import grain.python"),
+        ("nestedjax.data.dataset", "print(1)"),
+        ("nestedjax.data.dataset", "import argparse"),
+    ],
+)
+def test_the_test_can_fail(module, source):
+    assert list(violations(module, source))
+
+
+def test_what_is_allowed():
+    fine = "import jax\nfrom nestedjax.levels import run\nfrom nestedjax.memory import state\n"
+    assert not list(violations("nestedjax.memory.product", fine))
+    assert not list(violations("nestedjax.models.hope", "from flax import nnx"))
+    assert not list(violations("nestedjax.cli", "import argparse\nprint(1)"))
