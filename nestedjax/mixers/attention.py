@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nestedjax.sharding import constrain
 from pallas_kernels.numerics import accumulation_dtype
 
 
@@ -31,7 +32,8 @@ def init_attention(
 ) -> AttentionState:
     """The state of `batch` sequences at the start of a context."""
     empty = jnp.zeros((batch, window, heads, head_dim), dtype)
-    return AttentionState(empty, empty, jnp.zeros((batch,), jnp.int32))
+    empty = constrain(empty, "batch", None, "heads", None)
+    return AttentionState(empty, empty, constrain(jnp.zeros((batch,), jnp.int32), "batch"))
 
 
 def rotary(

@@ -2,7 +2,7 @@
 
 from nestedjax.models.build import build
 from nestedjax.models.config import AttentionConfig, CMSConfig, HopeConfig, TransformerConfig
-from nestedjax.models.language_model import LanguageModel, parameter_count
+from nestedjax.models.language_model import LanguageModel, logical_axes, parameter_count
 from nestedjax.models.matrices import matrix_axes
 from nestedjax.models.periods import labels, optimizer, periods
 from nestedjax.models.presets import PRESETS
@@ -16,6 +16,7 @@ __all__ = [
     "TransformerConfig",
     "build",
     "labels",
+    "logical_axes",
     "matrix_axes",
     "optimizer",
     "parameter_count",

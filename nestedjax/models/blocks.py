@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nestedjax.sharding import constrain
+
 PyTree = Any
 Block = Any  # an nnx.Module with the three methods above
 
@@ -76,11 +78,15 @@ def scan_blocks(
       The activations and the stacked states after the T tokens.
     """
     graphdef, params = nnx.split(blocks)
+    # A `sequence` axis of the mesh splits what acts on each token; mixers see whole sequences.
+    resets = None if resets is None else constrain(resets, "batch", None)
 
     def body(x: Array, layer: tuple[PyTree, PyTree]) -> tuple[Array, PyTree]:
         weights, state = layer
         block = nnx.merge(graphdef, weights)
-        mixed, state = block.mix(x, state, resets=resets)
+        whole = constrain(x, "batch", None, "embed")
+        mixed, state = block.mix(whole, state, resets=resets)
+        mixed = constrain(mixed, "batch", "time", "embed")
         x = block.feed(mixed)
         return x, (mixed, x) if probe else state
 

@@ -17,8 +17,10 @@ from nestedjax.models.layers import (
     RMSNorm,
     param,
     residual_scale,
+    weight,
     weight_dtype,
 )
+from nestedjax.sharding import over_batch
 
 _AXES = {
     "inner": ("heads", "hidden", "head_dim"),
@@ -79,9 +81,7 @@ class SelfModifyingLayer(nnx.Module):
 
     def params(self) -> dict:
         """The slow parameters of the memory as plain arrays."""
-        return jax.tree.map(
-            lambda leaf: leaf[...], self.memories, is_leaf=lambda x: isinstance(x, nnx.Param)
-        )
+        return jax.tree.map(weight, self.memories, is_leaf=lambda x: isinstance(x, nnx.Param))
 
     def init_state(self, batch: int) -> dict:
         """The state at the start of a context."""
@@ -90,7 +90,7 @@ class SelfModifyingLayer(nnx.Module):
         logits = one[..., 0] if self.config.momentum else None
         carry = levels.start(level, params, Inputs(one, one, one, logits))
         many = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (batch, *a.shape)), carry)
-        return {"memory": many, "conv": self.conv.init_state(batch)}
+        return {"memory": over_batch(many), "conv": self.conv.init_state(batch)}
 
     def __call__(
         self, x: Float[Array, "B T d"], state: dict | None, *, resets: Bool[Array, "B T"] | None

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nestedjax.models.blocks import Block, init_states, scan_blocks, stack
 from nestedjax.models.layers import Embed, RMSNorm
+from nestedjax.sharding import constrain
 
 PyTree = Any
 
@@ -79,7 +81,7 @@ class LanguageModel(nnx.Module):
         resets: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T d"], PyTree]:
         """What `__call__` computes before the head: `logits = model.embed.attend(hidden)`."""
-        x = self.embed(tokens)
+        x = constrain(self.embed(tokens), "batch", "time", "embed")
         x, state = scan_blocks(self.blocks, x, state, resets=resets, remat=self.config.remat)
         return self.norm(x), state
 
@@ -90,7 +92,7 @@ class LanguageModel(nnx.Module):
 
         Keys are "embed", "blocks.0.memory", "blocks.0.cms", ..., "norm" and "logits".
         """
-        x = self.embed(tokens)
+        x = constrain(self.embed(tokens), "batch", "time", "embed")
         found = {"embed": x}
         x, halves = scan_blocks(
             self.blocks, x, None, resets=resets, remat=self.config.remat, probe=True
@@ -101,6 +103,20 @@ class LanguageModel(nnx.Module):
         found["norm"] = self.norm(x)
         found["logits"] = self.embed.attend(found["norm"])
         return found
+
+
+def logical_axes(params: PyTree) -> PyTree:
+    """The logical names of every weight's dimensions, for `nestedjax.sharding`.
+
+    Args:
+      params: `nnx.split(model)[1]` or `nnx.state(model, nnx.Param)`, also abstract.
+
+    Returns:
+      The same structure with a `PartitionSpec` of names in place of each array.
+    """
+    weights = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    names = [PartitionSpec(*weight.get_metadata("axes")) for weight in weights]
+    return jax.tree.unflatten(jax.tree.structure(params), names)
 
 
 def parameter_count(model: nnx.Module) -> int:

@@ -7,12 +7,14 @@ rule table of `nestedjax.sharding` maps to mesh axes.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from nestedjax.sharding import constrain, contract, gathered, lookup
 from pallas_kernels.numerics import accumulation_dtype
 
 INIT_STD = 0.02
@@ -28,6 +30,17 @@ def param(value: Array, *axes: str) -> nnx.Param:
     if value.ndim != len(axes):
         raise ValueError(f"A weight of shape {value.shape} needs {value.ndim} axis names: {axes}.")
     return nnx.Param(value, axes=axes)
+
+
+def weight(param: nnx.Param, dtype: Any = None) -> Array:
+    """The value of a slow weight as a layer uses it: cast, and gathered where it lies in parts.
+
+    Args:
+      param: made by `param`; inside a scan over layers without its first axis.
+      dtype: what to cast to; default its own.
+    """
+    value = param[...]
+    return gathered(value.astype(dtype or value.dtype), param.get_metadata("axes"))
 
 
 class Linear(nnx.Module):
@@ -59,8 +72,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map the last axes of x [..., *inputs] to [..., *outputs]."""
-        kernel = self.kernel[...].astype(self.dtype)
-        return jnp.tensordot(x.astype(self.dtype), kernel, axes=self.contracted)
+        return contract(x.astype(self.dtype), weight(self.kernel, self.dtype), self.contracted)
 
 
 class RMSNorm(nnx.Module):
@@ -78,7 +90,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Normalise x [..., *shape]."""
-        scale = self.scale[...]
+        scale = weight(self.scale)
         wide = x.astype(scale.dtype)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         scale = jnp.expand_dims(scale, tuple(range(x.ndim - scale.ndim)))
@@ -99,18 +111,19 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B d"]:
         """The rows of the table that `tokens` name."""
-        return jnp.take(self.embedding[...].astype(self.dtype), tokens, axis=0)
+        return lookup(weight(self.embedding, self.dtype), tokens)
 
     def attend(self, hidden: Float[Array, "*B d"]) -> Float[Array, "*B V"]:
         """Logits in at least float32: the scaled product with every row of the table."""
-        table = self.embedding[...]
+        wide = self.embedding.dtype
+        table = weight(self.embedding, self.dtype)
         scale = 1.0 / (INIT_STD * table.shape[1])
         return jnp.einsum(
             "...d,vd->...v",
             hidden.astype(self.dtype),
-            table.astype(self.dtype),
-            preferred_element_type=table.dtype,
-        ) * jnp.asarray(scale, table.dtype)
+            table,
+            preferred_element_type=wide,
+        ) * jnp.asarray(scale, wide)
 
 
 class CausalConv(nnx.Module):
@@ -128,7 +141,7 @@ class CausalConv(nnx.Module):
     def init_state(self, batch: int) -> Float[Array, "B w d"]:
         """The state at the start of a context."""
         width, features = self.kernel.shape
-        return jnp.zeros((batch, width - 1, features), self.dtype)
+        return constrain(jnp.zeros((batch, width - 1, features), self.dtype), "batch", None, None)
 
     def __call__(
         self,
@@ -138,7 +151,7 @@ class CausalConv(nnx.Module):
         resets: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T d"], Float[Array, "B w d"]]:
         """Convolve T more tokens; `resets` marks the first token of each new document."""
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = weight(self.kernel, self.dtype)
         past, length = kernel.shape[0] - 1, x.shape[1]
         inputs = jnp.concatenate([state, x.astype(self.dtype)], axis=1)
         document = None

@@ -1,1 +1,33 @@
-"""sharding."""
+"""Where arrays live: mesh axes, one table of logical axes, placements and constraints."""
+
+from nestedjax.sharding.activations import constrain, contract, gathered, lookup, over_batch
+from nestedjax.sharding.errors import MeshError
+from nestedjax.sharding.mesh import AXES, make_mesh
+from nestedjax.sharding.placement import (
+    batch_sharding,
+    check_fits,
+    like_params,
+    place,
+    replicated,
+    shardings_of,
+)
+from nestedjax.sharding.rules import RULES, spec_of
+
+__all__ = [
+    "AXES",
+    "RULES",
+    "MeshError",
+    "batch_sharding",
+    "check_fits",
+    "constrain",
+    "contract",
+    "gathered",
+    "like_params",
+    "lookup",
+    "make_mesh",
+    "over_batch",
+    "place",
+    "replicated",
+    "shardings_of",
+    "spec_of",
+]

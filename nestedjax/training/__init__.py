@@ -5,6 +5,7 @@ from nestedjax.training.loop import Dataset, Hook, LoopConfig, Result, train
 from nestedjax.training.metrics import MetricsWriter, read_metrics
 from nestedjax.training.nonfinite import Nonfinite, TrainingError, locate_nonfinite
 from nestedjax.training.optimizer import adamw, matrices, warmup_cosine
+from nestedjax.training.placement import state_shardings
 from nestedjax.training.plots import plot_losses
 from nestedjax.training.state import TrainState, init_state
 from nestedjax.training.step import LossFn, make_dispatch, make_evaluate, stateless
@@ -32,6 +33,7 @@ __all__ = [
     "matrices",
     "plot_losses",
     "read_metrics",
+    "state_shardings",
     "stateless",
     "train",
     "warmup_cosine",

@@ -19,7 +19,7 @@ from nestedjax.data import require_fingerprint
 from nestedjax.training.events import Event, Meter, Saved, Started, Stepped, Validated
 from nestedjax.training.metrics import MetricsWriter, Record
 from nestedjax.training.nonfinite import TrainingError, locate_nonfinite
-from nestedjax.training.placement import batch_placer, group_placer, on_mesh
+from nestedjax.training.placement import batch_placer, group_placer, mesh_of, on_mesh
 from nestedjax.training.state import PyTree, TrainState
 from nestedjax.training.step import (
     Batch,
@@ -133,7 +133,9 @@ def train(
       probe: `probe(params, batch) -> {name: tree}`, the model's levels in the order in which they
         compute, to name the one where a number ceased to be finite.
       learning_rate: schedule to record; `tx` applies it.
-      sharding: of a batch's leading axes, over a mesh; default one device.
+      sharding: of a batch's leading axes, from `sharding.batch_sharding(mesh)`; default one device.
+        Place the state first (`state_shardings`, `sharding.place`): what is not on the mesh is
+        replicated over it.
       meta: JSON object kept in every checkpoint under `run`, such as the configuration.
 
     Returns:
@@ -146,28 +148,29 @@ def train(
       DataError: the data is not what the run was saved with.
       ValueError: the batch does not divide into the microbatches, or the data ends too early.
     """
-    state, record = on_mesh(state, sharding), {}
-    if checkpoints is not None and (restored := checkpoints.restore(state)) is not None:
-        require_fingerprint(restored.meta["data"], dataset.fingerprint)
-        state, record = restored.state, restored.meta["record"]
-    if metrics is not None and jax.process_index() == 0:
-        metrics.resume(int(state.step))
-    shardings = None if sharding is None else jax.tree.map(lambda x: x.sharding, state)
-    evaluate, place = make_evaluate(loss_fn), batch_placer(sharding)
-    run = _Run(
-        config=config,
-        dispatch=make_dispatch(loss_fn, tx, learning_rate=learning_rate, shardings=shardings),
-        place=group_placer(config.microbatches, sharding),
-        validate=None if valid is None else lambda params: evaluate(params, map(place, valid)),
-        diagnose=_diagnoser(loss_fn, probe),
-        dataset=dataset,
-        checkpoints=checkpoints,
-        metrics=metrics if jax.process_index() == 0 else None,
-        hooks=tuple(hooks),
-        on_event=on_event or (lambda event: None),
-        meta=meta or {},
-    )
-    return _loop(run, state, record)
+    with mesh_of(sharding):
+        state, record = on_mesh(state, sharding), {}
+        if checkpoints is not None and (restored := checkpoints.restore(state)) is not None:
+            require_fingerprint(restored.meta["data"], dataset.fingerprint)
+            state, record = restored.state, restored.meta["record"]
+        if metrics is not None and jax.process_index() == 0:
+            metrics.resume(int(state.step))
+        shardings = None if sharding is None else jax.tree.map(lambda x: x.sharding, state)
+        evaluate, place = make_evaluate(loss_fn), batch_placer(sharding)
+        run = _Run(
+            config=config,
+            dispatch=make_dispatch(loss_fn, tx, learning_rate=learning_rate, shardings=shardings),
+            place=group_placer(config.microbatches, sharding),
+            validate=None if valid is None else lambda params: evaluate(params, map(place, valid)),
+            diagnose=_diagnoser(loss_fn, probe),
+            dataset=dataset,
+            checkpoints=checkpoints,
+            metrics=metrics if jax.process_index() == 0 else None,
+            hooks=tuple(hooks),
+            on_event=on_event or (lambda event: None),
+            meta=meta or {},
+        )
+        return _loop(run, state, record)
 
 
 class _Run(NamedTuple):

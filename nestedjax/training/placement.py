@@ -1,15 +1,46 @@
 """Putting state and batches on the devices of a run."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nestedjax.training.state import PyTree
+from nestedjax.sharding import check_fits, like_params, replicated, shardings_of
+from nestedjax.training.state import PyTree, TrainState
+
+
+def state_shardings(
+    state: TrainState, axes: PyTree, mesh: Mesh, *, carry: PyTree = None
+) -> TrainState:
+    """Where the whole state of a run lies: weights by the rule table, the optimizer's like them.
+
+    Args:
+      state: arrays or shapes (`jax.eval_shape`).
+      axes: logical names of the parameters' dimensions, such as `models.logical_axes(params)`.
+      mesh: from `sharding.make_mesh`.
+      carry: logical names for the carry; default every device holds the whole of it.
+
+    Raises:
+      MeshError: a weight does not divide over the mesh.
+    """
+    params = shardings_of(state.params, axes, mesh)
+    whole = replicated(mesh)
+    if carry is None:
+        carried = jax.tree.map(lambda leaf: whole, state.carry)
+    else:
+        carried = shardings_of(state.carry, carry, mesh)
+    opt_state = like_params(state.opt_state, state.params, params, mesh)
+    return TrainState(step=whole, params=params, opt_state=opt_state, key=whole, carry=carried)
+
+
+def mesh_of(batch: NamedSharding | None) -> AbstractContextManager:
+    """The context in which a run with batches on this mesh computes."""
+    return nullcontext() if batch is None else jax.set_mesh(batch.mesh)
 
 
 def on_mesh(state: PyTree, sharding: NamedSharding | None) -> PyTree:
@@ -58,5 +89,9 @@ def group_placer(
 def _put(x: np.ndarray, sharding: NamedSharding | None, leading: int) -> Any:
     if sharding is None:
         return jnp.asarray(x)
-    spec = P(*[None] * leading, *sharding.spec)
-    return jax.make_array_from_process_local_data(NamedSharding(sharding.mesh, spec), x)
+    placed = NamedSharding(sharding.mesh, P(*[None] * leading, *sharding.spec))
+    shape = list(x.shape)
+    shape[leading] *= jax.process_count()
+    names = [*[None] * leading, "batch", "length", *[None] * x.ndim]
+    check_fits(shape, placed, name="a microbatch" if leading else "a batch", axes=names)
+    return jax.make_array_from_process_local_data(placed, x)

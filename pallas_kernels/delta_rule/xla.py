@@ -43,9 +43,7 @@ def _products(log_sums):
     length = log_sums.shape[-1]
     difference = log_sums[..., :, None] - log_sums[..., None, :]
     mask = jnp.tril(jnp.ones((length, length), bool))
-    mask = jnp.broadcast_to(
-        mask.reshape((1,) * (difference.ndim - 2) + mask.shape), difference.shape
-    )
+    mask = mask.reshape((1,) * (difference.ndim - 2) + mask.shape)
     return jnp.exp(jnp.where(mask, difference, -jnp.inf))
 
 
@@ -102,13 +100,28 @@ def _from_start(rows, operands: Operands, tables: Tables, *, before: bool):
 def _solve(lower, right):
     """(I + strict lower triangle) R = right, batch dimensions of size one broadcast."""
     batch = jnp.broadcast_shapes(lower.shape[:-2], right.shape[:-2])
-    return jax.lax.linalg.triangular_solve(
+    return _unit_lower_solve(
         jnp.broadcast_to(lower, batch + lower.shape[-2:]),
         jnp.broadcast_to(right, batch + right.shape[-2:]),
-        left_side=True,
-        lower=True,
-        unit_diagonal=True,
     )
+
+
+@jax.custom_jvp
+def _unit_lower_solve(lower, right):
+    return jax.lax.linalg.triangular_solve(
+        lower, right, left_side=True, lower=True, unit_diagonal=True
+    )
+
+
+@_unit_lower_solve.defjvp
+def _unit_lower_solve_jvp(primals, tangents):
+    # JAX's own rule masks with a select that has no sharding, which an Explicit mesh refuses.
+    (lower, right), (lower_dot, right_dot) = primals, tangents
+    solution = _unit_lower_solve(lower, right)
+    strict = jnp.tril(jnp.ones(lower.shape[-2:], lower.dtype), -1)
+    strict = strict.reshape((1,) * (lower.ndim - 2) + strict.shape)
+    change = right_dot - (strict * lower_dot) @ solution
+    return solution, _unit_lower_solve(lower, change)
 
 
 def delta_chunk_xla(operands: Operands, *, read: str) -> DeltaOutput:
