@@ -43,8 +43,8 @@ def spec_of(
       ValueError: a logical name that the table does not hold.
 
     Example:
-      >>> spec_of(["embed", "mlp"], {"data": 1, "fsdp": 4, "tensor": 2})
-      PartitionSpec('fsdp', 'tensor')
+      >>> tuple(spec_of(["embed", "mlp"], {"data": 1, "fsdp": 4, "tensor": 2}))
+      ('fsdp', 'tensor')
     """
     used, spec = set(without), []
     for place, name in enumerate(axes):

@@ -28,19 +28,21 @@ def state_shardings(
     Raises:
       MeshError: a weight does not divide over the mesh.
     """
+    everywhere = jax.tree.map(lambda leaf: replicated(mesh), state)
     params = shardings_of(state.params, axes, mesh)
-    whole = replicated(mesh)
-    if carry is None:
-        carried = jax.tree.map(lambda leaf: whole, state.carry)
-    else:
-        carried = shardings_of(state.carry, carry, mesh)
-    opt_state = like_params(state.opt_state, state.params, params, mesh)
-    return TrainState(step=whole, params=params, opt_state=opt_state, key=whole, carry=carried)
+    return everywhere._replace(
+        params=params,
+        opt_state=like_params(state.opt_state, state.params, params, mesh),
+        carry=everywhere.carry if carry is None else shardings_of(state.carry, carry, mesh),
+    )
 
 
 def mesh_of(batch: NamedSharding | None) -> AbstractContextManager:
     """The context in which a run with batches on this mesh computes."""
-    return nullcontext() if batch is None else jax.set_mesh(batch.mesh)
+    if batch is None:
+        return nullcontext()
+    assert isinstance(batch.mesh, Mesh)
+    return jax.set_mesh(batch.mesh)
 
 
 def on_mesh(state: PyTree, sharding: NamedSharding | None) -> PyTree:
