@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from nestedjax import configs, models
 from nestedjax.checkpoint import CheckpointError, Checkpoints
@@ -27,7 +28,14 @@ from nestedjax.data import (
     text_dataset,
 )
 from nestedjax.overrides import ConfigError, one_line
-from nestedjax.training import LossFn, TrainState, adamw, init_state, warmup_cosine
+from nestedjax.training import (
+    LossFn,
+    TrainState,
+    adamw,
+    init_state,
+    state_shardings,
+    warmup_cosine,
+)
 
 PyTree = Any
 
@@ -155,6 +163,34 @@ def new_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState
     return init_state(nnx.state(model, nnx.Param), tx, seed=config.seed, carry=carry)
 
 
+def place_new_state(
+    config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh | None
+) -> TrainState:
+    """The state of a run before its first step, each part of it made on the device that keeps it.
+
+    The values do not depend on the mesh. Of the models' states in `data.order=contiguous` the batch
+    is split; their heads only inside a dispatch.
+
+    Raises:
+      MeshError: a weight does not divide over the mesh.
+    """
+
+    def make() -> TrainState:
+        return new_state(config, tx)
+
+    if mesh is None:
+        return jax.jit(make)()
+    shapes = jax.eval_shape(make)
+    lead = ("layers",) if config.loop.microbatches == 1 else (None, "layers")
+
+    def names(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        return PartitionSpec(*lead, "batch", *[None] * (leaf.ndim - len(lead) - 1))
+
+    carry = jax.tree.map(names, shapes.carry)
+    axes = models.logical_axes(shapes.params)
+    return jax.jit(make, out_shardings=state_shardings(shapes, axes, mesh, carry=carry))()
+
+
 def language_loss(graphdef: nnx.GraphDef) -> LossFn:
     """Next-token cross-entropy, in nats per token, of the model that `graphdef` describes.
 
@@ -183,7 +219,9 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
       logits: [B, T, V].
       targets: int32 [B, T].
     """
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A masked sum and not an index: it also runs over a vocabulary that a mesh has split.
+    vocab = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    picked = jnp.where(vocab[None, None] == targets[..., None], logits, 0.0).sum(-1)
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 

@@ -17,6 +17,7 @@ def guarded(command: str, run: Callable[[], int]) -> int:
     from nestedjax.checkpoint import CheckpointError, CheckpointWarning
     from nestedjax.data import DataError
     from nestedjax.overrides import ConfigError, one_line
+    from nestedjax.sharding import MeshError
     from nestedjax.training import TrainingError
 
     shown = warnings.showwarning
@@ -32,7 +33,7 @@ def guarded(command: str, run: Callable[[], int]) -> int:
         warnings.showwarning = show
         try:
             return run()
-        except (ConfigError, DataError, CheckpointError) as error:
+        except (ConfigError, DataError, CheckpointError, MeshError) as error:
             print(f"nestedjax {command}: {one_line(error)}", file=sys.stderr)
             return FIX
         except TrainingError as error:

@@ -16,7 +16,8 @@ of the model: layers, memory.chunk_size, cms.periods ... An unknown key lists th
 
 The run folder gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and loss.png. Continuing
 takes its saved settings; only steps (to more), validate_every, checkpoint_every and sample_every
-may change. Ctrl-C and SIGTERM finish the step, save and exit with 130 and 143.
+may change, and the --mesh, which is not saved. Ctrl-C and SIGTERM finish the step, save and exit
+with 130 and 143.
 The last line is: done: step=N val_loss=X.XXXX tokens=N run=DIR (nats per token)"""
 
 STOPPED = {"Ctrl-C": 130}
@@ -44,17 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocabulary", metavar="FILE.model", help="a SentencePiece model; default: bytes"
     )
-    parser.add_argument("--mesh", metavar="AXIS=N,...", help="devices, as data=2,fsdp=2,tensor=2")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="all devices, as data=2,fsdp=2,tensor=2; default: one device",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     from nestedjax import runs
     from nestedjax.cli import training
-    from nestedjax.overrides import ConfigError
+    from nestedjax.sharding import make_mesh
 
-    if args.mesh:
-        raise ConfigError("--mesh is not available yet; leave it out to train on one device")
+    mesh = None if args.mesh is None else make_mesh(args.mesh)
     folder = args.run or os.path.join("runs", args.preset)
     assignments = [item for group in args.set for item in group]
     saved = runs.load_config(folder)
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         config = training.new_run(args.preset, assignments, args.data, args.vocabulary)
     else:
         config = training.continued(saved, args.preset, assignments, args.data, args.vocabulary)
-    result = training.train(config, folder)
+    result = training.train(config, folder, mesh)
     if result.stopped_by is not None:
         again = shlex.join(["nestedjax", "train", args.preset, "--run", folder])
         step = int(result.state.step)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from nestedjax import configs, overrides, runs
+from nestedjax import configs, overrides, runs, sharding
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.cli.progress import Progress
 from nestedjax.configs import RunConfig
@@ -95,11 +96,11 @@ def continued(
     return configs.check(_with_data(config, files, vocabulary))
 
 
-def train(config: RunConfig, folder: str) -> Result:
+def train(config: RunConfig, folder: str, mesh: Mesh | None = None) -> Result:
     """Train a run in its folder, from its newest checkpoint if there is one.
 
     Raises:
-      ConfigError, DataError, CheckpointError: what the caller can fix.
+      ConfigError, DataError, CheckpointError, MeshError: what the caller can fix.
       TrainingError: a number is not finite.
     """
     model = runs.abstract_model(config)
@@ -107,6 +108,8 @@ def train(config: RunConfig, folder: str) -> Result:
     tx, schedule = runs.optimizer(config)
     vocabulary = runs.vocabulary_of(config)
     dataset, valid = runs.datasets(config, vocabulary)
+    batches = _batches(config, mesh)
+    state = runs.place_new_state(config, tx, mesh)
     runs.save_config(folder, config)
     sampler = _Sampler(config, graphdef, vocabulary)
     progress = Progress(config, folder, sum(x.size for x in jax.tree.leaves(params)), dataset)
@@ -118,7 +121,7 @@ def train(config: RunConfig, folder: str) -> Result:
     ):
         result = loop(
             runs.language_loss(graphdef),
-            jax.jit(lambda: runs.new_state(config, tx))(),
+            state,
             tx=tx,
             dataset=dataset,
             config=config.loop,
@@ -129,6 +132,7 @@ def train(config: RunConfig, folder: str) -> Result:
             on_event=progress,
             probe=runs.probe(graphdef),
             learning_rate=schedule,
+            sharding=batches,
             meta=configs.to_json(config),
         )
     if result.stopped_by is None:
@@ -139,6 +143,17 @@ def train(config: RunConfig, folder: str) -> Result:
         print(f"metrics: {path / 'metrics.jsonl'}, {path / 'tensorboard'}")
         print(f"checkpoints: {path / 'checkpoints'}")
     return result
+
+
+def _batches(config: RunConfig, mesh: Mesh | None) -> NamedSharding | None:
+    """Where batches lie, known to divide before anything is written."""
+    if mesh is None:
+        return None
+    batches = sharding.batch_sharding(mesh)
+    rows = config.data.batch // config.loop.microbatches
+    shape = rows, config.data.length
+    sharding.check_fits(shape, batches, name="a microbatch", axes=("batch", "length"))
+    return batches
 
 
 class _Sampler:

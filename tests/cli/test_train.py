@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from nestedjax.training import read_metrics
-from tests.cli.tiny import RUN, TRANSFORMER, command
+from tests.cli.tiny import RUN, TRANSFORMER, command, refused
 
 
 @pytest.fixture
@@ -51,3 +51,28 @@ def test_a_run_may_grow(copy, capsys):
     code, out, _ = command(capsys, "train", "transformer_nano", "--run", copy, "--set", "steps=14")
     assert code == 0 and out.splitlines()[-1].startswith("done: step=14 ")
     assert [r["step"] for r in read_metrics(copy)] == list(range(1, 15))
+
+
+def test_a_mesh_trains_the_same_run(trained, text, tmp_path, capsys):
+    start = ["train", "transformer_nano", "--run", tmp_path / "mesh", "--data", text]
+    settings = ["--set", *TRANSFORMER, *RUN]
+    code, _, _ = command(capsys, *start, "--mesh", "data=2,fsdp=2,tensor=2", *settings)
+    assert code == 0
+    one, split = read_metrics(trained), read_metrics(tmp_path / "mesh")
+    for name in ("loss", "val_loss"):
+        expected = [record[name] for record in one if name in record]
+        assert [r[name] for r in split if name in r] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=3", "needs 3 devices and there are 8; data=8 fits"),
+        ("data=8", "a microbatch has batch=4.*multiple of 8"),
+        ("data=2,tensor=4", "heads=2.*multiple of 4"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(mesh, message, text, tmp_path, capsys):
+    start = ["train", "transformer_nano", "--run", tmp_path / "mesh", "--data", text]
+    err = refused(capsys, *start, "--mesh", mesh, "--set", *TRANSFORMER, *RUN)
+    assert re.search(message, err) and not (tmp_path / "mesh").exists()
