@@ -124,7 +124,7 @@ def run_preset(name: str) -> RunConfig:
     """
     if name not in models.PRESETS:
         raise ConfigError(f"no preset {name!r}; {overrides.near(name, models.PRESETS)}")
-    size = name.rpartition("_")[2]
+    size = next(part for part in name.split("_") if part in SIZES)
     return RunConfig(preset=name, model=models.PRESETS[name], **SIZES[size])
 
 
@@ -142,11 +142,11 @@ def _size(
     }
 
 
-# Learning rates and batches of the large ones: spec G1 (half a million tokens a step).
+# The large ones take half a million tokens a step (spec G1).
 SIZES = {
-    "nano": _size(600, length=256, batch=16, rate=3e-3, every=100, dispatch=5),
-    "micro": _size(5_000, length=1024, batch=16, rate=2e-3, every=250),
-    "mini": _size(20_000, length=2048, batch=32, rate=1e-3, every=500),
+    "nano": _size(1_000, length=256, batch=8, rate=3e-3, every=100, dispatch=5),
+    "micro": _size(5_000, length=1024, batch=8, rate=2e-3, every=250),
+    "mini": _size(20_000, length=2048, batch=8, rate=1e-3, every=500),
     "340m": _size(28_600, length=4096, batch=128, rate=3e-4, every=500),
     "760m": _size(57_200, length=4096, batch=128, rate=2.5e-4, every=500),
     "1p3b": _size(190_700, length=4096, batch=128, rate=2e-4, every=1000),

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from nestedjax import configs, models
+from nestedjax import configs, levels, models
 from nestedjax.checkpoint import CheckpointError, Checkpoints
 from nestedjax.configs import RunConfig
 from nestedjax.data import (
@@ -27,6 +28,8 @@ from nestedjax.data import (
     bundled,
     text_dataset,
 )
+from nestedjax.evaluation import generate
+from nestedjax.optim import in_steps, in_tokens
 from nestedjax.overrides import ConfigError, one_line
 from nestedjax.training import (
     LossFn,
@@ -54,6 +57,18 @@ class Model(NamedTuple):
     step: int
     model: models.LanguageModel
     vocabulary: Vocabulary
+
+
+class NestedSystem(NamedTuple):
+    """Everything that learns in a run.
+
+    Attributes:
+      boxes: slow to fast.
+      optimizer: names of those boxes that are memories of the outer optimizer.
+    """
+
+    boxes: list[levels.Box]
+    optimizer: frozenset[str]
 
 
 def vocabulary_of(config: RunConfig) -> Vocabulary:
@@ -152,6 +167,25 @@ def decays(params: PyTree) -> PyTree:
     return jax.tree.map_with_path(decay, params)
 
 
+def nested_system(config: RunConfig) -> NestedSystem:
+    """The boxes of a run's model and of its optimizer, without allocating either.
+
+    Raises:
+      ConfigError: its settings do not fit each other.
+    """
+    model = abstract_model(config)
+    tx, _ = optimizer(config)
+    params = nnx.state(model, nnx.Param)
+    memories = jax.eval_shape(tx.init, params)
+    steps = in_steps(models.periods(config.model), step_tokens=config.step_tokens)
+    tokens = in_tokens(steps, step_tokens=config.step_tokens)
+    own = list(model.boxes()) if isinstance(model, levels.HasBoxes) else []
+    boxes = levels.describe(own, memories, params=params, step_tokens=tokens)
+    return NestedSystem(
+        boxes, frozenset(box.name for box in boxes) - {box.name for box in own} - {"parameters"}
+    )
+
+
 def new_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState:
     """The state of a run before its first step."""
     model, parts = new_model(config), config.loop.microbatches
@@ -225,7 +259,32 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def probe(graphdef: nnx.GraphDef) -> Callable[[PyTree, Batch], dict[str, PyTree]]:
+def sampler(
+    graphdef: nnx.GraphDef, *, tokens: int, temperature: float | int = 0.8, top_k: int | None = None
+) -> Callable[[PyTree, np.ndarray, jax.Array], np.ndarray]:
+    """Compile the continuation of a prompt.
+
+    Args:
+      graphdef: of a model.
+      tokens: how many to draw.
+      temperature: see `nestedjax.evaluation.generate`.
+      top_k: see there.
+
+    Returns:
+      `draw(params, prompt, key) -> tokens`, a prompt int[T] to int32[tokens]; compiled once for
+      each length of prompt.
+    """
+
+    @jax.jit
+    def draw(params, prompt, key):
+        model = nnx.merge(graphdef, params)
+        options = {"tokens": tokens, "key": key, "temperature": temperature, "top_k": top_k}
+        return generate(model, model.init_state(1), prompt[None], **options)[0][0]
+
+    return lambda params, prompt, key: np.asarray(draw(params, jnp.asarray(prompt, jnp.int32), key))
+
+
+def probe(graphdef: nnx.GraphDef) -> Callable[[PyTree, PyTree], dict[str, PyTree]]:
     """What the training loop asks where a number ceased to be finite."""
 
     @jax.jit
@@ -240,7 +299,7 @@ def probe(graphdef: nnx.GraphDef) -> Callable[[PyTree, Batch], dict[str, PyTree]
     return in_order
 
 
-def probe_names(graphdef: nnx.GraphDef, params: PyTree, batch: Batch) -> list[str]:
+def probe_names(graphdef: nnx.GraphDef, params: PyTree, batch: PyTree) -> list[str]:
     """The names of a probe's activations in the order in which they are computed."""
     names: list[str] = []
 
@@ -287,6 +346,20 @@ def load_config(folder: str | os.PathLike) -> RunConfig | None:
         ) from error
 
 
+def require_config(folder: str | os.PathLike) -> RunConfig:
+    """The configuration of a run folder.
+
+    Raises:
+      ConfigError: there is no run in it, or `config.json` cannot be read.
+    """
+    config = load_config(folder)
+    if config is None:
+        raise ConfigError(
+            f"no run in {os.fspath(folder)}; make one with nestedjax train PRESET --run DIR"
+        )
+    return config
+
+
 def load(folder: str | os.PathLike) -> Model:
     """The newest whole model of a run folder, on one device.
 
@@ -294,11 +367,7 @@ def load(folder: str | os.PathLike) -> Model:
       ConfigError: it is no run folder, or nothing is saved in it yet.
       CheckpointError: nothing in it is whole.
     """
-    config = load_config(folder)
-    if config is None:
-        raise ConfigError(
-            f"no run in {os.fspath(folder)}; make one with nestedjax train PRESET --run DIR"
-        )
+    config = require_config(folder)
     tx, _ = optimizer(config)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(

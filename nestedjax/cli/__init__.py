@@ -15,6 +15,9 @@ from typing import NoReturn
 # returns an exit code, its docstring as description, and EXAMPLE.
 COMMANDS = {
     "train": ("nestedjax.cli.train", "train a model, or continue a run"),
+    "eval": ("nestedjax.cli.eval", "loss, perplexity and bits per byte, by file and by position"),
+    "generate": ("nestedjax.cli.generate", "continue a prompt"),
+    "levels": ("nestedjax.cli.levels", "the nested system of a preset or run, slow to fast"),
 }
 
 

@@ -1,5 +1,6 @@
 """Turning what the caller can fix into one line and an exit code."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,3 +43,6 @@ def guarded(command: str, run: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             print(f"nestedjax {command}: interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # who reads standard output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141

@@ -4,20 +4,26 @@ import os
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from nestedjax import configs, overrides, runs, sharding
 from nestedjax.checkpoint import Checkpoints
+from nestedjax.cli.printing import printable
 from nestedjax.cli.progress import Progress
 from nestedjax.configs import RunConfig
 from nestedjax.data import SentencePieceVocabulary, Vocabulary
-from nestedjax.evaluation import generate
 from nestedjax.overrides import ConfigError
-from nestedjax.training import Hook, MetricsWriter, Result, TrainState, plot_losses
+from nestedjax.training import (
+    Event,
+    Hook,
+    MetricsWriter,
+    Result,
+    Started,
+    TrainState,
+    plot_losses,
+)
 from nestedjax.training import train as loop
 
 SAMPLE = 240  # tokens
@@ -110,10 +116,17 @@ def train(config: RunConfig, folder: str, mesh: Mesh | None = None) -> Result:
     dataset, valid = runs.datasets(config, vocabulary)
     batches = _batches(config, mesh)
     state = runs.place_new_state(config, tx, mesh)
-    runs.save_config(folder, config)
+    # What is there stays until the loop has found that data and checkpoint belong to it.
+    runs.save_config(folder, runs.load_config(folder) or config)
     sampler = _Sampler(config, graphdef, vocabulary)
     progress = Progress(config, folder, sum(x.size for x in jax.tree.leaves(params)), dataset)
     path = epath.Path(folder)
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Started):
+            runs.save_config(folder, config)
+        progress(event)
+
     with (
         Checkpoints(path / "checkpoints") as checkpoints,
         MetricsWriter(folder) as metrics,
@@ -129,7 +142,7 @@ def train(config: RunConfig, folder: str, mesh: Mesh | None = None) -> Result:
             checkpoints=checkpoints,
             metrics=metrics,
             hooks=sampler.hooks(progress),
-            on_event=progress,
+            on_event=watch,
             probe=runs.probe(graphdef),
             learning_rate=schedule,
             sharding=batches,
@@ -161,20 +174,13 @@ class _Sampler:
 
     def __init__(self, config: RunConfig, graphdef: nnx.GraphDef, vocabulary: Vocabulary):
         self._config, self._vocabulary = config, vocabulary
-        prompt = jnp.asarray(vocabulary.encode("\n")[None, -1:], jnp.int32)
-
-        @jax.jit
-        def draw(params, key):
-            model = nnx.merge(graphdef, params)
-            state = model.init_state(1)
-            return generate(model, state, prompt, tokens=SAMPLE, key=key, temperature=0.8)[0][0]
-
-        self._draw = draw
+        self._prompt = vocabulary.encode("\n")[-1:]
+        self._draw = runs.sampler(graphdef, tokens=SAMPLE)
 
     def text(self, state: TrainState) -> str:
         """A sample of the weights of a step."""
         key = jax.random.fold_in(state.key, state.step)
-        return self._vocabulary.decode(np.asarray(self._draw(state.params, key)))
+        return self._vocabulary.decode(self._draw(state.params, self._prompt, key))
 
     def hooks(self, progress: Progress) -> list[Hook]:
         """Print a short sample now and then."""
@@ -185,11 +191,6 @@ class _Sampler:
                 progress.write(_indented(self.text(state)[: SAMPLE // 2]))
 
         return [] if every is None else [Hook(every, show)]
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which an untrained model draws and terminals obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def _indented(text: str) -> str:

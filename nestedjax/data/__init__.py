@@ -1,7 +1,7 @@
 """Text data: vocabularies, documents, packing, and data sets indexed by step (the only Grain)."""
 
 from nestedjax.data.dataset import Batch, TextDataset, require_fingerprint, text_dataset
-from nestedjax.data.documents import bundled, read_documents, take_split
+from nestedjax.data.documents import bundled, expand, read_documents, take_split
 from nestedjax.data.errors import DataError
 from nestedjax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
@@ -13,6 +13,7 @@ __all__ = [
     "TextDataset",
     "Vocabulary",
     "bundled",
+    "expand",
     "read_documents",
     "require_fingerprint",
     "take_split",

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 PyTree = Any
 Step = Callable[[Any, PyTree], tuple[Array, PyTree]]
@@ -18,7 +18,7 @@ def generate(
     *,
     tokens: int,
     key: Array,
-    temperature: float | Float[Array, ""] = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
 ) -> tuple[Int[Array, "B N"], PyTree]:
     """Continue a prompt: one call over the prompt, then one scan over the new tokens.
@@ -31,7 +31,7 @@ def generate(
       prompt: at least one token.
       tokens: N, how many to draw.
       key: random key.
-      temperature: 0 takes the most likely token; with a traced temperature it must be positive.
+      temperature: 0 takes the most likely token.
       top_k: draw among the k most likely tokens only.
 
     Returns:
@@ -54,7 +54,7 @@ def generate(
         raise ValueError(f"top_k={top_k} must be at least 1")
 
     def pick(logits, key):
-        if isinstance(temperature, int | float) and temperature == 0:
+        if temperature == 0:
             return logits.argmax(-1).astype(jnp.int32)
         if top_k is not None and top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, top_k)[0][..., -1:]

@@ -38,7 +38,7 @@ def describe(
     optimizer: PyTree = None,
     *,
     params: PyTree = None,
-    step_tokens: int | Fraction | Mapping[str, int] = 1,
+    step_tokens: int | Fraction | Mapping[str, int | Fraction] = 1,
     dependencies: Mapping[str, Iterable[str]] | None = None,
 ) -> list[Box]:
     """List the boxes of a nested system, from slow to fast.

@@ -1,0 +1,207 @@
+"""Bad input: one line that says what to do, exit code 2, and nothing lost."""
+
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+
+from nestedjax import runs
+from nestedjax.cli import main
+from tests.cli.tiny import RUN, TRANSFORMER, command, refused
+
+TRAIN = ("train", "transformer_nano", "--run")
+
+
+def tree(folder):
+    """Every file of a folder and its bytes."""
+    return {
+        p.relative_to(folder): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and "tensorboard" not in p.parts
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "no command 'trian'; did you mean train?"),
+        (["train"], "required: PRESET"),
+        (["train", "hope_nan"], "no preset 'hope_nan'; did you mean hope_nano"),
+        (["train", "hope_nano", "--color"], "unrecognized arguments: --color"),
+        (["train", "hope_nano", "--data", "no.txt"], "file not found: {here}/no.txt"),
+        (["train", "hope_nano", "--data", "empty.txt"], "file is empty: {here}/empty.txt"),
+        (["train", "hope_nano", "--data", "folder"], "no text in folder {here}/folder"),
+        (["train", "hope_nano", "--vocabulary", "no.model"], "vocabulary file not found"),
+        (["train", "hope_nano", "--run", "empty.txt"], "is a file, not a run folder"),
+        (["train", "hope_nano", "--run", "empty.txt/run"], "cannot"),
+        (["train", "hope_nano", "--run", "folder"], "holds photo.jpg but no run"),
+        (["eval", "nowhere"], "no run in nowhere; make one with nestedjax train"),
+        (["generate", "nowhere"], "no run in nowhere"),
+        (["levels", "hope_nan"], "neither a preset nor a run folder; did you mean hope_nano"),
+        (["levels", "hope_nano", "--plot", "no/where.png"], "cannot write no/where.png"),
+    ],
+)
+def test_names_and_files(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "photo.jpg").touch()
+    try:
+        line = refused(capsys, *arguments)
+    except SystemExit as leaving:  # argparse
+        line = capsys.readouterr().err
+        assert leaving.code == 2 and line.count("\n") == 1
+    assert says.format(here=tmp_path) in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("step=5", "unknown setting 'step'; did you mean steps"),
+        ("memory.chunksize=4", "did you mean memory.chunk_size"),
+        ("steps", "--set steps has no value; write --set steps=VALUE"),
+        ("steps=many", "steps=many is not a whole number; give --set steps=64"),
+        ("clip=big", "clip=big is not a number or none"),
+        ("dtype=float8", "dtype=float8 is not one of float32, bfloat16, float64"),
+        ("steps=0", "steps=0 must be at least 1"),
+        ("learning_rate=-1", "learning_rate=-1.0 must be positive"),
+        ("seed=-1", "seed=-1 must be at least 0"),
+        ("length=4", "length=4 is shorter than a chunk of 16 tokens"),
+        ("length=40", "length=40 is not a multiple of the chunk of 16 tokens; use length=32"),
+        ("microbatches=3", "microbatches=3 does not divide batch=8"),
+        ("cms.periods=100,250", "100 does not divide 250"),
+        ("cms.periods=3000,6000", "is 3000 tokens, not a multiple of the 2048 tokens in one step"),
+        ("memory.objective=magic", "objective='magic' is not one of l2, dot"),
+        ("vocab=100", "vocab=100 is less than the vocabulary's 256 tokens"),
+        ("width=7 literal=true", "the literal form needs heads * head_dim = width"),
+    ],
+)
+def test_settings(settings, says, tmp_path, capsys):
+    line = refused(
+        capsys, "train", "hope_nano", "--run", tmp_path / "run", "--set", *settings.split()
+    )
+    assert says in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_too_short(tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("To be, or not to be")
+    run = tmp_path / "run"
+    line = refused(capsys, "train", "hope_nano", "--run", run, "--data", tmp_path / "short.txt")
+    assert "the train split has 17 tokens, fewer than length=256" in line and not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--set", "width=8"], "width was 16 when this run began, and cannot become 8"),
+        (["--set", "learning_rate=1"], "learning_rate was 0.01"),
+        (["--set", "steps=11"], "steps=11 is less than the run's 12; steps may only grow"),
+        (["--data", "other.txt"], "the data is not what this run was saved with: text was"),
+    ],
+)
+def test_another_run_in_its_folder(arguments, says, trained, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    before = tree(copy)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text("another text " * 1000)
+    code, _, err = command(capsys, *TRAIN, copy, *arguments)
+    assert code == 2 and err.count("\n") == 1 and says in err
+    assert tree(copy) == before
+    if arguments[0] == "--set":
+        line = refused(capsys, "train", "hope_nano", "--run", copy)
+        assert "holds a transformer_nano, not a hope_nano" in line
+
+
+def test_a_configuration_that_cannot_be_read(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    whole = (copy / "config.json").read_text()
+    for text in (whole[:100], whole.replace('"width"', '"breadth"'), "[]", "{}"):
+        (copy / "config.json").write_text(text)
+        for line in (refused(capsys, *TRAIN, copy), refused(capsys, "eval", copy)):
+            assert f"{copy}/config.json is no run configuration" in line
+    assert (copy / "config.json").read_text() == "{}"
+
+
+def test_a_run_without_a_checkpoint(trained, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained / "config.json", tmp_path / "run")
+    assert "no checkpoint in" in refused(capsys, "eval", tmp_path / "run")
+
+
+def flip(folder, step):
+    """Flip one bit of a checkpoint's values; files also hold bytes that nothing reads."""
+    files = (folder / "checkpoints" / str(step)).rglob("*")
+    for path in sorted(filter(Path.is_file, files), key=lambda p: -p.stat().st_size):
+        whole = path.read_bytes()
+        for place in (len(whole) // 2, len(whole) // 4):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                runs.load(folder)
+            if any("leaf" in str(warning.message) for warning in caught):
+                return
+        path.write_bytes(whole)
+    pytest.fail("no bit of the checkpoint matters")
+
+
+def test_a_flipped_bit_costs_one_checkpoint(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    flip(copy, 12)
+    code, out, err = command(capsys, *TRAIN, copy)
+    assert code == 0 and "continues at step 8" in out
+    assert err.startswith("nestedjax train: warning: checkpoint of step 12 is damaged (")
+    assert "leaf" in err and err.endswith("using step 8 instead\n") and err.count("\n") == 1
+    assert (copy / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+    assert list((copy / "checkpoints-damaged").iterdir())
+
+
+def test_no_whole_checkpoint(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    for path in (copy / "checkpoints").rglob("meta/metadata"):
+        path.write_bytes(path.read_bytes()[:-20])
+    before = tree(copy)
+    for arguments in ((*TRAIN, copy), ("eval", copy)):
+        code, _, err = command(capsys, *arguments)
+        assert code == 2 and err.count("\n") == 1 and "no checkpoint in" in err
+    assert tree(copy) == before
+
+
+def test_a_number_that_is_not_finite_is_named(text, tmp_path, capsys):
+    settings = [*TRANSFORMER, *RUN, "learning_rate=1e15", "clip=none", "warmup=0"]
+    code, _, err = command(capsys, *TRAIN, tmp_path / "run", "--data", text, "--set", *settings)
+    assert code == 1 and err.count("\n") == 1
+    assert "step 2: level " in err and "lower learning_rate" in err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path, capsys, monkeypatch):
+    from nestedjax.cli import progress
+
+    show = progress.Progress.__call__
+
+    def interrupt(self, event):
+        show(self, event)
+        if getattr(event, "step", 0) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(progress.Progress, "__call__", interrupt)
+    settings = [*TRANSFORMER, *RUN, "checkpoint_every=100"]
+    run = tmp_path / "run"
+    code, out, _ = command(capsys, *TRAIN, run, "--data", text, "--set", *settings)
+    last = out.splitlines()[-1]
+    assert code == 130 and last.startswith("stopped by Ctrl-C at step ")
+    assert last.endswith(f"saved; continue with: nestedjax train transformer_nano --run {run}")
+    step = int(last.split(" step ")[1].split(",")[0])
+    assert 4 <= step < 12 and (run / "checkpoints" / str(step)).exists()
+
+
+def test_a_bug_is_not_hidden(trained, capsys, monkeypatch):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(runs, "load", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["eval", str(trained)])
