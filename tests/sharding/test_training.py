@@ -25,8 +25,8 @@ CASES = [
     ("transformer", MESH, False),
     ("transformer", MESH, True),
     ("transformer", "data=2,tensor=2,sequence=2", True),
-    ("hope", MESH, False),
-    ("hope", MESH, True),
+    pytest.param("hope", MESH, False, marks=pytest.mark.slow),
+    pytest.param("hope", MESH, True, marks=pytest.mark.slow),
 ]
 
 
