@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nestedjax import data, levels, memory, mixers, models, training
+    from nestedjax import data, levels, memory, mixers, models, optim, training
     from nestedjax.levels import Level
 
-__all__ = ["Level", "data", "levels", "memory", "mixers", "models", "training"]
+__all__ = ["Level", "data", "levels", "memory", "mixers", "models", "optim", "training"]
 
 
 def __getattr__(name: str) -> Any:

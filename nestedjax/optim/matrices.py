@@ -195,3 +195,9 @@ def rms(x: jax.Array, layout: Layout | None) -> jax.Array:
     """Root mean square of each matrix that a leaf holds, or of the whole leaf; kept as size 1."""
     axes = tuple(range(x.ndim)) if layout is None else layout.order[len(layout.matrix) - 2 :]
     return jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
+
+
+def plus_identity(square: jax.Array) -> jax.Array:
+    """`I + square` for every matrix [..., n, n]."""
+    eye = jnp.eye(square.shape[-1], dtype=square.dtype)
+    return jnp.broadcast_to(eye, square.shape) + square

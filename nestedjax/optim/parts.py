@@ -162,3 +162,10 @@ def lenient(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
             return tx.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def add_decay(learning_rate: Rate, weight_decay: Any) -> optax.GradientTransformation:
+    """Adds `-learning_rate weight_decay W` to updates that hold their rate already."""
+    if callable(learning_rate):
+        return optax.add_decayed_weights(lambda count: -weight_decay * learning_rate(count))
+    return optax.add_decayed_weights(-weight_decay * learning_rate)

@@ -1,0 +1,202 @@
+"""Delta gradient descent: weights forget along the inputs they are trained on (spec B9)."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nestedjax.optim.matrices import (
+    Axes,
+    Layout,
+    fold,
+    layouts,
+    named,
+    plus_identity,
+    unfold,
+    widened,
+)
+from nestedjax.optim.parts import PyTree, Rate, choice, lenient, number
+
+TAP = "tap"
+WEIGHTS = ("kernel", "embedding")
+
+
+class DGDState(NamedTuple):
+    """The state of `scale_by_dgd`: updates done, for a learning rate that is a schedule."""
+
+    position: jax.Array  # shape=(), dtype=int32
+
+
+def dgd(
+    learning_rate: Rate,
+    *,
+    form: str = "implicit",
+    batch: str = "explicit",
+    decay: str = "decoupled",
+    keep: Any = 1.0,
+    axes: Axes = None,
+    rest: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Delta gradient descent for layers with a tap, AdamW for everything else.
+
+    One step of `argmin 1/2 mean |W x - u|^2 + |W - W_t|^2 / (2 lr)` with u = -dL/dy, the target
+    that the layer makes itself. With C = X^T X / n and the mean gradient g:
+
+        W <- W (keep I - r C) - r g        r = lr / (1 + lr trace(C))
+
+    For one input this is the exact minimiser, r = lr / (1 + lr |x|^2).
+
+    Args:
+      learning_rate: lr, a rate or schedule.
+      form: "implicit" (r as above, in both places), "explicit" (r = lr: needs lr |C| < 2), or
+        "neurips" (decay coefficient 1 as printed there: `W (keep I - C) - lr g`).
+      batch: "explicit" as above; "exact": the minimiser over the batch,
+        `(W - lr g) (I + lr C)^-1`, one solve a layer; "mean_of_rank1": the mean over the inputs of
+        their own exact steps, for layers tapped with `rank1_rate=lr`.
+      decay: where `keep` stands: "decoupled" as above, or "coupled": keep W (I - r C) - r g.
+      keep: fraction of the weights kept in a step.
+      axes: how the kernels are matrices; see `m3`. None: [inputs, outputs], stacks in front.
+      rest: what steps parameters without a tap; None:
+        `optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0)`.
+
+    Returns:
+      A transformation that needs `params`, and parameters in which each layer's tap (see
+      `tapped_linear`) is called "tap" and lies beside its "kernel" or "embedding".
+
+    Raises:
+      ValueError: an argument out of range; parameters without any tap, or a tap that does not fit
+        its weight, by name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from nestedjax import optim
+      >>> params = {"kernel": jnp.ones((2, 1)), "tap": jnp.zeros((2, 2))}
+      >>> x = jnp.array([[1.0, 0.0]])
+      >>> loss = lambda p: optim.tapped_linear(x, p["kernel"], p["tap"]).mean()
+      >>> tx = optim.dgd(1.0)
+      >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+      >>> updates["kernel"].tolist(), updates["tap"].any().item()
+      ([[-1.0], [0.0]], False)
+
+    Reference:
+      Nested Learning (arXiv 2512.24695), equations 56-57 and appendix C.
+
+    Departures from the paper:
+      1. Appendix C uses lr as 1/lr from (114) on and flips the target's sign; the coefficient here
+         is that of the stated problem, lr / (1 + lr |x|^2).
+      2. Mini-batches, which the paper does not treat.
+      3. It minimises another loss: with `1/2 |W x - v|^2` and one repeated sample it converges to
+         W x = v / 2. Do not use it as outer optimizer without wanting that.
+    """
+    rule = scale_by_dgd(learning_rate, form=form, batch=batch, decay=decay, keep=keep, axes=axes)
+    others = optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0.0) if rest is None else rest
+    return widened(optax.partition({"delta": rule, "rest": lenient(others)}, tapped))
+
+
+def scale_by_dgd(
+    learning_rate: Rate,
+    *,
+    form: str = "implicit",
+    batch: str = "explicit",
+    decay: str = "decoupled",
+    keep: Any = 1.0,
+    axes: Axes = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The whole update of `dgd`, whose arguments these are, for parameters that all have taps.
+
+    The rate is inside: it decides how much is erased, and does not factor out.
+    """
+    choice("form", form, ("implicit", "explicit", "neurips"))
+    choice("batch", batch, ("explicit", "exact", "mean_of_rank1"))
+    choice("decay", decay, ("decoupled", "coupled"))
+    number("keep", keep)
+
+    step = partial(_step, form=form, batch=batch, coupled=decay == "coupled", keep=keep)
+
+    def init(params: PyTree) -> DGDState:
+        return DGDState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError("dgd needs the parameters: tx.update(grads, state, params)")
+        rate = learning_rate(state.position) if callable(learning_rate) else learning_rate
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        weights, layout = jax.tree.leaves(params), layouts(axes, updates)
+        taps = _pairs([path for path, _ in leaves])
+        new = [jnp.zeros_like(leaf) for _, leaf in leaves]
+        for tap, weight in taps.items():
+            path, gram = leaves[tap]
+            how = _fits(gram, layout[weight], named(path))
+            w, g = fold(weights[weight], how), fold(leaves[weight][1], how)
+            new[weight] = unfold(step(w, g, gram, rate) - w, how)
+        return jax.tree.unflatten(jax.tree.structure(updates), new), DGDState(state.position + 1)
+
+    return widened(optax.GradientTransformationExtraArgs(init, update))
+
+
+def tapped(params: PyTree) -> PyTree:
+    """ "delta" for each tap and the weight beside it, "rest" for every other parameter.
+
+    Raises:
+      ValueError: there is no tap, or one without a weight.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    pairs = _pairs(paths)
+    if paths and not pairs:
+        raise ValueError(
+            "dgd found no parameter called 'tap': use layers with taps (optim.tapped_linear), or"
+            " models.add_taps(model)"
+        )
+    found = {*pairs, *pairs.values()}
+    kinds = ["delta" if i in found else "rest" for i in range(len(paths))]
+    return jax.tree.unflatten(jax.tree.structure(params), kinds)
+
+
+def _pairs(paths: list) -> dict[int, int]:
+    """Index of each tap among the leaves -> index of its weight."""
+    names = [[str(getattr(k, "key", getattr(k, "name", k))) for k in path] for path in paths]
+    index = {tuple(name): i for i, name in enumerate(names)}
+    pairs = {}
+    for i, name in enumerate(names):
+        if TAP in name:
+            beside = [tuple(w if n == TAP else n for n in name) for w in WEIGHTS]
+            known = [index[path] for path in beside if path in index]
+            if len(known) != 1:
+                raise ValueError(f"{'.'.join(name)!r} needs one of {WEIGHTS} beside it")
+            pairs[i] = known[0]
+    return pairs
+
+
+def _step(w, g, c, rate, *, form, batch, coupled, keep):
+    """Weights [..., outputs, inputs] after one step; c [..., inputs] where C is diagonal."""
+    diagonal = c.ndim < w.ndim
+
+    def seen(w: jax.Array) -> jax.Array:
+        return w * c[..., None, :] if diagonal else w @ c
+
+    kept = keep * w if coupled else w
+    if batch == "exact":
+        right = kept - rate * g
+        if diagonal:
+            solved = right / (1 + rate * c[..., None, :])
+        else:
+            solved = jnp.linalg.solve(plus_identity(rate * c), right.mT).mT
+        return solved if coupled else solved - (1 - keep) * w
+    erase = write = rate
+    if batch == "explicit" and form == "implicit":
+        trace = jnp.sum(c, axis=-1) if diagonal else jnp.trace(c, axis1=-2, axis2=-1)
+        erase = write = rate / (1 + rate * trace[..., None, None])
+    elif form == "neurips":
+        erase = 1.0
+    return (kept if coupled else keep * w) - erase * seen(kept) - write * g
+
+
+def _fits(gram: jax.Array, layout: Layout | None, name: str) -> Layout:
+    if layout is None:
+        raise ValueError(f"the weight beside {name!r} is labelled None in axes: give its axes")
+    stack, n = layout.matrix[:-2], layout.matrix[-1]
+    if gram.shape not in ((*stack, n), (*stack, n, n)):  # an embedding's C is diagonal
+        raise ValueError(f"{name!r} has shape {gram.shape}; its weight needs {(*stack, n, n)}")
+    return layout

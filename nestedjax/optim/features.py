@@ -1,0 +1,133 @@
+"""Feature maps of a gradient before a momentum stores it: phi(g) in place of g (spec B6)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold
+from nestedjax.optim.parts import choice
+
+Map = Callable[[jax.Array, Layout | None], jax.Array]
+
+
+class Features(NamedTuple):
+    """A feature map, and how a momentum of features is read out.
+
+    Attributes:
+      lift: `(gradient, layout) -> features`.
+      read: `(momentum of features, layout) -> update` in the gradient's shape; None: as it is.
+    """
+
+    lift: Map
+    read: Map | None = None
+
+
+def sign() -> Features:
+    """`sign(g)`: without momentum, signSGD."""
+    return Features(lambda g, layout: jnp.sign(g))
+
+
+def normalized(eps: float = 1e-8) -> Features:
+    """`g / (|g| + eps)`, elementwise: a sign that is soft near 0."""
+    return Features(lambda g, layout: g / (jnp.abs(g) + eps))
+
+
+def polynomial(coefficients: Sequence[float]) -> Features:
+    """`sum_j a_j sign(g) |g|^j`, j = 1, 2, ..., elementwise and odd."""
+
+    def lift(g: jax.Array, layout: Layout | None) -> jax.Array:
+        total, size = jnp.zeros_like(g), jnp.abs(g)
+        for a in reversed(coefficients):
+            total = (total + a) * size
+        return total * jnp.sign(g)
+
+    return Features(lift)
+
+
+def spectral(coefficients: Sequence[float]) -> Features:
+    """`sum_j a_j g (g^T g)^j`, j = 0, 1, ...: an odd polynomial of the singular values.
+
+    Raises (in `init`):
+      ValueError: a leaf that is no matrix, by name.
+    """
+
+    def lift(g: jax.Array, layout: Layout | None) -> jax.Array:
+        if layout is None:
+            raise ValueError(f"spectral features need matrices; a leaf of shape {g.shape} is none")
+        power = fold(g, layout)
+        total, gram = coefficients[0] * power, power.mT @ power
+        for a in coefficients[1:]:
+            power = power @ gram
+            total = total + a * power
+        return unfold(total, layout)
+
+    return Features(lift)
+
+
+def random_features(size: int, *, function: Callable = jnp.tanh, seed: int = 0) -> Features:
+    """`f(g A)` in R^{outputs x size} with a fixed random A, read out by its pseudo-inverse.
+
+    The momentum has `size` columns; with the identity for f and size >= inputs it is the plain one.
+
+    Args:
+      size: features of a row of the gradient.
+      function: elementwise.
+      seed: of A, drawn from normal(0, 1 / inputs).
+    """
+
+    def projection(layout: Layout | None, dtype: Any) -> jax.Array:
+        if layout is None:
+            raise ValueError("random features need matrices: give axes for every parameter")
+        inputs = layout.matrix[-1]
+        return jax.random.normal(jax.random.key(seed), (inputs, size), dtype) * inputs**-0.5
+
+    def lift(g: jax.Array, layout: Layout | None) -> jax.Array:
+        return function(fold(g, layout) @ projection(layout, g.dtype))  # type: ignore[arg-type]
+
+    def read(m: jax.Array, layout: Layout | None) -> jax.Array:
+        return unfold(m @ jnp.linalg.pinv(projection(layout, m.dtype)), layout)  # type: ignore[arg-type]
+
+    return Features(lift, read)
+
+
+NAMED = {"sign": sign, "normalized": normalized}
+
+
+def named_features(features: str | Features) -> Features | None:
+    """The features that a name stands for; None for "identity".
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if isinstance(features, Features):
+        return features
+    choice("features", features, ("identity", *NAMED))
+    return NAMED[features]() if features in NAMED else None
+
+
+def on_features(
+    tx: optax.GradientTransformation, features: str | Features, axes: Axes
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` fed with the features of the gradients, its updates read out."""
+    tx, maps = optax.with_extra_args_support(tx), named_features(features)
+    if maps is None:
+        return tx
+    lift, read = maps
+
+    def lifted(tree: Any) -> Any:
+        return on_leaves(lambda layout, g: (lift(g, layout),), axes, tree)[0]
+
+    def init(params: Any) -> Any:
+        return tx.init(lifted(params))
+
+    def update(updates, state, params=None, **extra):
+        like = updates
+        updates, state = tx.update(lifted(updates), state, params, **extra)
+        if read is not None:
+            updates = on_leaves(lambda layout, _, m: (read(m, layout),), axes, like, updates)[0]
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)

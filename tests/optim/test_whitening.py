@@ -1,0 +1,124 @@
+"""Shampoo and SOAP against numpy, and the properties that define them (oracle 13)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nestedjax import optim
+from tests.optim.running import draw, run
+
+T = 6
+
+
+@pytest.fixture(autouse=True)
+def wide(x64):
+    """Oracles in float64; Adam's bias correction in optax raises a float to an int power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def root(m, power, eps):
+    values, vectors = np.linalg.eigh(m)
+    return (vectors * (np.maximum(values, 0) + eps) ** power) @ vectors.T
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_one_gradient_gives_the_polar_factor(shape):
+    """Oracle 13: one-sided full-matrix AdaGrad with one gradient is U V^T, the Muon direction."""
+    g = draw(*shape)
+    tx = optim.scale_by_shampoo(sides="left", eps=1e-30)
+    found, _ = tx.update(g, tx.init(g))
+    u, _, vt = np.linalg.svd(np.asarray(g), full_matrices=False)
+    if shape[0] >= shape[1]:  # as many outputs as rank: H is invertible
+        np.testing.assert_allclose(found, u @ vt, atol=1e-9)
+    both = optim.scale_by_shampoo(eps=1e-30)
+    found, _ = both.update(g, both.init(g))
+    np.testing.assert_allclose(found, u @ vt, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("b1", "b2", "sides", "refresh"),
+    [(0.0, None, "both", 1), (0.9, 0.95, "both", 3), (0.9, None, "left", 1)],
+)
+def test_shampoo_against_numpy(b1, b2, sides, refresh):
+    g, m, left, right, held = np.asarray(draw(T, 4, 3)), 0.0, 0.0, 0.0, None
+    tx = optim.scale_by_shampoo(b1=b1, b2=b2, sides=sides, refresh=refresh, eps=1e-3)
+    found, _, _ = run(tx, jnp.asarray(g[0]), jnp.asarray(g))
+    power = -0.5 if sides == "left" else -0.25
+    for t in range(T):
+        u = g[t].T
+        m = b1 * m + u
+        old, new = (1.0, 1.0) if b2 is None else (b2, 1 - b2)
+        left, right = old * left + new * u @ u.T, old * right + new * u.T @ u
+        if t % refresh == 0:
+            held = root(left, power, 1e-3), root(right, power, 1e-3)
+        expected = held[0] @ m @ (held[1] if sides == "both" else np.eye(4))
+        np.testing.assert_allclose(found[t].T, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_soap_against_numpy(refresh):
+    g, m, v, left, right = np.asarray(draw(T, 2, 4, 3)), 0.0, 0.0, 0.0, 0.0
+    tx = optim.scale_by_soap(b1=0.9, b2=0.95, factor_decay=0.8, refresh=refresh, eps=1e-3)
+    found, _, _ = run(tx, jnp.asarray(g[0]), jnp.asarray(g))
+    for which in range(2):
+        m = v = left = right = 0.0
+        for t in range(T):
+            u = g[t, which].T
+            left, right = 0.8 * left + 0.2 * u @ u.T, 0.8 * right + 0.2 * u.T @ u
+            if t == 0:
+                q, r = np.linalg.eigh(left)[1], np.linalg.eigh(right)[1]
+            elif t % refresh == 0:
+                q, r = np.linalg.qr(left @ q)[0], np.linalg.qr(right @ r)[0]
+            m = 0.9 * m + 0.1 * u
+            v = 0.95 * v + 0.05 * (q.T @ u @ r) ** 2
+            rotated = q.T @ m @ r / (1 - 0.9 ** (t + 1))
+            step = q @ (rotated / (np.sqrt(v / (1 - 0.95 ** (t + 1))) + 1e-3)) @ r.T
+            np.testing.assert_allclose(found[t, which].T, step, atol=1e-10)
+
+
+def test_soap_does_not_see_rotations_and_without_them_is_adam():
+    g = draw(T, 4, 3)
+    q, r = (np.linalg.qr(np.asarray(draw(n, n, seed=n)))[0] for n in (4, 3))
+    tx = optim.scale_by_soap(refresh=2, eps=1e-3)
+    plain, turned = (run(tx, x[0], x)[0] for x in (g, q @ g @ r))
+    np.testing.assert_allclose(turned, q @ plain @ r, atol=1e-10)
+    adam, _, _ = run(optax.scale_by_adam(0.95, 0.95), g[0], g)
+    unrotated, _, _ = run(optim.scale_by_soap(max_side=2), g[0], g)
+    np.testing.assert_allclose(unrotated, adam, atol=1e-10)
+
+
+def test_what_is_no_matrix():
+    params = {"b": draw(3)}
+    grads = {"b": draw(T, 3, seed=1)}
+    soap, _, _ = run(optim.scale_by_soap(), params, grads)
+    adam, _, _ = run(optax.scale_by_adam(0.95, 0.95), params, grads)
+    np.testing.assert_allclose(soap["b"], adam["b"], atol=1e-10)
+    shampoo, _, _ = run(optim.scale_by_shampoo(eps=0.0), params, grads)
+    total = np.cumsum(np.asarray(grads["b"]) ** 2, 0)
+    np.testing.assert_allclose(shampoo["b"], grads["b"] / np.sqrt(total), atol=1e-10)
+
+
+def test_a_long_side_is_left_alone():
+    g = draw(3, 4, 3)
+    tx = optim.scale_by_shampoo(max_side=3, refresh=1, eps=1e-3)
+    state = tx.init(g[0])
+    assert state.left.shape == (3, 3) and isinstance(state.right, optax.MaskedNode)
+    found, _ = jax.jit(tx.update)(g[0], state)
+    u = np.asarray(g[0]).T
+    np.testing.assert_allclose(found.T, root(u @ u.T, -0.25, 1e-3) @ u, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: optim.shampoo(0.1, sides="right"), "sides='right' is not one of both, left"),
+        (lambda: optim.soap(0.1, refresh=0), "refresh=0 must be an integer >= 1"),
+        (lambda: optim.soap(0.1, factor_decay=2.0), "factor_decay=2.0 must be between"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
