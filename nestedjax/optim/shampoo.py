@@ -35,7 +35,7 @@ def shampoo(
     b1: Any = 0.0,
     b2: Any = None,
     sides: str = "both",
-    refresh: int = 10,
+    refresh: int = 1,
     max_side: int = 8192,
     rms_rescale: Any = None,
     eps: Any = 1e-6,
@@ -53,7 +53,8 @@ def shampoo(
       b2: decay of L and R as moving averages; None sums.
       sides: "both", or "left": `(L + eps)^-1/2 m`, one-sided full-matrix AdaGrad (equation 106 with
         its shapes mended).
-      refresh: updates between two computations of the roots.
+      refresh: updates between two computations of the roots. What a gradient holds that those
+        before the last one did not is divided by eps^(1/2): with more than 1, give a larger eps.
       max_side: a longer side is not preconditioned.
       rms_rescale: root mean square of each matrix' update; None leaves it as it comes out.
       eps: added to the eigenvalues.
@@ -93,7 +94,7 @@ def scale_by_shampoo(
     b1: Any = 0.0,
     b2: Any = None,
     sides: str = "both",
-    refresh: int = 10,
+    refresh: int = 1,
     max_side: int = 8192,
     rms_rescale: Any = None,
     eps: Any = 1e-6,

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nestedjax.levels import due
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.parts import PyTree, Rate, number, with_adamw
 from nestedjax.optim.shampoo import period, sandwich, side, summed
@@ -52,8 +51,10 @@ def soap(
         M <- b1 M + (1 - b1) g,    V <- b2 V + (1 - b2) (Q_L^T g Q_R)^2
         W <- W - lr (Q_L ((Q_L^T M^ Q_R) / (sqrt(V^) + eps)) Q_R^T + weight_decay W)
 
-    with bias-corrected M^ and V^. The bases come from an eigendecomposition at the first step and
-    from one step of orthogonal iteration, `Q <- qr(L Q)`, once in `refresh` steps.
+    with bias-corrected M^ and V^. The first step moves no weight: it finds the bases, by an
+    eigendecomposition. Once in `refresh` steps they make one step of orthogonal iteration,
+    `Q <- qr(L Q)`. A gradient is rotated by bases that have not seen it; in bases of its own, the
+    directions it does not have would hold rounding errors alone, which Adam scales up to 1.
 
     Args:
       learning_rate: a rate or schedule that suits AdamW.
@@ -80,8 +81,7 @@ def soap(
     Reference:
       Vyas et al., SOAP (arXiv 2409.11321).
 
-    Departures: (1) their first step only computes the basis, here it also moves the weights; (2)
-    eigenvectors are not sorted again after an iteration.
+    Departure: eigenvectors are not sorted again after an iteration.
     """
     rule = scale_by_soap(
         b1=b1,
@@ -129,32 +129,40 @@ def scale_by_soap(
 
     def adam(t: Any, layout: Layout | None, g: Any, m: Any, nu: Any, basis: Any):
         t = t.astype(g.dtype)
-        m = m / (1 - b1**t)
         if layout is None:
+            m = b1 * m + (1 - b1) * g
             nu = b2 * nu + (1 - b2) * g * g
-            return m / (jnp.sqrt(nu / (1 - b2**t)) + eps), nu
+            return _ratio(m, nu, b1, b2, t + 1, eps), m, nu
         back = [q if isinstance(q, optax.MaskedNode) else q.mT for q in basis]
-        rotated = sandwich(fold(g, layout), back[0], basis[1])
-        nu = b2 * nu + (1 - b2) * rotated**2
-        u = sandwich(fold(m, layout), back[0], basis[1]) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
-        return unfold(sandwich(u, basis[0], back[1]), layout), nu
+        first = t == 0
+        m = jnp.where(first, m, b1 * m + (1 - b1) * g)
+        square = sandwich(fold(g, layout), back[0], basis[1]) ** 2
+        nu = jnp.where(first, nu, b2 * nu + (1 - b2) * square)
+        u = _ratio(sandwich(fold(m, layout), back[0], basis[1]), nu, b1, b2, t, eps)
+        u = jnp.where(first, jnp.zeros_like(u), sandwich(u, basis[0], back[1]))
+        return unfold(u, layout), m, nu
 
     def update(updates, state, params=None, **extra):
         left, right = on_leaves(gather, axes, updates, state.left, state.right, outputs=2)
+        moments = state.mu, state.nu, state.basis
+        direction, mu, nu = on_leaves(
+            partial(adam, state.position), axes, updates, *moments, outputs=3
+        )
         basis = _refreshed(state, (left, right), updates, refresh, axes)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        t = state.position + 1
-        moments = mu, state.nu, basis
-        direction, nu = on_leaves(partial(adam, t), axes, updates, *moments, outputs=2)
-        return direction, SoapState(t, mu, nu, left, right, basis)
+        return direction, SoapState(state.position + 1, mu, nu, left, right, basis)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _ratio(m: jax.Array, nu: jax.Array, b1: Any, b2: Any, t: jax.Array, eps: Any) -> jax.Array:
+    """Adam's quotient after t updates of the moments."""
+    return m / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
 
 
 def _refreshed(
     state: SoapState, factors: tuple[PyTree, PyTree], like: PyTree, refresh: int, axes: Axes
 ) -> PyTree:
-    """The bases of this step: of the first gradient, moved on at the start of each period."""
+    """The bases for the next step: of the first gradient, moved on at the end of each period."""
 
     def each(function: Any) -> PyTree:
         def one(layout: Layout | None, _: Any, left: Any, right: Any, basis: Any) -> tuple[Any]:
@@ -168,8 +176,8 @@ def _refreshed(
         return on_leaves(one, axes, like, *factors, state.basis)[0]
 
     position = state.position
-    first = due(position + refresh - 1, refresh)
-    which = jnp.where(position == 0, 0, jnp.where(first, 1, 2))
+    due_now = (position > 0) & (position % refresh == 0)
+    which = jnp.where(position == 0, 0, jnp.where(due_now, 1, 2))
     return jax.lax.switch(
         which,
         [

@@ -17,7 +17,7 @@ def newton_schulz(
     *,
     variant: str = "quintic",
     steps: int = 5,
-    eps: float = 1e-8,
+    eps: float | Array = 1e-8,
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "..."]:
