@@ -2,7 +2,8 @@
 
 A run is a model (`nestedjax.models.PRESETS`), data, an optimizer and a loop. Its settings are named
 flat (`steps`, `length`, `learning_rate`), those of the model by their path in the model's
-configuration (`layers`, `memory.chunk_size`, `cms.periods`).
+configuration (`layers`, `memory.chunk_size`, `cms.periods`). `optimizer=m3` chooses the optimizer,
+`optimizer.period=20` sets one of its arguments.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from nestedjax import models, overrides
+from nestedjax.optim import menu
 from nestedjax.overrides import ConfigError, at_least
 from nestedjax.training import LoopConfig
 
@@ -48,16 +50,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, each block of the continuum memory at its own period.
+    """The outer optimizer, each block of the continuum memory at its own period.
 
     Attributes:
+      name: "adamw", or one of `nestedjax.optim.menu.OPTIMIZERS`; `--set optimizer=NAME`.
+      arguments: its arguments in name and value; `--set optimizer.ARGUMENT=VALUE`.
       learning_rate: the highest, after the warm-up.
       warmup: steps.
       final_fraction: of the learning rate, at the last step.
       weight_decay: decoupled; of projections and embedding.
       clip: the largest global norm of a gradient; None does not clip.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
+      b1: decay of AdamW's first moment; of the parameters that another optimizer leaves to it.
+      b2: decay of its second moment.
     """
 
     learning_rate: float = 1e-3
@@ -67,13 +71,37 @@ class OptimizerConfig:
     clip: float | None = 1.0
     b1: float = 0.9
     b2: float = 0.95
+    name: str = "adamw"
+    arguments: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
+        _check_optimizer(self)
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive; try 0.001")
         at_least("warmup", self.warmup, 0)
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"clip={self.clip} must be positive; give none not to clip")
+
+
+def _check_optimizer(config: OptimizerConfig) -> None:
+    """Refuse a name or arguments that do not exist, and moments that nothing would use."""
+    arguments = config.arguments
+    if config.name == "adamw":
+        if arguments:
+            raise ConfigError(f"adamw has no optimizer.{arguments[0][0]}; set b1, b2, weight_decay")
+        return
+    try:
+        menu.make(config.name, 1e-3, given=dict(arguments))
+    except ValueError as error:
+        text = str(error).replace("there are", "there are adamw,")
+        raise ConfigError(f"optimizer={config.name}: {text}") from error
+    if not menu.has_rest(config.name):
+        for moment, usual in (("b1", 0.9), ("b2", 0.95)):
+            if getattr(config, moment) != usual:
+                raise ConfigError(
+                    f"{config.name} leaves nothing to AdamW, so that {moment} would do nothing; "
+                    f"leave {moment} out"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +192,12 @@ def flat(config: RunConfig) -> dict[str, Any]:
     found = {}
     for path, value in overrides.settings(config).items():
         group, _, rest = path.partition(".")
-        if path not in ("preset", "data.files", "data.vocabulary"):
+        if path == "optimizer.name":
+            found["optimizer"] = value
+        elif path == "optimizer.arguments":
+            usual = {} if config.optimizer.name == "adamw" else menu.arguments(found["optimizer"])
+            found |= {f"optimizer.{n}": v for n, v in {**usual, **dict(value)}.items()}
+        elif path not in ("preset", "data.files", "data.vocabulary"):
             found[rest or group] = value
     return found
 
@@ -185,17 +218,44 @@ def change(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
       >>> run.loop.steps, run.model.memory.chunk_size
       (20, 32)
     """
-    for assignment in assignments:
+    # which optimizer it is says which arguments there are
+    for assignment in sorted(assignments, key=lambda text: not text.startswith("optimizer=")):
         key, equals, text = assignment.partition("=")
         key, known = key.strip(), flat(config)
         if not equals:
             raise ConfigError(f"--set {assignment} has no value; write --set {key}=VALUE")
+        if key == "optimizer" or key.startswith("optimizer."):
+            config = _with_optimizer(config, key, text)
+            continue
         if key not in known:
             raise ConfigError(f"unknown setting {key!r}; {overrides.near(key, known)}")
         groups = ("data", "optimizer", "loop", "model")
         owner = [g for g in groups if key in overrides.settings(getattr(config, g))]
         config = overrides.replace(config, ".".join([*owner, key]), text)
     return config
+
+
+def _with_optimizer(config: RunConfig, key: str, text: str) -> RunConfig:
+    """The run with another optimizer (whose arguments begin anew), or one argument changed."""
+    settings = config.optimizer
+    _, _, argument = key.partition(".")
+    if not argument:
+        text = text.strip()
+        kept = settings.arguments if text == settings.name else ()
+        changes: dict[str, Any] = {"name": text, "arguments": kept}
+    else:
+        known = {} if settings.name == "adamw" else menu.arguments(settings.name)
+        if argument not in known:
+            there = f"it has {', '.join(known)}" if known else "set b1, b2, weight_decay"
+            raise ConfigError(f"optimizer={settings.name} has no argument {argument!r}; {there}")
+        try:
+            value = menu.parse(settings.name, argument, text)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {overrides.one_line(error)}") from error
+        given = {**dict(settings.arguments), argument: value}
+        changes = {"arguments": tuple(sorted(given.items()))}
+    optimizer = dataclasses.replace(settings, **changes)
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def check(config: RunConfig) -> RunConfig:

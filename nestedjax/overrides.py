@@ -157,7 +157,7 @@ def construct(cls: type, values: Mapping[str, Any]) -> Any:
 def _from_json(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_dict(typing.cast(type, kind), value)
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_from_json(None, part) for part in value) if isinstance(value, list) else value
 
 
 def _parse(kind: Any, text: str) -> Any:

@@ -29,7 +29,8 @@ from nestedjax.data import (
     text_dataset,
 )
 from nestedjax.evaluation import generate
-from nestedjax.optim import in_steps, in_tokens
+from nestedjax.optim import in_steps, in_tokens, menu
+from nestedjax.optim.parts import add_decay
 from nestedjax.overrides import ConfigError, one_line
 from nestedjax.training import (
     LossFn,
@@ -106,9 +107,10 @@ def new_model(config: RunConfig) -> models.LanguageModel:
       ConfigError: its settings do not fit each other.
     """
     try:
-        return models.build(config.model, rngs=nnx.Rngs(config.seed))
+        model = models.build(config.model, rngs=nnx.Rngs(config.seed))
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
+    return models.add_taps(model) if config.optimizer.name == "dgd" else model
 
 
 def abstract_model(config: RunConfig) -> models.LanguageModel:
@@ -119,8 +121,9 @@ def abstract_model(config: RunConfig) -> models.LanguageModel:
 def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The outer optimizer of a run and its learning rate by step.
 
-    One global norm is clipped; then AdamW steps each block of the continuum memory at its own
-    period and everything else at every step.
+    One global norm is clipped; then the optimizer steps each block of the continuum memory at its
+    own period and everything else at every step. Weight decay is decoupled and pulls at the same
+    weights whatever the optimizer.
 
     Raises:
       ConfigError: a period that is not a multiple of a step's tokens.
@@ -133,18 +136,31 @@ def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sc
         final_fraction=settings.final_fraction,
     )
 
+    model = abstract_model(config)
+
     def make(period: int) -> optax.GradientTransformation:
-        return adamw(
-            lambda writes: schedule(writes * period),
-            weight_decay=settings.weight_decay,
-            decay_mask=decays,
-            clip=None,
-            b1=settings.b1,
-            b2=settings.b2,
+        def rate(writes: jax.Array) -> jax.Array:
+            return schedule(writes * period)
+
+        moments: dict[str, Any] = {
+            "b1": settings.b1,
+            "b2": settings.b2,
+            "clip": None,
+            "decay_mask": decays,
+        }
+        if settings.name == "adamw":
+            return adamw(rate, weight_decay=settings.weight_decay, **moments)
+        rule = menu.make(
+            settings.name,
+            rate,
+            axes=models.matrix_axes(model),
+            rest=adamw(rate, weight_decay=0.0, **moments),
+            given=dict(settings.arguments),
         )
+        return optax.chain(rule, add_decay(rate, settings.weight_decay, mask=decays))
 
     try:
-        tx = models.optimizer(abstract_model(config), make, step_tokens=config.step_tokens)
+        tx = models.optimizer(model, make, step_tokens=config.step_tokens)
     except ConfigError:
         raise
     except ValueError as error:

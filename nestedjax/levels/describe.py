@@ -18,6 +18,13 @@ _MEMORIES = {
     "ema": ("average", "l2 to the update", "moving average"),
     "sum_of_squares": ("sum of squares", "dot with the squared gradient", "sum"),
     "acc_grads": ("gradient accumulator", "dot with the gradient", "mean of the steps"),
+    "left": ("left factor", "l2 to g g^T", "sum or moving average"),
+    "right": ("right factor", "l2 to g^T g", "sum or moving average"),
+    "basis": ("eigenbasis", "eigenvectors of the factors", "orthogonal iteration"),
+    "network": ("gradient network", "from a gradient's rows to their value", "gradient step"),
+    "average": ("average key", "l2 to the negative key", "moving average"),
+    "operator": ("preconditioner", "l2 from gradient to target", "delta rule"),
+    "accumulator": ("mirror accumulator", "dot with the gradient", "gradient step with decay"),
     "start": ("start of the faster block", "loss of its context", "optimizer"),
 }
 _ACCUMULATOR = _MEMORIES["acc_grads"][0]

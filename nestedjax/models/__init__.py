@@ -3,7 +3,7 @@
 from nestedjax.models.build import build
 from nestedjax.models.config import AttentionConfig, CMSConfig, HopeConfig, TransformerConfig
 from nestedjax.models.language_model import LanguageModel, logical_axes, parameter_count
-from nestedjax.models.matrices import matrix_axes
+from nestedjax.models.matrices import add_taps, matrix_axes
 from nestedjax.models.periods import labels, optimizer, periods
 from nestedjax.models.presets import PRESETS
 
@@ -14,6 +14,7 @@ __all__ = [
     "HopeConfig",
     "LanguageModel",
     "TransformerConfig",
+    "add_taps",
     "build",
     "labels",
     "logical_axes",

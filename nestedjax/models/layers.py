@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from nestedjax.optim import watch_inputs
 from nestedjax.sharding import constrain, contract, gathered, lookup
 from pallas_kernels.numerics import accumulation_dtype
 
@@ -69,9 +70,12 @@ class Linear(nnx.Module):
         self.kernel = param(value * (INIT_STD * scale), *axes)
         self.contracted = len(inputs)
         self.dtype = dtype
+        self.tap: nnx.Param | None = nnx.data(None)  # see models.add_taps
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Map the last axes of x [..., *inputs] to [..., *outputs]."""
+        if self.tap is not None:
+            x = watch_inputs(x, self.tap[...], contracted=self.contracted)
         return contract(x.astype(self.dtype), weight(self.kernel, self.dtype), self.contracted)
 
 

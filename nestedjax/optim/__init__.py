@@ -1,6 +1,6 @@
 """Optimizers as optax gradient transformations: memories of gradients, and their frequencies."""
 
-from nestedjax.optim import features
+from nestedjax.optim import features, menu
 from nestedjax.optim.adamuon import AdaMuonState, adamuon, scale_by_adamuon
 from nestedjax.optim.by_period import AccumulateState, accumulate, by_period, in_steps, in_tokens
 from nestedjax.optim.deep_momentum import (
@@ -29,7 +29,7 @@ from nestedjax.optim.preconditioned_momentum import (
 )
 from nestedjax.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from nestedjax.optim.soap import SoapState, scale_by_soap, soap
-from nestedjax.optim.taps import recorded_linear, tapped_embedding, tapped_linear
+from nestedjax.optim.taps import recorded_linear, tapped_embedding, tapped_linear, watch_inputs
 
 __all__ = [
     "AccumulateState",
@@ -58,6 +58,7 @@ __all__ = [
     "in_tokens",
     "last_two",
     "m3",
+    "menu",
     "nested_by_period",
     "nonlinear_momentum",
     "preconditioned_momentum",
@@ -79,4 +80,5 @@ __all__ = [
     "tapped",
     "tapped_embedding",
     "tapped_linear",
+    "watch_inputs",
 ]

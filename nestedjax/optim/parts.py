@@ -164,8 +164,16 @@ def lenient(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def add_decay(learning_rate: Rate, weight_decay: Any) -> optax.GradientTransformation:
-    """Adds `-learning_rate weight_decay W` to updates that hold their rate already."""
+def add_decay(
+    learning_rate: Rate, weight_decay: Any, *, mask: Any = None
+) -> optax.GradientTransformation:
+    """Adds `-learning_rate weight_decay W` to updates that hold their rate already.
+
+    Args:
+      learning_rate: a rate or schedule.
+      weight_decay: 0 adds nothing.
+      mask: which parameters decay, as in `optax.add_decayed_weights`; None: all.
+    """
     if callable(learning_rate):
-        return optax.add_decayed_weights(lambda count: -weight_decay * learning_rate(count))
-    return optax.add_decayed_weights(-weight_decay * learning_rate)
+        return optax.add_decayed_weights(lambda count: -weight_decay * learning_rate(count), mask)
+    return optax.add_decayed_weights(-weight_decay * learning_rate, mask)

@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nestedjax.levels.describe import EVERY
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.parts import PyTree, Rate, number, with_adamw
 from nestedjax.optim.shampoo import period, sandwich, side, summed
+
+
+class BasisState(NamedTuple):
+    """Eigenvectors of the two factors, one pair a matrix."""
+
+    basis: PyTree
 
 
 class SoapState(NamedTuple):
@@ -21,7 +28,7 @@ class SoapState(NamedTuple):
       nu: second moment, in the eigenbasis, [..., outputs, inputs].
       left: moving average of g g^T.
       right: moving average of g^T g.
-      basis: eigenvectors of the two, one pair a matrix.
+      bases: "every_<refresh>" -> their eigenvectors, moved once in so many updates.
     """
 
     position: jax.Array  # shape=(), dtype=int32
@@ -29,7 +36,7 @@ class SoapState(NamedTuple):
     nu: PyTree
     left: PyTree
     right: PyTree
-    basis: PyTree
+    bases: dict[str, BasisState]
 
 
 def soap(
@@ -109,6 +116,7 @@ def scale_by_soap(
     for name, value in (("b1", b1), ("b2", b2), ("factor_decay", factor_decay)):
         number(name, value)
     period(refresh)
+    key = f"{EVERY}{refresh}"
 
     def zeros(layout: Layout | None, p: jax.Array) -> tuple[Any, Any, Any, Any]:
         if layout is None:
@@ -119,7 +127,7 @@ def scale_by_soap(
     def init(params: PyTree) -> SoapState:
         nu, left, right, basis = on_leaves(zeros, axes, params, outputs=4)
         mu = jax.tree.map(jnp.zeros_like, params)
-        return SoapState(jnp.zeros((), jnp.int32), mu, nu, left, right, basis)
+        return SoapState(jnp.zeros((), jnp.int32), mu, nu, left, right, {key: BasisState(basis)})
 
     def gather(layout: Layout | None, g: jax.Array, left: Any, right: Any) -> tuple[Any, Any]:
         if layout is None:
@@ -144,12 +152,13 @@ def scale_by_soap(
 
     def update(updates, state, params=None, **extra):
         left, right = on_leaves(gather, axes, updates, state.left, state.right, outputs=2)
-        moments = state.mu, state.nu, state.basis
+        moments = state.mu, state.nu, state.bases[key].basis
         direction, mu, nu = on_leaves(
             partial(adam, state.position), axes, updates, *moments, outputs=3
         )
         basis = _refreshed(state, (left, right), updates, refresh, axes)
-        return direction, SoapState(state.position + 1, mu, nu, left, right, basis)
+        bases = {key: BasisState(basis)}
+        return direction, SoapState(state.position + 1, mu, nu, left, right, bases)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
 
@@ -164,6 +173,8 @@ def _refreshed(
 ) -> PyTree:
     """The bases for the next step: of the first gradient, moved on at the end of each period."""
 
+    position, held = state.position, state.bases[f"{EVERY}{refresh}"].basis
+
     def each(function: Any) -> PyTree:
         def one(layout: Layout | None, _: Any, left: Any, right: Any, basis: Any) -> tuple[Any]:
             if layout is None:
@@ -173,9 +184,8 @@ def _refreshed(
                 tuple(f if isinstance(f, optax.MaskedNode) else function(f, q) for f, q in pairs),
             )
 
-        return on_leaves(one, axes, like, *factors, state.basis)[0]
+        return on_leaves(one, axes, like, *factors, held)[0]
 
-    position = state.position
     due_now = (position > 0) & (position % refresh == 0)
     which = jnp.where(position == 0, 0, jnp.where(due_now, 1, 2))
     return jax.lax.switch(
@@ -183,6 +193,6 @@ def _refreshed(
         [
             lambda: each(lambda factor, q: jnp.linalg.eigh(factor)[1]),
             lambda: each(lambda factor, q: jnp.linalg.qr(factor @ q)[0]),
-            lambda: state.basis,
+            lambda: held,
         ],
     )

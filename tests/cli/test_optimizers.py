@@ -1,0 +1,89 @@
+"""`--set optimizer=NAME`: any optimizer trains a model, goes on to the last bit, and is named."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from nestedjax import configs, optim, runs
+from nestedjax.checkpoint import Checkpoints
+from nestedjax.training import read_metrics
+from tests.cli.tiny import HOPE, RUN, TRANSFORMER, command, refused
+
+M3 = ["optimizer=m3", "optimizer.period=3", "learning_rate=0.02"]
+
+
+def test_m3_trains_and_continues_to_the_last_bit(text, tmp_path, capsys):
+    """Taken back to step 4, one step into a period of the slow momentum."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    arguments = ["train", "transformer_nano", "--data", text, "--set", *TRANSFORMER, *RUN, *M3]
+    code, _, err = command(capsys, *arguments[:2], "--run", whole, *arguments[2:])
+    assert code == 0, err
+    records = read_metrics(whole)
+    assert records[-1]["val_loss"] < records[0]["loss"]
+    shutil.copytree(whole, again)
+    for step in (8, 12):
+        shutil.rmtree(again / "checkpoints" / str(step))
+    code, _, err = command(capsys, *arguments[:2], "--run", again, *arguments[2:])
+    assert code == 0, err
+    losses = [[r["loss"] for r in read_metrics(f) if "loss" in r] for f in (whole, again)]
+    assert losses[0] == losses[1][-len(losses[0]) :]
+    config = configs.from_json(json.loads((whole / "config.json").read_text()))
+    tx, _ = runs.optimizer(config)
+    like = jax.eval_shape(lambda: runs.new_state(config, tx))
+    states = []
+    for folder in (whole, again):
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            states.append(checkpoints.restore(like).state)
+    jax.tree.map(_bitwise, *states)
+
+
+def _bitwise(a, b):
+    if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("name", optim.menu.OPTIMIZERS)
+def test_every_optimizer_fits_hope_and_survives_its_configuration(name):
+    """Shapes only: the state begins, the update keeps it, and JSON holds the choice."""
+    config = configs.change(configs.run_preset("hope_nano"), [*HOPE, *RUN, f"optimizer={name}"])
+    tx, _ = runs.optimizer(config)
+    state = jax.eval_shape(lambda: runs.new_state(config, tx))
+    updates, after = jax.eval_shape(tx.update, state.params, state.opt_state, state.params)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(updates)]
+    assert shapes == [leaf.shape for leaf in jax.tree.leaves(state.params)]
+    assert jax.tree.structure(after) == jax.tree.structure(state.opt_state)
+    assert configs.from_json(json.loads(json.dumps(configs.to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["optimizer=m4"], "no optimizer 'm4'; there are adamw, adamuon"),
+        (["optimizer=m3", "optimizer.beta=1"], "m3 has no argument 'beta'; it has b1, b2, b3"),
+        (["optimizer.period=3"], "optimizer=adamw has no argument 'period'"),
+        (["optimizer=m3", "optimizer.b1=7"], "b1=7.0 must be between 0.0 and 1.0"),
+        (["optimizer=m3", "optimizer.period=x"], "period=x is not of the kind of its default, 20"),
+        (["optimizer=ggd", "b1=0.5"], "leaves nothing to AdamW, so that b1 would do nothing"),
+    ],
+)
+def test_mistakes_are_named(settings, message, text, tmp_path, capsys):
+    err = refused(
+        capsys, "train", "hope_nano", "--run", tmp_path / "r", "--data", text, "--set", *settings
+    )
+    assert message in err
+
+
+def test_arguments_by_name():
+    base = configs.run_preset("hope_nano")
+    run = configs.change(base, ["optimizer.period=5,20", "optimizer=m3", "optimizer.cache=false"])
+    settings = configs.flat(run)
+    assert settings["optimizer"] == "m3" and settings["optimizer.period"] == (5, 20)
+    assert settings["optimizer.cache"] is False and settings["optimizer.b3"] == 0.9
+    other = configs.change(run, ["optimizer.b3=0.8"])
+    assert configs.changed(run, other) == {"optimizer.b3": (0.9, 0.8)}
+    assert configs.change(run, ["optimizer=adamw"]).optimizer.arguments == ()
+    assert configs.flat(base)["optimizer"] == "adamw"
