@@ -343,7 +343,7 @@ def test_generalised_momentum():
         (lambda: optim.scale_by_gm(retain="kl"), "one sign"),
         (
             lambda: optim.tapped_linear(jnp.ones((1, 2)), jnp.ones((2, 2)), jnp.ones((3, 3))),
-            r"the tap is \[2, 2\]",
+            r"do not fit: give \[2, 2\]",
         ),
         (
             lambda: optim.ggd(0.1, objective="l2").update(
