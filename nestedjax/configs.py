@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from nestedjax import models, overrides
+from nestedjax.models.build import BLOCKS
 from nestedjax.optim import menu
 from nestedjax.overrides import ConfigError, at_least
 from nestedjax.training import LoopConfig
 
-ModelConfig = Any  # one of models.build.BLOCKS
-MODELS = {kind.__name__: kind for kind in (models.HopeConfig, models.TransformerConfig)}
+ModelConfig = Any  # one of MODELS
+MODELS = {kind.__name__: kind for kind in BLOCKS}
 
 # Settings of a run that may change when it continues: they decide when it looks, not what it does.
 CHANGEABLE = ("steps", "validate_every", "checkpoint_every", "sample_every")
