@@ -1,19 +1,34 @@
 """Language models: slow weights in flax modules, fast weights in plain state."""
 
-from nestedjax.models.build import build
-from nestedjax.models.config import AttentionConfig, CMSConfig, HopeConfig, TransformerConfig
+from nestedjax.models.build import Model, build
+from nestedjax.models.config import (
+    AttentionConfig,
+    CMSConfig,
+    HopeAttentionConfig,
+    HopeConfig,
+    InnerConfig,
+    TransformerConfig,
+)
+from nestedjax.models.in_context import InContextModel, Reading, adapting
 from nestedjax.models.language_model import LanguageModel, logical_axes, parameter_count
 from nestedjax.models.matrices import add_taps, matrix_axes
-from nestedjax.models.periods import labels, optimizer, periods
-from nestedjax.models.presets import PRESETS
+from nestedjax.models.periods import labels, optimizer, periods, step_tokens_by_label
+from nestedjax.models.presets import PRESETS, STEP_TOKENS
 
 __all__ = [
     "PRESETS",
+    "STEP_TOKENS",
     "AttentionConfig",
     "CMSConfig",
+    "HopeAttentionConfig",
     "HopeConfig",
+    "InContextModel",
+    "InnerConfig",
     "LanguageModel",
+    "Model",
+    "Reading",
     "TransformerConfig",
+    "adapting",
     "add_taps",
     "build",
     "labels",
@@ -22,4 +37,5 @@ __all__ = [
     "optimizer",
     "parameter_count",
     "periods",
+    "step_tokens_by_label",
 ]

@@ -3,7 +3,9 @@
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nestedjax.levels import Box
 from nestedjax.mixers.attention import attention, init_attention
+from nestedjax.models.boxes import size, slow
 from nestedjax.models.config import AttentionConfig
 from nestedjax.models.layers import CausalConv, Linear, RMSNorm, residual_scale
 
@@ -76,3 +78,13 @@ class AttentionLayer(nnx.Module):
             theta=self.config.theta,
         )
         return x + self.out(y), after
+
+    def boxes(self, state: dict) -> list[Box]:
+        """The boxes of the layer; `state` as `init_state(1)` returns it (arrays or shapes)."""
+        cache = size(state["attention"])
+        return [
+            Box("attention", 0, 0, cache, "kernel regression", "exact", "nonparam"),
+            slow("projections", self.query, self.key, self.value, self.out),
+            slow("convolutions", self.conv, state=state.get("conv", ())),
+            slow("norms", self.norm, self.query_norm, self.key_norm),
+        ]

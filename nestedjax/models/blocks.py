@@ -4,6 +4,7 @@ A block is a module with two halves, `mix` (the sequence mixer, with state) and 
 each token alone), each with its residual inside:
 
     init_state(batch) -> state
+    boxes(state) -> boxes, of one block for the state of one sequence
     mix(x[B, T, d], state or None, *, resets) -> (x, state)
     feed(x[B, T, d]) -> x
 
@@ -14,14 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from nestedjax.sharding import constrain
 
 PyTree = Any
-Block = Any  # an nnx.Module with the three methods above
+Block = Any  # an nnx.Module with the methods above
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -37,16 +37,21 @@ def stack(make: Callable[[nnx.Rngs], Block], layers: int, *, rngs: nnx.Rngs) -> 
       layers: how many.
       rngs: where the blocks draw their weights.
     """
-    blocks = [make(rngs) for _ in range(layers)]
-    graphdef, _ = nnx.split(blocks[0])
+    made = []
 
-    def join(*weights: nnx.Param) -> nnx.Param:
-        value = jnp.stack([weight[...] for weight in weights])
-        return nnx.Param(value, axes=("layers", *weights[0].get_metadata("axes")))
+    def weights(key: Array) -> PyTree:
+        graphdef, state = nnx.split(make(nnx.Rngs(key)))
+        made.append(graphdef)
+        return state
 
-    states = [nnx.state(block) for block in blocks]
-    stacked = jax.tree.map(join, *states, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-    return nnx.merge(graphdef, stacked)
+    # One trace, however many layers.
+    stacked = jax.vmap(weights)(jax.random.split(rngs.params(), layers))
+
+    def name(weight: nnx.Param) -> nnx.Param:
+        return nnx.Param(weight[...], axes=("layers", *weight.get_metadata("axes")))
+
+    stacked = jax.tree.map(name, stacked, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return nnx.merge(made[0], stacked)
 
 
 def init_states(blocks: Block, batch: int) -> PyTree:

@@ -4,16 +4,22 @@ from typing import Any
 
 from flax import nnx
 
-from nestedjax.models.config import HopeConfig, TransformerConfig
+from nestedjax.models.config import HopeAttentionConfig, HopeConfig, TransformerConfig
 from nestedjax.models.hope import HopeBlock
+from nestedjax.models.hope_attention import HopeAttentionBlock
+from nestedjax.models.in_context import InContextModel
 from nestedjax.models.language_model import LanguageModel
 from nestedjax.models.presets import PRESETS
 from nestedjax.models.transformer import TransformerBlock
 
-BLOCKS = {TransformerConfig: TransformerBlock, HopeConfig: HopeBlock}
+BLOCKS = {
+    TransformerConfig: TransformerBlock,
+    HopeConfig: HopeBlock,
+    HopeAttentionConfig: HopeAttentionBlock,
+}
 
 
-def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel:
+def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel | InContextModel:
     """Build a model.
 
     Args:
@@ -21,7 +27,8 @@ def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel:
       rngs: where the weights are drawn.
 
     Returns:
-      The model; abstract (nothing allocated) under `nnx.eval_shape`.
+      The model; abstract (nothing allocated) under `nnx.eval_shape`. An `InContextModel` where the
+      continuum memory's lifetime is "in_context".
 
     Raises:
       ValueError: if there is no such preset, or no such kind of configuration.
@@ -29,8 +36,8 @@ def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel:
     Example:
       >>> from flax import nnx
       >>> from nestedjax import models
-      >>> models.build("transformer_nano", rngs=nnx.Rngs(0)).config.layers
-      2
+      >>> models.build("transformer_nano", rngs=nnx.Rngs(0)).config.vocab
+      256
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
@@ -40,4 +47,8 @@ def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel:
     if block is None:
         known = ", ".join(config.__name__ for config in BLOCKS)
         raise ValueError(f"Cannot build {type(preset).__name__}; use a preset's name or {known}.")
-    return LanguageModel(preset, lambda streams: block(preset, rngs=streams), rngs=rngs)
+    model = LanguageModel(preset, lambda streams: block(preset, rngs=streams), rngs=rngs)
+    cms = getattr(preset, "cms", None)
+    if cms is not None and cms.lifetime == "in_context":
+        return InContextModel(model, cms)
+    return model

@@ -1,8 +1,9 @@
 """The continuum memory system: MLP blocks that learn at different periods (paper eq. 70-74, D).
 
 The forward pass is the same for every lifetime of the blocks; what makes it a memory is when each
-block is written. In pre-training the blocks are ordinary slow weights that `optim.by_period` steps
-every C_l tokens of the training stream, by the gradient of the model's own loss.
+block is written. In lifetime "stream" the blocks are slow weights that `models.optimizer` steps
+every C_l tokens of the training stream; in lifetime "in_context" `InContextModel` gives each
+sequence its own, written every C_l tokens of it. Both descend the model's own loss.
 """
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from nestedjax.levels import Box
+from nestedjax.models.boxes import count, slow
 from nestedjax.models.config import CMSConfig
 from nestedjax.models.layers import MLP, RMSNorm, param, residual_scale, weight_dtype
 
@@ -17,7 +20,7 @@ from nestedjax.models.layers import MLP, RMSNorm, param, residual_scale, weight_
 class ContinuumMemory(nnx.Module):
     """A chain of residual MLPs, the fastest first, or the same MLPs side by side.
 
-    `sequential`: z_l = z_{l-1} + MLP_l(norm_l(z_{l-1})). `headwise`: y = x + sum_l a_l
+    `sequential` and `nested`: z_l = z_{l-1} + MLP_l(norm_l(z_{l-1})). `headwise`: y = x + sum_l a_l
     MLP_l(norm(x)) with a = softmax of free weights, 1/k at the start (eq. 74). The paper prints
     neither norms nor residuals; both are needed to train (spec D2).
 
@@ -53,3 +56,14 @@ class ContinuumMemory(nnx.Module):
         for norm, level in zip(self.norms, self.levels, strict=True):
             x = x + level(norm(x))
         return x
+
+    def boxes(self) -> list[Box]:
+        """A box for each block, of lifetime "stream"."""
+        boxes = [slow("norms", *self.norms)]
+        if self.weights is not None:
+            boxes.append(Box("cms shares", None, self.weights.size, 0, "next token", "", "param"))
+        for index, (level, period) in enumerate(zip(self.levels, self.config.periods, strict=True)):
+            size, rule = count(nnx.state(level, nnx.Param)), "optimizer" if period else ""
+            name = f"cms.{index}"
+            boxes.append(Box(name, period, size, 0, "next token", rule, "backprop"))
+        return boxes

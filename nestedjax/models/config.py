@@ -9,6 +9,11 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 Remat = Literal["none", "full", "dots"]
 
 
+def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Sliding-window attention.
@@ -52,34 +57,91 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InnerConfig:
+    """How a continuum memory learns inside one context, by the model's own next-token loss.
+
+    Attributes:
+      learning_rate: of every block at the start; what multiplies it is learned per block and layer.
+      optimizer: "sgd", "momentum" or "adamw" (bias-corrected, b2 0.95).
+      momentum: decay of "momentum" and of the first moment of "adamw".
+      weight_decay: of "adamw".
+      clip: largest global norm of a block's gradient, over its layers; None does not clip.
+      reduction: "mean" or "sum" over the tokens of a period.
+      second_order: whether the outer gradient goes through the inner one (MAML) or takes it as a
+        constant (first-order MAML).
+    """
+
+    learning_rate: float = 0.1
+    optimizer: Literal["sgd", "momentum", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    reduction: Literal["mean", "sum"] = "mean"
+    second_order: bool = True
+
+    def __post_init__(self):
+        _choose("optimizer", self.optimizer, ("sgd", "momentum", "adamw"))
+        _choose("reduction", self.reduction, ("mean", "sum"))
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip={self.clip} must be positive, or None for no clipping")
+
+
+@dataclasses.dataclass(frozen=True)
 class CMSConfig:
     """A continuum memory system.
 
     Attributes:
-      periods: tokens of the training stream between two writes of each block, fast first; None for
-        a block that is stepped with everything else.
+      periods: tokens between two writes of each block, fast first; None for a block that is never
+        written in context and stepped with everything else in training. Tokens of the training
+        stream in lifetime "stream", of the sequence in lifetime "in_context".
       hidden: hidden width of each block.
-      form: "sequential" or "headwise".
+      form: "sequential", "headwise" or "nested" (sequential; the start of each block is a parameter
+        of the next slower one, from which it begins again whenever that one steps).
       mlp: "gelu" or "swiglu".
+      lifetime: "stream" (the blocks are outer parameters, stepped at their periods) or
+        "in_context" (each sequence has its own, started from learned weights).
+      inner: how the blocks learn in lifetime "in_context".
+      start: how the starts of form "nested" move: "fomaml", "reptile" or "frozen".
     """
 
     periods: tuple[int | None, ...]
     hidden: int
-    form: Literal["sequential", "headwise"] = "sequential"
+    form: Literal["sequential", "headwise", "nested"] = "sequential"
     mlp: Literal["gelu", "swiglu"] = "gelu"
+    lifetime: Literal["stream", "in_context"] = "stream"
+    inner: InnerConfig = InnerConfig()
+    start: Literal["fomaml", "reptile", "frozen"] = "fomaml"
 
     def __post_init__(self):
         if not self.periods:
             raise ValueError("periods=(): a continuum memory needs at least one block")
-        timed = [period for period in self.periods if period is not None]
+        if any(period is not None and period < 1 for period in self.periods):
+            raise ValueError(f"periods={self.periods}: each must be None or at least 1 token")
+        timed = self.timed
         for fast, slow in zip(timed, timed[1:], strict=False):
             if slow % fast:
                 raise ValueError(
                     f"periods={self.periods}: {fast} does not divide {slow}; list the fast blocks"
                     " first, each period a multiple of the one before"
                 )
-        if self.form not in ("sequential", "headwise"):
-            raise ValueError(f"form={self.form!r} is not one of sequential, headwise")
+        _choose("form", self.form, ("sequential", "headwise", "nested"))
+        _choose("lifetime", self.lifetime, ("stream", "in_context"))
+        _choose("start", self.start, ("fomaml", "reptile", "frozen"))
+        if self.lifetime == "in_context" and not timed:
+            raise ValueError(
+                f"periods={self.periods} write nothing in context: give a block a period in tokens,"
+                " or use lifetime='stream'"
+            )
+        if self.form == "nested" and len(timed) < 2:
+            raise ValueError(
+                f"periods={self.periods}: form='nested' needs two blocks with a period; use"
+                " form='sequential'"
+            )
+
+    @property
+    def timed(self) -> tuple[int, ...]:
+        """The periods of the blocks that have one, fast first."""
+        return tuple(period for period in self.periods if period is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,5 +165,28 @@ class HopeConfig:
     memory: SelfModifyingConfig
     cms: CMSConfig
     literal: bool = False
+    dtype: Dtype = "float32"
+    remat: Remat = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class HopeAttentionConfig:
+    """HOPE-Attention: softmax attention in place of the self-modifying memory (spec E).
+
+    Attributes:
+      vocab: tokens in the vocabulary.
+      width: features of the residual stream (d).
+      layers: blocks.
+      attention: its heads and window.
+      cms: the continuum memory.
+      dtype: what activations are computed in; weights and memories are at least float32.
+      remat: what the backward pass recomputes.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    attention: AttentionConfig
+    cms: CMSConfig
     dtype: Dtype = "float32"
     remat: Remat = "none"

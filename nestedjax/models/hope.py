@@ -8,7 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from nestedjax import levels
+from nestedjax.levels import Box
 from nestedjax.mixers.self_modifying import Inputs, init_params, self_modifying
+from nestedjax.models.boxes import count, size, slow
 from nestedjax.models.cms import ContinuumMemory
 from nestedjax.models.config import HopeConfig
 from nestedjax.models.layers import (
@@ -120,6 +122,55 @@ class SelfModifyingLayer(nnx.Module):
         o = self.head_norm(o) * jax.nn.silu(self.gate(h))
         return x + self.out(o), {"memory": carry, "conv": conv}
 
+    def boxes(self, state: dict) -> list[Box]:
+        """The boxes of the layer; `state` as `init_state(1)` returns it (arrays or shapes)."""
+        projections, memory = (carry.state for carry in state["memory"].state)
+        names = [f"{name} memory" for name in self.config.memories if name != "memory"]
+        queried, others = self.config.chunk_sizes
+        starts = {name: of for name, of in self.memories.items() if name != "readout"}
+        return [
+            slow("projections", self.query, self.key, self.value, self.gate, self.out),
+            slow("momentum gate", self.momentum),
+            slow("convolutions", self.conv, state=state["conv"]),
+            slow("norms", self.norm, self.head_norm),
+            Box("memory starts", None, count(starts), 0, "next token", "", "init"),
+            Box(
+                "memory gates", None, count(self.memories["readout"]), 0, "next token", "", "param"
+            ),
+            *levels.describe(
+                [
+                    *self._memory_boxes(projections, names, others, "gen_context"),
+                    *self._memory_boxes(memory, ["memory"], queried, "param"),
+                ],
+                dependencies=self._memory_order(names),
+            ),
+        ]
+
+    def _memory_boxes(self, weights, names, period, transfer) -> list[Box]:
+        """One box for each memory of a group and one for the momentum of all of them."""
+        rule = "gradient" if self.config.dgd == "none" else "delta gradient"
+        objective, fast = self.config.objective, (weights.inner, weights.outer)
+        parameters, space = count(fast) // len(names), size(fast) // len(names)
+        boxes = [Box(name, period, parameters, space, objective, rule, transfer) for name in names]
+        momentum = (weights.inner_momentum, weights.outer_momentum)
+        if not self.config.momentum:
+            return boxes
+        what, rule = f"momentum of {names[-1]}", "gradient with decay"
+        if len(names) > 1:
+            what = "momentum of the others"
+        dot = "dot with the gradient"
+        return [
+            *boxes,
+            Box(what, period, count(momentum), size(momentum), dot, rule, "gen_context"),
+        ]
+
+    def _memory_order(self, names) -> dict[str, list[str]]:
+        """What each memory needs: its context from the others, its step from its momentum."""
+        if not self.config.momentum:
+            return {"memory": names}
+        others = {name: ["momentum of the others"] for name in names}
+        return {"memory": [*names, "momentum of memory"], **others}
+
 
 class HopeBlock(nnx.Module):
     """One block of HOPE: the self-modifying memory, then the continuum memory."""
@@ -145,3 +196,7 @@ class HopeBlock(nnx.Module):
     def feed(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
         """The continuum memory on each token."""
         return self.cms(x)
+
+    def boxes(self, state: dict) -> list[Box]:
+        """The boxes of the block; `state` as `init_state(1)` returns it (arrays or shapes)."""
+        return [*self.memory.boxes(state), *self.cms.boxes()]

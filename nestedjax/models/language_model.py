@@ -9,7 +9,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from nestedjax import levels
+from nestedjax.levels import Box
 from nestedjax.models.blocks import Block, init_states, scan_blocks, stack
+from nestedjax.models.boxes import merged, slow
 from nestedjax.models.layers import Embed, RMSNorm
 from nestedjax.sharding import constrain
 
@@ -103,6 +106,17 @@ class LanguageModel(nnx.Module):
         found["norm"] = self.norm(x)
         found["logits"] = self.embed.attend(found["norm"])
         return found
+
+    def boxes(self) -> list[Box]:
+        """The boxes of the nested system, each summed over the layers.
+
+        State bytes are those of one sequence's fast weights, attention cache and convolutions, not
+        of the tokens of unfinished chunks. Works on an abstract model (`nnx.eval_shape`).
+        """
+        graphdef, weights = nnx.split(self)
+        state = jax.eval_shape(lambda weights: nnx.merge(graphdef, weights).init_state(1), weights)
+        boxes = [slow("embedding", self.embed), *self.blocks.boxes(state), slow("norms", self.norm)]
+        return levels.describe(merged(boxes))
 
 
 def logical_axes(params: PyTree) -> PyTree:

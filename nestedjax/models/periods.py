@@ -1,48 +1,31 @@
-"""Which weights of a model learn at which period, and the optimizer that does it."""
+"""Which weights of a model learn at which period, and the outer optimizer that does it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 from flax import nnx
 
-from nestedjax.optim import by_period, in_steps
+from nestedjax.models.config import CMSConfig
+from nestedjax.optim import by_period, in_steps, nested_by_period
 
 PyTree = Any
 
 
-def periods(config: Any) -> dict[str, int | None]:
-    """Label -> tokens of the training stream between two writes, None for every step.
-
-    Args:
-      config: a model configuration, with or without a continuum memory `cms`.
-
-    Returns:
-      "" for everything that is stepped at every step, "cms.0" (the fastest), "cms.1", ... for the
-      blocks of the continuum memory that have a period.
-
-    Example:
-      >>> from nestedjax import models
-      >>> models.periods(models.CMSConfig(periods=(1024, 4096, None), hidden=8))
-      {'': None, 'cms.0': 1024, 'cms.1': 4096}
-    """
-    cms = getattr(config, "cms", config if hasattr(config, "periods") else None)
-    timed = {} if cms is None else {f"cms.{i}": p for i, p in enumerate(cms.periods) if p}
-    return {"": None, **timed}
+def block_periods(cms: CMSConfig) -> dict[str, int]:
+    """ "cms.0" (the fastest), "cms.1", ... -> period in tokens, of the blocks that have one."""
+    return {f"cms.{i}": period for i, period in enumerate(cms.periods) if period is not None}
 
 
-def labels(params: PyTree, config: Any) -> PyTree:
-    """The label of every weight, as `periods` names them: a tree like `params`.
+def block_labels(params: PyTree, config: Any) -> PyTree:
+    """A tree like `params` with the label of each weight's block, "" outside of timed blocks.
 
     A block's label covers its MLP in all layers; the norms in front of it are stepped with the
     rest.
-
-    Args:
-      params: `nnx.state(model, nnx.Param)`, or any tree with the same paths.
-      config: the model's configuration.
     """
-    known = periods(config)
+    cms = getattr(config, "cms", None)
+    known = {} if cms is None else block_periods(cms)
 
     def label(path, _):
         names = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
@@ -55,6 +38,37 @@ def labels(params: PyTree, config: Any) -> PyTree:
     return jax.tree.map_with_path(label, params)
 
 
+def periods(config: Any) -> dict[str, int | None]:
+    """Label -> tokens of the training stream between two writes, None for every step.
+
+    Args:
+      config: a model configuration, with or without a continuum memory `cms`.
+
+    Returns:
+      "" for everything that is stepped at every step; "cms.0" (the fastest), "cms.1", ... for the
+      blocks of a continuum memory of lifetime "stream" that have a period.
+
+    Example:
+      >>> from nestedjax import models
+      >>> models.periods(models.PRESETS["transformer_nano"])
+      {'': None}
+    """
+    cms = getattr(config, "cms", None)
+    timed = {} if cms is None or cms.lifetime != "stream" else block_periods(cms)
+    return {"": None, **timed}
+
+
+def labels(params: PyTree, config: Any) -> PyTree:
+    """The label of every weight, as `periods` names them: a tree like `params`.
+
+    Args:
+      params: `nnx.state(model, nnx.Param)`, or any tree with the same paths.
+      config: the model's configuration.
+    """
+    known = periods(config)
+    return jax.tree.map(lambda label: label if label in known else "", block_labels(params, config))
+
+
 def optimizer(
     model: Any,
     make: Callable[[int], optax.GradientTransformation],
@@ -62,6 +76,8 @@ def optimizer(
     step_tokens: int,
 ) -> optax.GradientTransformationExtraArgs:
     """The outer optimizer of a model: each block of its continuum memory at its own period.
+
+    With form "nested" it is `optim.nested_by_period`, else `optim.by_period`.
 
     Args:
       model: a model of this package, abstract or not.
@@ -80,8 +96,24 @@ def optimizer(
       >>> from flax import nnx
       >>> from nestedjax import models
       >>> model = nnx.eval_shape(lambda: models.build("hope_nano", rngs=nnx.Rngs(0)))
-      >>> tx = models.optimizer(model, lambda period: optax.adamw(1e-3), step_tokens=4096)
+      >>> tokens = models.STEP_TOKENS["nano"]
+      >>> tx = models.optimizer(model, lambda period: optax.adamw(1e-3), step_tokens=tokens)
     """
-    steps = in_steps(periods(model.config), step_tokens=step_tokens)
+    config = model.config
+    steps = in_steps(periods(config), step_tokens=step_tokens)
     groups = {label: (every, make(every or 1)) for label, every in steps.items()}
-    return by_period(groups, labels(nnx.state(model, nnx.Param), model.config))
+    names = labels(nnx.state(model, nnx.Param), config)
+    chain = tuple(label for label in groups if label)
+    if len(chain) > 1 and config.cms.form == "nested":
+        return nested_by_period(groups, names, chain=chain, rule=config.cms.start)
+    return by_period(groups, names)
+
+
+def step_tokens_by_label(config: Any, *, step_tokens: int) -> Mapping[str, int]:
+    """Tokens between two writes of each label, as `levels.describe(..., step_tokens=)` takes them.
+
+    Args:
+      config: a model configuration.
+      step_tokens: tokens in one optimizer step, batch x length.
+    """
+    return {label: period or step_tokens for label, period in periods(config).items()}

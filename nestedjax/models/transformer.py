@@ -3,7 +3,9 @@
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nestedjax.levels import Box
 from nestedjax.models.attention import AttentionLayer
+from nestedjax.models.boxes import slow
 from nestedjax.models.config import TransformerConfig
 from nestedjax.models.layers import MLP, RMSNorm, residual_scale
 
@@ -38,3 +40,7 @@ class TransformerBlock(nnx.Module):
     def feed(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
         """The network on each token."""
         return x + self.mlp(self.norm(x))
+
+    def boxes(self, state: dict) -> list[Box]:
+        """The boxes of the block; `state` as `init_state(1)` returns it (arrays or shapes)."""
+        return [*self.attention.boxes(state), slow("mlp", self.mlp), slow("norms", self.norm)]

@@ -1,0 +1,73 @@
+"""The optimizer that a continuum memory uses inside one context."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from nestedjax.models.config import CMSConfig, InnerConfig
+from nestedjax.optim import by_period, nested_by_period
+
+PyTree = Any
+
+
+def inner_optimizer(
+    cms: CMSConfig, chunks: Mapping[str, int | None], rates: Float[Array, "blocks layers"]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation of `{label: fast weights of one block, [layers, ...]}`.
+
+    `fast_l <- fast_l - learning_rate exp(rates_l) rule(clip(reduce gradients of the period))`.
+
+    Args:
+      cms: the inner optimizer and the form.
+      chunks: label -> mini-chunks between two writes of that block, fast first.
+      rates: logarithm of a factor on the learning rate, per block and layer.
+    """
+    inner = cms.inner
+    groups = {
+        label: (every, _rule(inner, inner.learning_rate * jnp.exp(rates[index])))
+        for index, (label, every) in enumerate(chunks.items())
+    }
+
+    def labels(fast: PyTree) -> PyTree:
+        return {label: jax.tree.map(lambda _, name=label: name, of) for label, of in fast.items()}
+
+    if cms.form == "nested":
+        return nested_by_period(
+            groups, labels, chain=tuple(groups), rule=cms.start, reduction=inner.reduction
+        )
+    return by_period(groups, labels, reduction=inner.reduction)
+
+
+def _rule(inner: InnerConfig, rate: Float[Array, " layers"]) -> optax.GradientTransformation:
+    steps = [] if inner.clip is None else [_clip(inner.clip)]
+    if inner.optimizer == "momentum":
+        steps.append(optax.trace(inner.momentum))
+    if inner.optimizer == "adamw":
+        # eps_root: the square root of a zero moment has no derivative, and the outer gradient is
+        # taken through it.
+        steps.append(optax.scale_by_adam(inner.momentum, 0.95, eps_root=1e-16))
+        steps.append(optax.add_decayed_weights(inner.weight_decay))
+
+    def descend(updates, params):
+        del params
+        return jax.tree.map(
+            lambda u: -u * rate.astype(u.dtype).reshape(-1, *[1] * (u.ndim - 1)), updates
+        )
+
+    return optax.chain(*steps, optax.stateless(descend))
+
+
+def _clip(largest: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` with a derivative where the gradient is zero."""
+
+    def clip(updates, params):
+        del params
+        squared = sum(jnp.sum(jnp.square(u)) for u in jax.tree.leaves(updates))
+        scale = jnp.minimum(1.0, largest * jax.lax.rsqrt(squared + 1e-12))
+        return jax.tree.map(lambda u: u * scale, updates)
+
+    return optax.stateless(clip)

@@ -1,0 +1,85 @@
+"""Tiny models of every family, built and called once per shape."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nestedjax import models
+from nestedjax.mixers.self_modifying import SelfModifyingConfig
+
+VOCAB, WIDTH, LAYERS, PERIOD = 24, 8, 2, 4
+ATTENTION = models.AttentionConfig(heads=2, context=6, conv=2)
+MEMORY = SelfModifyingConfig(heads=2, head_dim=4, hidden=4, chunk_size=4)
+LITERAL = SelfModifyingConfig(
+    heads=1, head_dim=8, hidden=8, chunk_size=4, read="anchor", momentum=False, inner_clip=None
+)
+STREAM = models.CMSConfig(periods=(None, 64), hidden=6)
+IN_CONTEXT = models.CMSConfig(
+    periods=(PERIOD, 2 * PERIOD, None),
+    hidden=6,
+    lifetime="in_context",
+    inner=models.InnerConfig(learning_rate=2.0),
+)
+
+
+def attention(cms, **more):
+    return models.HopeAttentionConfig(VOCAB, WIDTH, LAYERS, ATTENTION, cms, **more)
+
+
+def hope(cms, memory=MEMORY, **more):
+    return models.HopeConfig(VOCAB, WIDTH, LAYERS, memory, cms, **more)
+
+
+def in_context(**changes):
+    inner = {k: changes.pop(k) for k in list(changes) if hasattr(IN_CONTEXT.inner, k)}
+    inner = dataclasses.replace(IN_CONTEXT.inner, **inner)
+    return dataclasses.replace(IN_CONTEXT, inner=inner, **changes)
+
+
+FAMILIES = {
+    "transformer": models.TransformerConfig(VOCAB, WIDTH, LAYERS, 12, ATTENTION),
+    "hope_attention": attention(STREAM),
+    "hope": hope(STREAM),
+    "hope_literal": hope(STREAM, LITERAL, literal=True),
+    "hope_in_context": hope(IN_CONTEXT),
+    "hope_attention_nested": attention(in_context(form="nested", optimizer="momentum")),
+    "hope_attention_headwise": attention(
+        in_context(form="headwise", optimizer="adamw", learning_rate=0.05, mlp="swiglu")
+    ),
+}
+
+
+def tokens_of(length, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, VOCAB, (batch, length)), jnp.int32)
+
+
+@functools.cache
+def built(config, seed=0):
+    """`(graphdef, weights)` with weights large enough to matter, in one compilation."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(seed))))
+    leaves, structure = jax.tree.flatten(shapes)
+    draw = jax.jit(lambda: jax.tree.leaves(nnx.state(models.build(config, rngs=nnx.Rngs(seed)))))
+    rng = np.random.default_rng(seed)
+    noise = [jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
+    return graphdef, jax.tree.unflatten(structure, [a + b for a, b in zip(draw(), noise, strict=True)])
+
+
+def caller(config):
+    """A jitted `call(weights, tokens, state, resets) -> (logits, state)` and the weights."""
+    graphdef, weights = built(config)
+
+    def call(weights, tokens, state=None, resets=None):
+        return nnx.merge(graphdef, weights)(tokens, state, resets=resets)
+
+    return functools.partial(jax.jit(call), weights), nnx.merge(graphdef, weights)
+
+
+def token_losses(logits, tokens):
+    """Next-token losses, [B, T - 1], written out."""
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=2)[..., 0]

@@ -1,0 +1,161 @@
+"""What every language model of the package promises, on tiny models of every family."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nestedjax import models
+from tests.models.families import FAMILIES, built, caller, token_losses, tokens_of
+
+LENGTH = 14
+
+
+@pytest.fixture(autouse=True)
+def lax_promotion():
+    """Adam's bias correction in optax raises a float to an int power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request):
+    with jax.numpy_dtype_promotion("standard"):
+        call, model = caller(FAMILIES[request.param])
+        whole, end = call(tokens_of(LENGTH))
+        return call, model, whole, end
+
+
+def kinds(tree):
+    return jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)
+
+
+def test_one_call_equals_any_split(family):
+    call, model, whole, end = family
+    start = model.init_state(2)
+    assert kinds(start) == kinds(end)
+    tokens = tokens_of(LENGTH)
+    first, state = call(tokens[:, :7], start)
+    assert kinds(state) == kinds(end)
+    second, state = call(tokens[:, 7:], state)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-4)
+    graphdef, weights = nnx.split(model)
+
+    @jax.jit
+    def one_by_one(weights, state, tokens):
+        def body(state, token):
+            logits, state = nnx.merge(graphdef, weights)(token[:, None], state)
+            return state, logits[:, 0]
+
+        return jax.lax.scan(body, state, tokens.T)
+
+    ends, logits = one_by_one(weights, start, tokens)
+    np.testing.assert_allclose(jnp.moveaxis(logits, 0, 1), whole, atol=1e-4)
+    for other in (state, ends):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other, end)
+
+
+def test_causal_and_isolated_exactly(family):
+    call, _, whole, _ = family
+    tokens = tokens_of(LENGTH)
+    for at in (3, 9):
+        other, _ = call(tokens.at[1, at].set((tokens[1, at] + 1) % 24))
+        np.testing.assert_array_equal(other[0], whole[0])
+        np.testing.assert_array_equal(other[1, :at], whole[1, :at])
+        assert bool(jnp.all(jnp.any(other[1, at:] != whole[1, at:], axis=-1)))
+
+
+def test_a_reset_is_a_fresh_context(family):
+    call, _, whole, end = family
+    packed = jnp.concatenate([tokens_of(8, seed=1), tokens_of(LENGTH)], axis=1)
+    resets = jnp.zeros(packed.shape, bool).at[:, 8].set(True)
+    logits, state = call(packed, None, resets)
+    np.testing.assert_allclose(logits[:, 8:], whole, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state, end)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tree_mode_is_the_same_program(name):
+    def program():
+        def call(weights, tokens):
+            return nnx.merge(graphdef, weights)(tokens)
+
+        config = FAMILIES[name]
+        model = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
+        graphdef, weights = nnx.split(model)
+        return jax.jit(call).lower(weights, tokens_of(6)).as_text()
+
+    try:
+        nnx.set_graph_mode(False)
+        tree = program()
+    finally:
+        nnx.set_graph_mode(True)
+    assert tree == program()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_keeps_memories_in_float32(name):
+    config = dataclasses.replace(FAMILIES[name], dtype="bfloat16")
+
+    def call():
+        model = models.build(config, rngs=nnx.Rngs(0))
+        logits, state = model(tokens_of(10))
+        again, after = model(tokens_of(3), state)
+        return nnx.state(model), logits, again, state, after
+
+    weights, logits, again, state, after = jax.eval_shape(call)
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype("float32")}
+    assert logits.dtype == again.dtype == jnp.float32 and kinds(state) == kinds(after)
+    caches = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if leaf.dtype == jnp.bfloat16
+    }
+    # Activations only: attention's cache, convolutions, the tokens of an unfinished chunk.
+    assert all("conv" in path or "attention" in path or "pending" in path for path in caches), (
+        caches
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gradient_of_every_weight_equals_finite_differences(x64, name):
+    """Issue 2, line c: also the start of each memory and of each continuum block."""
+    graphdef, weights = built(dataclasses.replace(FAMILIES[name], dtype="float64"))
+    leaves, structure = jax.tree.flatten(weights)
+    tokens = tokens_of(LENGTH, batch=1)
+
+    @jax.jit
+    def value_and_gradient(leaves):
+        def loss(leaves):
+            model = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+            return token_losses(model(tokens)[0], tokens).mean()
+
+        return jax.value_and_grad(loss)(leaves)
+
+    gradient = value_and_gradient(leaves)[1]
+    rng, step = np.random.default_rng(1), 1e-6
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
+    for i, path in enumerate(paths):
+        direction = rng.standard_normal(leaves[i].shape)
+        sides = []
+        for sign in (step, -step):
+            moved = [*leaves[:i], leaves[i] + sign * direction, *leaves[i + 1 :]]
+            sides.append(float(value_and_gradient(moved)[0]))
+        numeric = (sides[0] - sides[1]) / (2 * step)
+        found = float(jnp.sum(gradient[i] * direction))
+        assert float(jnp.max(jnp.abs(gradient[i]))) > 0, path
+        np.testing.assert_allclose(found, numeric, rtol=1e-4, atol=1e-8, err_msg=path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_boxes_account_for_every_weight(name):
+    model = nnx.eval_shape(lambda: models.build(FAMILIES[name], rngs=nnx.Rngs(0)))
+    boxes = model.boxes()
+    slow = [box for box in boxes if box.period is None or box.rule == "optimizer"]
+    assert sum(box.parameters for box in slow) == models.parameter_count(model)
+    frequencies = [box.frequency for box in boxes]
+    assert frequencies == sorted(frequencies)
+    assert all(box.level is not None and box.transfer for box in boxes)
