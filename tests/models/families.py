@@ -61,12 +61,19 @@ def tokens_of(length, batch=2, seed=0):
 @functools.cache
 def built(config, seed=0):
     """`(graphdef, weights)` with weights large enough to matter, in one compilation."""
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(seed))))
+
+    def build():
+        # A key that costs little to compile.
+        return models.build(config, rngs=nnx.Rngs(jax.random.key(seed, impl="unsafe_rbg")))
+
+    graphdef, shapes = nnx.split(nnx.eval_shape(build))
     leaves, structure = jax.tree.flatten(shapes)
-    draw = jax.jit(lambda: jax.tree.leaves(nnx.state(models.build(config, rngs=nnx.Rngs(seed)))))
+    draw = jax.jit(lambda: jax.tree.leaves(nnx.state(build())))
     rng = np.random.default_rng(seed)
     noise = [jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
-    return graphdef, jax.tree.unflatten(structure, [a + b for a, b in zip(draw(), noise, strict=True)])
+    return graphdef, jax.tree.unflatten(
+        structure, [a + b for a, b in zip(draw(), noise, strict=True)]
+    )
 
 
 def caller(config):
