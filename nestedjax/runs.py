@@ -56,7 +56,7 @@ class Model(NamedTuple):
 
     config: RunConfig
     step: int
-    model: models.LanguageModel
+    model: models.Model
     vocabulary: Vocabulary
 
 
@@ -100,7 +100,7 @@ def datasets(config: RunConfig, vocabulary: Vocabulary) -> tuple[TextDataset, Se
     return train, [valid[step] for step in range(count)]
 
 
-def new_model(config: RunConfig) -> models.LanguageModel:
+def new_model(config: RunConfig) -> models.Model:
     """The model of a run before its first step.
 
     Raises:
@@ -113,7 +113,7 @@ def new_model(config: RunConfig) -> models.LanguageModel:
     return models.add_taps(model) if config.optimizer.name == "dgd" else model
 
 
-def abstract_model(config: RunConfig) -> models.LanguageModel:
+def abstract_model(config: RunConfig) -> models.Model:
     """The model of a run with shapes in place of weights."""
     return nnx.eval_shape(lambda: new_model(config))
 

@@ -1,6 +1,7 @@
 """Levels: the update clock of the whole library."""
 
 from nestedjax.levels.adapt import Adaptation, Adapting, adapt, adaptive_level
+from nestedjax.levels.boundary import at_boundary, resumed
 from nestedjax.levels.compose import chain, flow, parallel
 from nestedjax.levels.describe import HasBoxes, describe, table
 from nestedjax.levels.level import Level, due, read_write
@@ -18,6 +19,7 @@ __all__ = [
     "Level",
     "adapt",
     "adaptive_level",
+    "at_boundary",
     "batch_axes",
     "chain",
     "describe",
@@ -28,6 +30,7 @@ __all__ = [
     "parallel",
     "read_write",
     "reset",
+    "resumed",
     "run",
     "start",
     "stream",

@@ -12,6 +12,7 @@ from nestedjax.models.language_model import LanguageModel
 from nestedjax.models.presets import PRESETS
 from nestedjax.models.transformer import TransformerBlock
 
+Model = LanguageModel | InContextModel
 BLOCKS = {
     TransformerConfig: TransformerBlock,
     HopeConfig: HopeBlock,
@@ -19,7 +20,7 @@ BLOCKS = {
 }
 
 
-def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel | InContextModel:
+def build(preset: Any, *, rngs: nnx.Rngs) -> Model:
     """Build a model.
 
     Args:
@@ -36,8 +37,9 @@ def build(preset: Any, *, rngs: nnx.Rngs) -> LanguageModel | InContextModel:
     Example:
       >>> from flax import nnx
       >>> from nestedjax import models
-      >>> models.build("transformer_nano", rngs=nnx.Rngs(0)).config.vocab
-      256
+      >>> model = nnx.eval_shape(lambda: models.build("hope_1p3b", rngs=nnx.Rngs(0)))
+      >>> f"{models.parameter_count(model):,}"
+      '1,324,042,944'
     """
     if isinstance(preset, str):
         if preset not in PRESETS:

@@ -18,6 +18,7 @@ from nestedjax.models.language_model import LanguageModel
 from nestedjax.models.layers import Embed, param, weight_dtype
 from nestedjax.models.periods import block_labels, block_periods
 from nestedjax.optim import in_tokens
+from nestedjax.sharding import over_batch
 
 PyTree = Any
 
@@ -80,7 +81,8 @@ class InContextModel(nnx.Module):
         """The state of `batch_size` sequences at the start of a context."""
         level, weights = self._level()
         carry = levels.start(level, weights, jnp.zeros((1,), jnp.int32))
-        return jax.tree.map(lambda a: jnp.broadcast_to(a[None], (batch_size, *a.shape)), carry)
+        many = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (batch_size, *a.shape)), carry)
+        return over_batch(many)
 
     def __call__(
         self,
@@ -136,7 +138,10 @@ class InContextModel(nnx.Module):
             def next_token(i, held):
                 return forward(weights, fast, held, carry.pending[i][None])[1]
 
-            return Reading(fast, jax.lax.fori_loop(0, pending, next_token, carry.state.carry))
+            held = carry.state.carry
+            if self._aligned:
+                held = levels.resumed(held, self.base.init_state(1))
+            return Reading(fast, jax.lax.fori_loop(0, pending, next_token, held))
 
         return jax.vmap(one)(state)
 
@@ -192,10 +197,21 @@ class InContextModel(nnx.Module):
 
         return forward
 
+    @property
+    def _aligned(self) -> bool:
+        """Whether the memories of the model have nothing pending where a chunk ends."""
+        memory = getattr(self.config, "memory", None)
+        return memory is None or self.config.cms.timed[0] % max(memory.chunk_sizes) == 0
+
     def _level(self) -> tuple[Level, Weights]:
         """The model as a level that learns from what it reads, and its slow parameters."""
         graphdef, weights = nnx.split(self.base)
-        config, cms = self.config, self.config.cms
+        config, cms, forward = self.config, self.config.cms, self._forward()
+        plain = levels.at_boundary if self._aligned else lambda carry: carry
+
+        def chunk(weights, fast, carry, tokens):
+            hidden, carry = forward(weights, fast, carry, tokens)
+            return hidden, plain(carry)
 
         def loss(weights, hidden, labels):
             logits = nnx.merge(graphdef, weights.model).embed.attend(hidden)
@@ -204,11 +220,11 @@ class InContextModel(nnx.Module):
         level = levels.adaptive_level(
             "continuum memory",
             cms.timed[0],
-            forward=self._forward(),
+            forward=chunk,
             loss=loss,
             tx=lambda weights: inner_optimizer(cms, _in_chunks(cms), weights.rates),
             init_fast=lambda weights: _take(weights.model, config),
-            init_carry=lambda weights: nnx.merge(graphdef, weights.model).init_state(1),
+            init_carry=lambda weights: plain(nnx.merge(graphdef, weights.model).init_state(1)),
             second_order=cms.inner.second_order,
             reduction=cms.inner.reduction,
         )
@@ -237,8 +253,10 @@ def adapting(
     Example:
       >>> from flax import nnx
       >>> from nestedjax import models
-      >>> model = models.build("hope_nano", rngs=nnx.Rngs(0))
-      >>> learner = models.adapting(model, periods=(16, 64, None, None))
+      >>> def learner():
+      ...     model = models.build("hope_nano", rngs=nnx.Rngs(0))
+      ...     return models.adapting(model, periods=(16, 64, None, None))
+      >>> learner = nnx.eval_shape(learner)  # without allocating anything
       >>> learner.config.cms.lifetime, learner.config.cms.timed
       ('in_context', (16, 64))
     """

@@ -59,8 +59,8 @@ def tokens_of(length, batch=2, seed=0):
 
 
 @functools.cache
-def built(config, seed=0):
-    """`(graphdef, weights)` with weights large enough to matter, in one compilation."""
+def built(config, noise=0.2, seed=0):
+    """`(graphdef, weights)`, with noise that makes every weight matter, in one compilation."""
 
     def build():
         # A key that costs little to compile.
@@ -70,9 +70,9 @@ def built(config, seed=0):
     leaves, structure = jax.tree.flatten(shapes)
     draw = jax.jit(lambda: jax.tree.leaves(nnx.state(build())))
     rng = np.random.default_rng(seed)
-    noise = [jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
+    added = [jnp.asarray(noise * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
     return graphdef, jax.tree.unflatten(
-        structure, [a + b for a, b in zip(draw(), noise, strict=True)]
+        structure, [a + b for a, b in zip(draw(), added, strict=True)]
     )
 
 

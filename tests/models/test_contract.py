@@ -124,12 +124,12 @@ def test_half_precision_keeps_memories_in_float32(name):
     )
 
 
-@pytest.mark.parametrize("name", ["transformer", "hope", "hope_attention_nested"])
+@pytest.mark.parametrize("name", ["transformer", "hope"])
 def test_the_gradient_of_every_weight_equals_finite_differences(x64, name):
-    """Issue 2, line c: also the start of each memory and of each continuum block."""
+    """Issue 2, line c: also the start of each memory. In context: see `test_cms.py`."""
     graphdef, weights = built(dataclasses.replace(FAMILIES[name], dtype="float64"))
     leaves, structure = jax.tree.flatten(weights)
-    tokens = tokens_of(14, batch=1)
+    tokens = tokens_of(12, batch=1)
 
     @jax.jit
     def value_and_gradient(leaves):

@@ -9,15 +9,15 @@ import pytest
 from flax import nnx
 
 from nestedjax import models
-from tests.models.families import token_losses, tokens_of
+from tests.models.families import built, token_losses, tokens_of
 
 
 @pytest.mark.parametrize("name", ["hope_nano", "hope_attention_nano", "transformer_nano"])
 def test_first_loss_is_ln_vocab(name):
     # Logits of a d-wide model have a standard deviation of d^-1/2: a width that is really used.
     config = dataclasses.replace(models.PRESETS[name], vocab=32, layers=1)
-    model = models.build(config, rngs=nnx.Rngs(jax.random.key(0, impl="unsafe_rbg")))
-    tokens = tokens_of(64, 8)
+    graphdef, weights = built(config, noise=0.0)
+    model, tokens = nnx.merge(graphdef, weights), tokens_of(32, 4)
     loss = float(token_losses(jax.jit(model)(tokens)[0], tokens).mean())
     assert abs(loss / math.log(32) - 1) < 0.01
 

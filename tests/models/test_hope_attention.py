@@ -15,6 +15,13 @@ from tests.models.families import ATTENTION, FAMILIES, LAYERS, VOCAB, WIDTH, bui
 TRANSFORMER = FAMILIES["transformer"]
 
 
+@pytest.fixture(autouse=True)
+def lax_promotion():
+    """Adam's bias correction in optax raises a float to an int power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def attention_model(periods, **changes):
     cms = models.CMSConfig(periods=periods, hidden=TRANSFORMER.hidden, mlp="swiglu", **changes)
     return models.HopeAttentionConfig(VOCAB, WIDTH, LAYERS, ATTENTION, cms)
