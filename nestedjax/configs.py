@@ -7,6 +7,7 @@ configuration (`layers`, `memory.chunk_size`, `cms.periods`). `optimizer=m3` cho
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -284,8 +285,12 @@ def check(config: RunConfig) -> RunConfig:
 
 
 def alignment(model: ModelConfig) -> int:
-    """The largest in-context period of a model, in tokens: documents begin on multiples of it."""
-    return max(model.memory.chunk_sizes) if isinstance(model, models.HopeConfig) else 1
+    """The common in-context period of a model, in tokens: documents begin on multiples of it."""
+    chunks = model.memory.chunk_sizes if isinstance(model, models.HopeConfig) else (1,)
+    cms = getattr(model, "cms", None)
+    if cms is not None and cms.lifetime == "in_context":
+        return math.lcm(*chunks, cms.timed[0])
+    return math.lcm(*chunks)
 
 
 def changed(saved: RunConfig, asked: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -18,7 +18,6 @@ _MEMORIES = {
     "ema": ("average", "l2 to the update", "moving average"),
     "sum_of_squares": ("sum of squares", "dot with the squared gradient", "sum"),
     "acc_grads": ("gradient accumulator", "dot with the gradient", "mean of the steps"),
-<<<<<<< HEAD
     "left": ("left factor", "l2 to g g^T", "sum or moving average"),
     "right": ("right factor", "l2 to g^T g", "sum or moving average"),
     "basis": ("eigenbasis", "eigenvectors of the factors", "orthogonal iteration"),
@@ -26,10 +25,7 @@ _MEMORIES = {
     "average": ("average key", "l2 to the negative key", "moving average"),
     "operator": ("preconditioner", "l2 from gradient to target", "delta rule"),
     "accumulator": ("mirror accumulator", "dot with the gradient", "gradient step with decay"),
-    "start": ("start of the faster block", "loss of its context", "optimizer"),
-=======
     "start": ("start of the faster block", "loss of its context", "written with its block"),
->>>>>>> cd11c6a (Models: states at a chunk's end without pending tokens, smaller tests, a Model type for what build returns)
 }
 _ACCUMULATOR = _MEMORIES["acc_grads"][0]
 EVERY = "every_"  # "every_20" in front of what a state writes once in 20 of its own updates

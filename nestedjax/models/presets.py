@@ -15,9 +15,9 @@ from nestedjax.models.config import (
 # Tokens in one optimizer step (batch x length) of the runs that the presets are made for. The
 # periods of the continuum memories are multiples of it, so a run's own must divide them.
 STEP_TOKENS = {
-    "nano": 4096,
-    "micro": 16384,
-    "mini": 65536,
+    "nano": 2048,
+    "micro": 8192,
+    "mini": 16384,
     "340m": 2**19,
     "760m": 2**19,
     "1p3b": 2**19,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nestedjax import models
+from nestedjax import configs, models
 from tests.models.families import built, token_losses, tokens_of
 
 
@@ -43,3 +43,4 @@ def test_the_blocks_of_a_preset_have_different_periods(size):
     for name in (f"hope_{size}", f"hope_attention_{size}"):
         timed = models.PRESETS[name].cms.timed
         assert len(set(timed)) == 4 and timed[0] == models.STEP_TOKENS[size]
+        assert configs.run_preset(name).step_tokens == models.STEP_TOKENS[size]
