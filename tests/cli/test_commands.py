@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nestedjax import cli, models, runs
+from nestedjax import cli, configs, models, runs
 from nestedjax.training import read_metrics
-from tests.cli.tiny import TEXT, command
+from tests.cli.tiny import HOPE_ATTENTION, RUN, TEXT, command
 
 
 def test_help_costs_less_than_half_a_second():
@@ -85,6 +85,41 @@ def test_generate(trained, capsys):
     assert greedy == text("--prompt", "To be", "--top-k", 1, "--seed", 5)
 
 
+@pytest.fixture(scope="module")
+def continuum(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("runs") / "continuum"
+    arguments = ["train", "hope_attention_nano", "--run", str(folder), "--data", str(text)]
+    assert cli.main([*arguments, "--set", *HOPE_ATTENTION, *RUN, "steps=4"]) == 0
+    return folder
+
+
+def test_adapting_changes_what_is_said(continuum, capsys):
+    prompt = "To be, or not to be, that is the question."
+
+    def text(*arguments):
+        greedy = ("--tokens", 30, "--temperature", 0, "--prompt", prompt)
+        code, out, err = command(capsys, "generate", continuum, *greedy, *arguments)
+        assert code == 0
+        return out, err
+
+    plain, _ = text()
+    still, told = text("--adapt", "--periods", "8,16", "--inner-rate", 0)
+    assert still == plain and told.endswith("writes of its blocks 5 of 8 tokens, 2 of 16 tokens\n")
+    assert text("--adapt", "--periods", "8,16", "--inner-rate", 5)[0] != plain
+
+
+def test_adapting_refuses(continuum, trained, capsys):
+    for run, arguments, says in (
+        (continuum, ["--adapt"], "the prompt has 1 tokens, too few to learn from in chunks of 64"),
+        (continuum, ["--adapt", "--periods", "8"], "the model has 2 blocks"),
+        (continuum, ["--adapt", "--periods", "8,x"], "--periods=8,x is not a list"),
+        (continuum, ["--periods", "8,16"], "--periods and --inner-rate need --adapt"),
+        (trained, ["--adapt"], "no continuum memory"),
+    ):
+        code, _, err = command(capsys, "generate", run, *arguments)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+
+
 def test_generate_refuses(trained, capsys):
     for arguments, says in (
         (["--tokens", 0], "--tokens=0 must be at least 1"),
@@ -106,9 +141,9 @@ def test_levels(trained, tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG" and len(boxes) == len(lines)
     frequencies = [1 / box["period"] if box["period"] else 0 for box in boxes]
     assert frequencies == sorted(frequencies)
-    assert {"first moment", "second moment"} <= {b["name"] for b in boxes}
+    assert {"first moment", "second moment", "memory", "key memory"} <= {b["name"] for b in boxes}
     slow = sum(box["parameters"] for box in boxes if box["rule"] == "optimizer")
-    assert slow == models.parameter_count(runs.abstract_model(runs.configs.run_preset("hope_nano")))
+    assert slow == models.parameter_count(runs.abstract_model(configs.run_preset("hope_nano")))
     code, out, _ = command(capsys, "levels", trained, "--json")
     run = {box["name"]: box for box in json.loads(out)}
     assert code == 0 and run["first moment"]["period"] == 64  # 4 rows of 16 tokens
