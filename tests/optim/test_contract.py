@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nestedjax import optim
+from nestedjax import levels, optim
 from nestedjax.checkpoint import Checkpoints
 from tests.optim.running import draw
 
@@ -247,3 +247,19 @@ def test_minimises_a_quadratic_and_rosenbrock(name):
 
     values = solve(start)
     assert float(values[0]) > 10 and float(values[-1]) < 1e-3, values[-1]
+
+
+@every
+def test_decomposes_into_boxes(name):
+    """Every number of the state is in a box with a name, at a level faster than the weights' or
+    at a period of its own."""
+    tx, params = CASES[name](), weights(name)
+    state = jax.eval_shape(tx.init, params)
+    boxes = levels.describe((), state, params=params, step_tokens=64)
+    memories = [box for box in boxes if box.name != "parameters"]
+    assert not [box.name for box in memories if "state of" in box.name]
+    held = sum(leaf.size * 4 for leaf in jax.tree.leaves(state) if leaf.shape)
+    assert sum(box.state_bytes for box in memories) == held
+    assert {box.period for box in memories} <= {64, 128, 192}
+    weight = next(box for box in boxes if box.name == "parameters")
+    assert all(box.level > weight.level for box in memories if box.period == 64)

@@ -1,0 +1,1 @@
+"""What things cost: benchmarks that print a table and write rows."""

@@ -1,0 +1,160 @@
+"""Step time and state of every optimizer, relative to AdamW, on one language model.
+
+A training step is its forward and backward pass, the same for all, and an update; both are timed
+apart, in CPU-seconds of this process (seconds on an accelerator), over whole periods of what is
+written once in a while.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+STEPS = 20  # one period of M3, two of SOAP
+# An eigendecomposition of every factor at every step: fewer steps say it as well.
+SLOW = {"shampoo": 3}
+
+
+def optimizers(axes: Any) -> dict[str, Any]:
+    """AdamW, optax's Muon, and everything in `nestedjax.optim.menu`, with their defaults."""
+    import optax
+
+    from nestedjax.optim import menu
+
+    rate = 1e-3
+    own = {name: menu.make(name, rate, axes=axes) for name in menu.OPTIMIZERS}
+    muon = optax.contrib.muon(rate, consistent_rms=0.2, muon_weight_dimension_numbers=axes)
+    return {"adamw": optax.adamw(rate, 0.9, 0.95), "muon (optax)": muon, **own}
+
+
+def measure(
+    preset: str = "transformer_micro", *, batch: int = 4, length: int = 256, names: Sequence = ()
+) -> list[dict[str, Any]]:
+    """One row an optimizer.
+
+    Args:
+      preset: of the model.
+      batch: rows of a step.
+      length: tokens of a row.
+      names: which optimizers; none for all.
+
+    Returns:
+      Rows of `optimizer`, `update_seconds`, `step_seconds`, `step_ratio` and `state_ratio` to
+      AdamW's, `state_bytes`, `parameters`.
+    """
+    import jax
+    from flax import nnx
+
+    from nestedjax import configs, models, runs
+
+    config = configs.change(configs.run_preset(preset), [f"batch={batch}", f"length={length}"])
+    model = models.build(config.model, rngs=nnx.Rngs(0))
+    axes, rows = models.matrix_axes(model), []
+    forward = _forward(model, config, runs)
+    for name, tx in optimizers(axes).items():
+        if names and name not in (*names, "adamw"):
+            continue
+        used, passes = model, forward
+        if name == "dgd":  # its layers hand out their inputs too
+            used = models.add_taps(models.build(config.model, rngs=nnx.Rngs(0)))
+            tx, passes = optimizers(models.matrix_axes(used))[name], _forward(used, config, runs)
+        params = nnx.state(used, nnx.Param)
+        state = jax.jit(tx.init)(params)
+        grads = jax.tree.map(lambda p: p * 1e-3 + 1e-4, params)
+        seconds = _seconds(jax.jit(tx.update), grads, state, params, SLOW.get(name, STEPS))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        rows.append(
+            {
+                "optimizer": name,
+                "parameters": models.parameter_count(model),
+                "state_bytes": size,
+                "update_seconds": seconds,
+                "step_seconds": seconds + passes,
+            }
+        )
+    base = rows[0]
+    for row in rows:
+        row["step_ratio"] = row["step_seconds"] / base["step_seconds"]
+        row["state_ratio"] = row["state_bytes"] / base["state_bytes"]
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| optimizer | update, ms | step / AdamW | state / AdamW |", "|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['optimizer']} | {1e3 * row['update_seconds']:.0f} |"
+            f" {row['step_ratio']:.2f} | {row['state_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _clock() -> Callable[[], float]:
+    import jax
+
+    return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+
+def _forward(model: Any, config: Any, runs: Any) -> float:
+    """Seconds of a forward and backward pass: the median of five after one that compiles."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    graphdef, params = nnx.split(model)
+    loss = runs.language_loss(graphdef)
+    shape = config.data.batch, config.data.length
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab)
+    batch = {
+        "tokens": tokens,
+        "targets": tokens,
+        "mask": jnp.ones(shape, bool),
+        "resets": jnp.zeros(shape, bool),
+    }
+    both = jax.jit(jax.grad(lambda p: loss(p, batch, None)[0]))
+    clock, times = _clock(), []
+    jax.block_until_ready(both(params))
+    for _ in range(5):
+        start = clock()
+        jax.block_until_ready(both(params))
+        times.append(clock() - start)
+    return statistics.median(times)
+
+
+def _seconds(update: Callable, grads: Any, state: Any, params: Any, steps: int) -> float:
+    """Mean seconds of an update over `steps` of them, after one that compiles."""
+    import jax
+
+    _, state = jax.block_until_ready(update(grads, state, params))
+    clock = _clock()
+    start = clock()
+    for _ in range(steps):
+        updates, state = update(grads, state, params)
+    jax.block_until_ready((updates, state))
+    return (clock() - start) / steps
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table, and write the rows if asked to."""
+    parser = argparse.ArgumentParser(prog="nestedjax bench optimizers", description=__doc__)
+    parser.add_argument("--preset", default="transformer_micro")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--optimizers", nargs="*", default=[])
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    given = parser.parse_args(arguments)
+    rows = measure(
+        given.preset, batch=given.batch, length=given.length, names=tuple(given.optimizers)
+    )
+    print(table(rows))
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
