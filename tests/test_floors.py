@@ -23,8 +23,9 @@ FLOORS = {
     "nestedjax.evaluation": 5,
     "nestedjax.configs": 6,
     "nestedjax.runs": 7,
-    "nestedjax.cli": 8,
-    "nestedjax": 9,
+    "nestedjax.benchmarks": 8,
+    "nestedjax.cli": 9,
+    "nestedjax": 10,
 }
 
 # Lower, and still not to be known: these take functions.
@@ -34,7 +35,13 @@ NEVER = {"nestedjax.training": ("nestedjax.models",), "nestedjax.evaluation": ("
 ONLY_IN = {
     "grain": ("nestedjax.data",),
     "orbax": ("nestedjax.checkpoint",),
-    "flax": ("nestedjax.models", "nestedjax.configs", "nestedjax.runs", "nestedjax.cli"),
+    "flax": (
+        "nestedjax.models",
+        "nestedjax.configs",
+        "nestedjax.runs",
+        "nestedjax.benchmarks",
+        "nestedjax.cli",
+    ),
     "argparse": ("nestedjax.cli",),
 }
 

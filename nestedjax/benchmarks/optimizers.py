@@ -3,14 +3,13 @@
 A training step is its forward and backward pass, the same for all, and an update; both are timed
 apart, in CPU-seconds of this process (seconds on an accelerator), over whole periods of what is
 written once in a while.
+
+    python -c "from nestedjax.benchmarks import optimizers as o; print(o.table(o.measure()))"
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 STEPS = 20  # one period of M3, two of SOAP
@@ -136,25 +135,3 @@ def _seconds(update: Callable, grads: Any, state: Any, params: Any, steps: int) 
         updates, state = update(grads, state, params)
     jax.block_until_ready((updates, state))
     return (clock() - start) / steps
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write the rows if asked to."""
-    parser = argparse.ArgumentParser(prog="nestedjax bench optimizers", description=__doc__)
-    parser.add_argument("--preset", default="transformer_micro")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--optimizers", nargs="*", default=[])
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    given = parser.parse_args(arguments)
-    rows = measure(
-        given.preset, batch=given.batch, length=given.length, names=tuple(given.optimizers)
-    )
-    print(table(rows))
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -132,7 +132,6 @@ def test_shapes_and_dtypes(name, dtype):
 def test_composes_with_optax(name):
     """Stacks are layers, chain, mask, MultiSteps, injected rates: all equal the plain optimizer."""
     case, params, grads = CASES[name], weights(name), gradients(name, 3)
-    tx = case()
     mask = {n: n in ("kernel", "tap") for n in params}
     kernels = {n: AXES[n] for n in params if mask[n]}
 
@@ -148,25 +147,22 @@ def test_composes_with_optax(name):
         twice = jax.tree.map(lambda g: jnp.repeat(g, 2, axis=0), grads)
         inject = optax.inject_hyperparams(case.make, static_args=case.static)
         injected = inject(0.1, axes=AXES, **case.arguments)
+        doubled = optax.chain(case(), optax.scale(2.0))
         return {
-            "doubled": steps(optax.chain(tx, optax.scale(2.0)), params, grads)[0],
-            "masked": steps(optax.masked(tx, mask), params, grads)[0],
-            "accumulated": steps(optax.MultiSteps(tx, 2), params, twice)[0],
-            "injected": steps(injected, params, grads)[0],
+            "masked": steps(optax.masked(injected, mask), params, grads)[0],
+            "accumulated": steps(optax.MultiSteps(doubled, 2), params, twice)[0],
             "layers": layer_by_layer(params, grads),
         }
 
     found = go(params, grads)
     init, plainly = advance(name)
     _, plain = plainly(init(params), params, grads)
-    same(found["doubled"], jax.tree.map(lambda u: 2 * u, plain), rtol=1e-5, atol=1e-6)
-    same(found["injected"], plain, rtol=1e-5, atol=1e-5)
     for n in params:
         expected = plain[n] if mask[n] else grads[n]
         np.testing.assert_allclose(found["masked"][n], expected, rtol=1e-5, atol=1e-5)
         assert not np.asarray(found["accumulated"][n])[0::2].any()
         accumulated = found["accumulated"][n][1::2]
-        np.testing.assert_allclose(accumulated, plain[n], rtol=1e-5, atol=1e-5, err_msg=n)
+        np.testing.assert_allclose(accumulated, 2 * plain[n], rtol=1e-5, atol=2e-5, err_msg=n)
     same(found["layers"], {n: plain[n] for n in kernels}, rtol=1e-4, atol=1e-4)
     assert all(np.isfinite(u).all() for u in jax.tree.leaves(found))
     assert np.abs(plain["kernel"]).max() > 1e-4

@@ -95,12 +95,9 @@ def test_without_extras_it_is_adam():
 def test_without_extras_it_is_muon():
     """Oracle 14: exactly optax's Muon in its moving-average form."""
     params, grads = {"w": draw(4, 3)}, {"w": draw(9, 4, 3, seed=1)}
-    tx = optim.scale_by_m3(slow_weight=0.0, second_moment="none", rms_rescale=None, eps=1e-8)
-    updates, _, _ = run(tx, params, grads)
     # Muon divides by the bias correction, which NS undoes but for eps
     muon = optax.contrib.scale_by_muon(nesterov=False, weight_dimension_numbers={"w": AXES})
     expected, _, _ = run(muon, params, grads)
-    np.testing.assert_allclose(updates["w"], expected["w"], atol=1e-6)
     exact = optim.scale_by_m3(
         slow_weight=0.0,
         second_moment="none",
