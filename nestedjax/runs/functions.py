@@ -1,0 +1,122 @@
+"""What a run computes, as functions of parameters: loss, samples, and where numbers break."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nestedjax import levels
+from nestedjax.evaluation import generate
+from nestedjax.training import LossFn
+
+PyTree = Any
+
+PIECE = 256  # tokens of a prompt read at once
+
+
+def language_loss(graphdef: nnx.GraphDef) -> LossFn:
+    """Next-token cross-entropy, in nats per token, of the model that `graphdef` describes.
+
+    Returns:
+      `loss_fn(params, batch, carry) -> (loss, ({"tokens": n}, carry))`, the mean over the n tokens
+      of `batch["mask"]`. A carry is the model's state after the step before, on a boundary of its
+      chunks (`levels.at_boundary`); gradients end there.
+    """
+
+    def loss_fn(params, batch, carry):
+        model = nnx.merge(graphdef, params)
+        state = None if carry is None else jax.lax.stop_gradient(carry)
+        logits, state = model(batch["tokens"], state, resets=batch["resets"])
+        losses = token_losses(logits, batch["targets"])
+        count = batch["mask"].sum(dtype=jnp.int32)
+        weight = 1 / jnp.maximum(count, 1).astype(losses.dtype)
+        loss = jnp.where(batch["mask"], losses, 0.0).sum() * weight
+        return loss, ({"tokens": count}, None if carry is None else levels.at_boundary(state))
+
+    return loss_fn
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) of each token, in nats.
+
+    Args:
+      logits: [B, T, V].
+      targets: int32 [B, T].
+    """
+    # A masked sum and not an index: it also runs over a vocabulary that a mesh has split.
+    vocab = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    picked = jnp.where(vocab[None, None] == targets[..., None], logits, 0.0).sum(-1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def sampler(
+    graphdef: nnx.GraphDef,
+    *,
+    tokens: int,
+    temperature: float | int = 0.8,
+    top_k: int | None = None,
+    settle: bool = False,
+) -> Callable[[PyTree, np.ndarray, jax.Array], np.ndarray]:
+    """Compile the continuation of a prompt; memory grows with neither prompt nor continuation.
+
+    Args:
+      graphdef: of a model; with `settle` of a `models.InContextModel`.
+      tokens: how many to draw.
+      temperature: see `nestedjax.evaluation.generate`.
+      top_k: see there.
+      settle: learn from the prompt but not from what is drawn after it.
+
+    Returns:
+      `draw(params, prompt, key) -> tokens`, a prompt int[T] to int32[tokens].
+    """
+
+    def start(params):
+        return nnx.merge(graphdef, params).init_state(1)
+
+    def read(params, state, piece):
+        return nnx.merge(graphdef, params)(piece[None], state)[1]
+
+    def go_on(params, state, prompt, key):
+        model = nnx.merge(graphdef, params)
+        options = {"tokens": tokens, "key": key, "temperature": temperature, "top_k": top_k}
+        step, state = (model.read, model.settle(state)) if settle else (model, state)
+        return generate(step, state, prompt[None], **options)[0][0]
+
+    start, read, go_on = jax.jit(start), jax.jit(read), jax.jit(go_on)
+
+    def draw(params, prompt, key):
+        state, prompt = start(params), jnp.asarray(prompt, jnp.int32)
+        for first in range(0, prompt.size - 1, PIECE):
+            state = read(params, state, prompt[first : min(first + PIECE, prompt.size - 1)])
+        return np.asarray(go_on(params, state, prompt[-1:], key))
+
+    return draw
+
+
+def probe(graphdef: nnx.GraphDef) -> Callable[[PyTree, PyTree], dict[str, PyTree]]:
+    """What the training loop asks where a number ceased to be finite."""
+
+    @jax.jit
+    def activations(params, batch):
+        return nnx.merge(graphdef, params).probe(batch["tokens"], resets=batch["resets"])
+
+    def in_order(params, batch):
+        found = activations(params, batch)
+        # A dict comes out of jit sorted by key; the model's own order is that of cause and effect.
+        return {name: found[name] for name in probe_names(graphdef, params, batch)}
+
+    return in_order
+
+
+def probe_names(graphdef: nnx.GraphDef, params: PyTree, batch: PyTree) -> list[str]:
+    """The names of a probe's activations in the order in which they are computed."""
+    names: list[str] = []
+
+    def record(params, batch):
+        names.extend(nnx.merge(graphdef, params).probe(batch["tokens"], resets=batch["resets"]))
+
+    jax.eval_shape(record, params, batch)
+    return names
