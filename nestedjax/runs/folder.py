@@ -4,7 +4,6 @@ import json
 import os
 from typing import NamedTuple
 
-import jax
 from etils import epath
 from flax import nnx
 
