@@ -82,6 +82,10 @@ class InnerConfig:
     def __post_init__(self):
         _choose("optimizer", self.optimizer, ("sgd", "momentum", "adamw"))
         _choose("reduction", self.reduction, ("mean", "sum"))
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(
+                f"weight_decay={self.weight_decay} is of optimizer='adamw', got {self.optimizer!r}"
+            )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip={self.clip} must be positive, or None for no clipping")
 
@@ -127,6 +131,8 @@ class CMSConfig:
         _choose("form", self.form, ("sequential", "headwise", "nested"))
         _choose("lifetime", self.lifetime, ("stream", "in_context"))
         _choose("start", self.start, ("fomaml", "reptile", "frozen"))
+        if self.start != "fomaml" and self.form != "nested":
+            raise ValueError(f"start={self.start!r} is of form='nested', got form={self.form!r}")
         if self.lifetime == "in_context" and not timed:
             raise ValueError(
                 f"periods={self.periods} write nothing in context: give a block a period in tokens,"

@@ -95,9 +95,8 @@ def test_one_frozen_block_is_a_feed_forward_network():
 # Learning in context.
 
 CASES = {
-    "sequential": attention(in_context()),
+    "sequential": attention(in_context(optimizer="momentum", reduction="sum", learning_rate=0.3)),
     "headwise": attention(in_context(form="headwise", optimizer="adamw", learning_rate=0.05)),
-    "sum": attention(in_context(optimizer="momentum", reduction="sum", learning_rate=0.3)),
 }
 
 
@@ -193,13 +192,11 @@ def test_a_rate_of_zero_changes_nothing(name):
 
 
 def test_adapting_a_trained_model():
-    """Same weights, other lifetime; and oracle 45 for a period longer than the text."""
+    """Same weights, other lifetime."""
     config = attention(STREAM)
     graphdef, weights = built(config)
-    model, tokens = nnx.merge(graphdef, weights), tokens_of(LENGTH, batch=1)
+    model, tokens = nnx.merge(graphdef, weights), tokens_of(12, batch=1)
     still = jax.jit(model)(tokens)[0]
-    long = models.adapting(model, periods=(LENGTH, None))
-    np.testing.assert_allclose(jax.jit(long)(tokens)[0], still, atol=1e-4)
     inner = models.InnerConfig(learning_rate=1.0)
     learner = models.adapting(model, periods=(2, None), inner=inner)
     assert learner.config.cms.inner == inner and learner.base is model
@@ -331,6 +328,10 @@ def test_mistakes_are_named():
         models.CMSConfig(periods=(64, None), hidden=4, form="nested")
     with pytest.raises(ValueError, match="clip=0"):
         models.InnerConfig(clip=0.0)
+    with pytest.raises(ValueError, match="start='frozen' is of form='nested'"):
+        models.CMSConfig(periods=(64,), hidden=4, start="frozen")
+    with pytest.raises(ValueError, match="weight_decay=0.1 is of optimizer='adamw'"):
+        models.InnerConfig(weight_decay=0.1)
     # Where annotations are enforced, as in this suite, they speak first.
     for wrong in ({"form": "stack"}, {"lifetime": "forever"}, {"start": "maml"}):
         with pytest.raises((ValueError, TypeError), match=next(iter(wrong.values()))):

@@ -100,7 +100,7 @@ def test_tree_mode_is_the_same_program(name):
     assert tree == program()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*RUN, "hope_literal"])
 def test_half_precision_keeps_memories_in_float32(name):
     config = dataclasses.replace(FAMILIES[name], dtype="bfloat16")
 
