@@ -2,15 +2,20 @@
 
 A group holds n memories per head that see the same keys, values and gates, so that their first
 layers are one tall matrix: its Gram matrix and its triangular solve are done once for all of them.
+Tokens are columns ([features, C]): then every product below is of matrices as they lie in memory,
+and the tall matrix splits into the memories for free.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.delta_rule import delta_chunk
+from pallas_kernels import delta_rule
+from pallas_kernels.delta_rule import Operands
+from pallas_kernels.products import nn, tn
 
 
 class FastWeights(NamedTuple):
@@ -30,10 +35,10 @@ class FastWeights(NamedTuple):
 
 
 class Written(NamedTuple):
-    """One chunk's context for a group, heads first: keys, values [H, C, d], gates [H, C]."""
+    """One chunk's context for a group, heads first: keys, values [H, d, C], gates [H, C]."""
 
-    keys: Float[Array, "H C d"]
-    values: Float[Array, "H C d"]
+    keys: Float[Array, "H d C"]
+    values: Float[Array, "H d C"]
     rate: Float[Array, "H C"]
     keep: Float[Array, "H C"]
     momentum: Float[Array, "H C"] | None
@@ -50,112 +55,170 @@ class Rule(NamedTuple):
     read: str
 
 
+_BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
 def activation(z):
     """GELU (the paper leaves sigma open); the tanh form, whose slope is cheap."""
     return jax.nn.gelu(z, approximate=True)
 
 
-def hidden(inner: Float[Array, "H n f d"], z: Float[Array, "H C d"]) -> Float[Array, "H n C f"]:
-    """V z for every memory of the group."""
-    return jnp.einsum("hnfd,hcd->hncf", inner, z)
+def activation_and_slope(z):
+    """GELU and its derivative from one tanh."""
+    squared = z * z
+    bent = jnp.tanh(_BEND * z * (1.0 + _CUBIC * squared))
+    share = 0.5 * (1.0 + bent)
+    slope = share + 0.5 * z * (1.0 - bent * bent) * _BEND * (1.0 + 3.0 * _CUBIC * squared)
+    return z * share, slope
 
 
-def predict(weights: FastWeights, z: Float[Array, "H C d"]) -> Float[Array, "H n C d"]:
+class Reads(NamedTuple):
+    """Every memory of a group applied to an input of its own, at the chunk's start.
+
+    Attributes:
+      inputs: z, [H, n, d, C].
+      before: V z, [H, n, f, C].
+      out: z + U s(V z), [H, n, d, C].
+    """
+
+    inputs: Float[Array, "H n d C"]
+    before: Float[Array, "H n f C"]
+    out: Float[Array, "H n d C"]
+
+
+def predict(weights: FastWeights, z: Float[Array, "H n d C"]) -> Reads:
     """M(z) = z + U s(V z) for every memory of the group (paper eq. 89)."""
-    return z[:, None] + _outer(weights.outer, activation(hidden(weights.inner, z)))
-
-
-def _outer(outer, h):
-    return jnp.einsum("hndf,hncf->hncd", outer, h)
+    before = nn(weights.inner, z)
+    return Reads(z, before, z + nn(weights.outer, activation(before)))
 
 
 def write_chunk(
-    weights: FastWeights, chunk: Written, rule: Rule, queries: Float[Array, "H C d"] | None = None
-) -> tuple[FastWeights, Float[Array, "H n C d"] | None]:
-    """Write one chunk into every memory of the group and read the queries on the way.
+    weights: FastWeights, chunk: Written, rule: Rule, reads: Reads | None = None
+) -> tuple[FastWeights, Float[Array, "H d C"] | None]:
+    """Write one chunk into every memory of the group, and read the last one on the way.
 
     The inner gradient of `1/2 ||M(k) - vhat||^2` (or `-<M(k), vhat>`) is taken at the weights of
     the chunk's start with `vhat = M(v)` constant in it (spec C6.5); the outer loss differentiates
     through everything. Both matrices then follow the delta rule with their own layer input.
 
+    Args:
+      weights: at the chunk's start, the anchor.
+      chunk: what is written.
+      rule: how.
+      reads: `predict` of the group, whose last inputs are the queries; None reads nothing.
+
     Returns:
-      The fast weights after the chunk and the reads, [H, n, C, d] (None without queries).
+      The fast weights after the chunk and the reads, [H, d, C] (None without queries).
     """
-    before = hidden(weights.inner, chunk.keys)
-    h, slope = jax.jvp(activation, (before,), (jnp.ones_like(before),))
-    error = _output_error(weights, chunk, rule, h)
-    if rule.inner_clip is not None:
-        norm = jnp.sqrt(jnp.sum(error**2, axis=-1, keepdims=True) + 1e-12)
-        error = error * jnp.minimum(1.0, rule.inner_clip / norm)
-    inner_error = jnp.einsum("hndf,hncd->hncf", weights.outer, error) * slope
-    inner_queries = outer_queries = reads = None
-    if queries is not None and rule.read == "anchor":
-        reads = predict(weights, queries)
-    elif queries is not None:
-        inner_queries = queries
+    anchor = _at_anchor(weights, chunk, rule)
+    inner_error = tn(weights.outer, anchor.error) * anchor.slope
     heads, n, f, d = weights.inner.shape
-    squared = jnp.sum(chunk.keys**2, axis=-1)
-    stacked = delta_chunk(
-        chunk.keys,
-        jnp.moveaxis(inner_error, 1, 2).reshape(heads, -1, n * f),
-        chunk.rate,
-        keep=chunk.keep,
-        erase=_erase(rule, "inner", chunk.rate, squared),
-        momentum=chunk.momentum,
-        initial=weights.inner.reshape(heads, n * f, d),
-        initial_momentum=_flat(weights.inner_momentum, (heads, n * f, d)),
-        queries=inner_queries,
-        read=rule.read,
-    )
-    if stacked.reads is not None:
-        seen = stacked.reads.reshape(heads, -1, n, f)
-        outer_queries = activation(jnp.moveaxis(seen, 2, 1))
-    rate, keep = chunk.rate[:, None], chunk.keep[:, None]
-    outer = delta_chunk(
-        h,
-        error,
-        rate,
-        keep=keep,
-        erase=_erase(rule, "outer", rate, jnp.sum(h**2, axis=-1)),
-        momentum=None if chunk.momentum is None else chunk.momentum[:, None],
-        initial=weights.outer,
-        initial_momentum=weights.outer_momentum,
-        queries=outer_queries,
-        read=rule.read,
-    )
-    if queries is not None and outer.reads is not None:
-        reads = queries[:, None] + outer.reads
-    inner_shape = weights.inner.shape
-    return (
-        FastWeights(
-            stacked.final.reshape(inner_shape),
-            outer.final,
-            _flat(stacked.final_momentum, inner_shape),
-            outer.final_momentum,
+    tall = (heads, n * f, d)
+    rate, erase = chunk.rate, _erase(rule, "inner", chunk.rate, jnp.sum(chunk.keys**2, axis=-2))
+    tables = delta_rule.chunk_tables(rate, chunk.keep, chunk.momentum)
+    inner = delta_rule.solve_chunk(
+        Operands(
+            x=chunk.keys,
+            error=inner_error.reshape(heads, n * f, -1),
+            rate=rate,
+            erase=erase,
+            initial=weights.inner.reshape(tall),
+            initial_momentum=_shaped(weights.inner_momentum, tall),
+            anchored=anchor.before.reshape(heads, n * f, -1),
         ),
-        reads,
+        tables,
+        named=False,  # one small factor for all memories: cheaper to solve again than to keep
     )
+    rate = rate[:, None]
+    outer = delta_rule.solve_chunk(
+        Operands(
+            x=anchor.h,
+            error=anchor.error,
+            rate=rate,
+            erase=_erase(rule, "outer", rate, jnp.sum(anchor.h**2, axis=-2)),
+            initial=weights.outer,
+            initial_momentum=weights.outer_momentum,
+            anchored=anchor.out,
+        ),
+        jax.tree.map(lambda table: table[:, None], tables),
+    )
+    read = None if reads is None else _read_last(inner, outer, reads, f, rule.read)
+    (inner_end, inner_momentum), (outer_end, outer_momentum) = map(
+        delta_rule.write_chunk, (inner, outer)
+    )
+    inner_end = inner_end.reshape(weights.inner.shape)
+    inner_momentum = _shaped(inner_momentum, weights.inner.shape)
+    return FastWeights(inner_end, outer_end, inner_momentum, outer_momentum), read
 
 
-def _flat(array, shape):
-    return None if array is None else array.reshape(shape)
+def _read_last(inner, outer, reads: Reads, f: int, read: str) -> Float[Array, "H d C"]:
+    """Read the last memory of a group whose writes are solved: first V, then U."""
+    if read == "anchor":
+        return reads.out[:, -1]
+    rows = ("initial", "initial_momentum", "written", "erased")
+    last = {name: getattr(inner, name) for name in rows}
+    last = {name: None if a is None else a[:, -f:] for name, a in last.items()}
+    queries, before = reads.inputs[:, -1], reads.before[:, -1]
+    seen = delta_rule.read_chunk(inner._replace(**last), queries, read=read, anchored=before)
+    last = {name: getattr(outer, name) for name in (*rows, "x")}
+    last = {name: None if a is None else a[:, -1] for name, a in last.items()}
+    tables = jax.tree.map(lambda table: table[:, 0], outer.tables)
+    outer = outer._replace(tables=tables, **last)
+    return queries + delta_rule.read_chunk(outer, activation(seen), read=read)
 
 
-def _output_error(weights, chunk, rule, h):
-    """dl/dM(k) at the anchor, [H, n, C, d]."""
+class _Anchor(NamedTuple):
+    """A chunk's keys through the memories as they were at its start, each [H, n, features, C].
+
+    Attributes:
+      before: V k.
+      h: s(V k).
+      slope: s'(V k).
+      out: U s(V k).
+      error: dl/dM(k), clipped.
+    """
+
+    before: Float[Array, "H n f C"]
+    h: Float[Array, "H n f C"]
+    slope: Float[Array, "H n f C"]
+    out: Float[Array, "H n d C"]
+    error: Float[Array, "H n d C"]
+
+
+def _at_anchor(weights: FastWeights, chunk: Written, rule: Rule) -> _Anchor:
+    """Keys, and values where they are a memory's own, in one product with each matrix."""
     keys, values = chunk.keys[:, None], chunk.values[:, None]
-    value_hidden = None
     if rule.values == "self":
-        value_hidden = activation(hidden(weights.inner, chunk.values))
-    if rule.objective == "dot":
-        target = values if value_hidden is None else values + _outer(weights.outer, value_hidden)
-        error = jnp.broadcast_to(-target, (*h.shape[:-1], values.shape[-1]))
+        both = _tall(weights.inner, jnp.concatenate([chunk.keys, chunk.values], axis=-1))
+        before, value_before = jnp.split(both, 2, axis=-1)
+        h, slope = activation_and_slope(before)
+        out = nn(weights.outer, jnp.concatenate([h, activation(value_before)], axis=-1))
+        out, value_out = jnp.split(out, 2, axis=-1)
+        target = values + value_out
     else:
-        difference = h if value_hidden is None else h - value_hidden
-        error = keys - values + _outer(weights.outer, difference)
+        before = _tall(weights.inner, chunk.keys)
+        h, slope = activation_and_slope(before)
+        out, target = nn(weights.outer, h), values
+    if rule.objective == "dot":
+        error = jnp.broadcast_to(-target, out.shape)
+    else:
+        error = keys + out - target
     if rule.dgd == "functional":  # R4: the gradient of 1/2 ||U s(V k)||^2 in place of the erasure
-        error = error + _outer(weights.outer, h)
-    return error
+        error = error + out
+    if rule.inner_clip is not None:
+        norm = jnp.sqrt(jnp.sum(error**2, axis=-2, keepdims=True) + 1e-12)
+        error = error * jnp.minimum(1.0, rule.inner_clip / norm)
+    return _Anchor(before, h, slope, out, error)
+
+
+def _tall(inner, columns):
+    """V z of shared inputs [H, d, C] for every memory of the group, as one tall matrix."""
+    heads, n, f, d = inner.shape
+    return nn(inner.reshape(heads, n * f, d), columns).reshape(heads, n, f, -1)
+
+
+def _shaped(array, shape):
+    return None if array is None else array.reshape(shape)
 
 
 def _erase(rule, layer, rate, squared_norm):

@@ -2,7 +2,7 @@
 
 Keys, values, inner learning rate and keep gate of every token are read from memories that the same
 tokens write (paper eq. 79-93, spec C6); `memory` is the one that is queried. The projection
-memories and the queried one may have different chunk sizes: they are two levels, joined by
+memories and the queried one may have different chunk sizes: then they are two levels, joined by
 `levels.flow` because one generates the other's context.
 
 Departures from the paper, all switchable: (1) queries come from a static projection unless
@@ -25,12 +25,11 @@ from nestedjax.mixers.deep_memory import (
     FastWeights,
     Rule,
     Written,
-    activation,
-    hidden,
     predict,
     write_chunk,
 )
 from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels.products import SOLUTION
 
 MEMORIES = ("key", "rate", "keep", "value", "memory")
 
@@ -64,7 +63,9 @@ class SelfModifyingConfig:
       adaptive_query: whether a sixth memory generates the queries.
       max_rate: upper bound of the inner learning rate; rates start at max_rate / (C + 1).
       inner_clip: bound on the norm of each token's inner error; None for no bound.
-      keep_bias: logit of the keep gate at the start.
+      keep_bias: logit of the keep gate at the start. Writes along one of d directions grow a memory
+        by about rate / d a token; a gate that forgets faster than that erases it for good, since
+        M = identity, both matrices zero, is a fixed point.
     """
 
     heads: int = 2
@@ -81,7 +82,7 @@ class SelfModifyingConfig:
     adaptive_query: bool = False
     max_rate: float = 1.0
     inner_clip: float | None = 1.0
-    keep_bias: float = 4.0
+    keep_bias: float = 9.0
 
     def __post_init__(self):
         for name, known in _CHOICES.items():
@@ -131,8 +132,9 @@ class Generated(NamedTuple):
 def init_params(key: Array, config: SelfModifyingConfig) -> dict:
     """Slow parameters: the meta-learned initial state of each memory and the gates' read-outs.
 
-    Each memory starts near the identity: V ~ N(0, 1/d), U ~ N(0, 0.01/f). U is not exactly zero, so
-    that V has a gradient from the first token on.
+    Each memory starts near the identity: V ~ N(0, 1/d), U ~ N(0, 0.09/f). U is not exactly zero, so
+    that V has a gradient from the first token on, and large enough that its norm stays within a
+    factor of 5 over long contexts.
 
     Returns:
       `{name: {"inner": [H, f, d], "outer": [H, d, f]}}` for each memory, and `"readout"` with
@@ -144,7 +146,7 @@ def init_params(key: Array, config: SelfModifyingConfig) -> dict:
     for index, name in enumerate(config.memories):
         params[name] = {
             "inner": jax.random.normal(keys[2 * index], (heads, f, d)) / math.sqrt(d),
-            "outer": jax.random.normal(keys[2 * index + 1], (heads, d, f)) * (0.1 / math.sqrt(f)),
+            "outer": jax.random.normal(keys[2 * index + 1], (heads, d, f)) * (0.3 / math.sqrt(f)),
         }
     params["readout"] = {
         "rate": jax.random.normal(keys[-2], (heads, d)) / math.sqrt(d),
@@ -159,19 +161,30 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
     """The self-modifying memory as a level: `Inputs` in, reads [T, H, d] out.
 
     Its period is the longer of the two chunk sizes and its parameters are those of `init_params`.
+    Memories of one chunk size are one level with all of them in its state, so that they share what
+    depends on keys and gates only; two chunk sizes are two levels in a `levels.flow`.
 
     Args:
       config: see `SelfModifyingConfig`.
-      remat: recompute each chunk in the backward pass; what is stored is one state per chunk.
+      remat: recompute each chunk in the backward pass; what is stored is one state per chunk and
+        the solution of its largest triangular solve.
 
     Reference: Nested Learning (arXiv 2512.24695), eq. 79-93; spec C6.
     """
     queried, others = config.chunk_sizes
-    checkpoint = jax.checkpoint if remat else lambda step: step
+    checkpoint = _each_chunk if remat else lambda step: step
+    generating = config.memories[:4] + config.memories[5:]
+    if queried == others:
+        return Level(
+            "self_modifying",
+            queried,
+            lambda params: _start(params, config, (*generating, "memory")),
+            checkpoint(lambda params, state, x: _step(params, state, x, config)),
+        )
     projections = Level(
         "projections",
         others,
-        lambda params: _start(params, config, config.memories[:4] + config.memories[5:]),
+        lambda params: _start(params, config, generating),
         checkpoint(lambda params, state, x: _project(params, state, x, config)),
     )
     memory = Level(
@@ -191,6 +204,12 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
     )
 
 
+def _each_chunk(step):
+    """Recompute a chunk in the backward pass from its first state, all but the named solve."""
+    policy = jax.checkpoint_policies.save_only_these_names(SOLUTION)
+    return jax.checkpoint(step, policy=policy)
+
+
 def _start(params, config, names) -> FastWeights:
     dtype = accumulation_dtype(params["memory"]["inner"])
     inner = jnp.stack([params[name]["inner"].astype(dtype) for name in names], axis=1)
@@ -206,49 +225,71 @@ def _rule(config) -> Rule:
     )
 
 
-def _heads_first(array, dtype):
-    return None if array is None else jnp.swapaxes(array, 0, 1).astype(dtype)
+def _columns(array, dtype):
+    """[T, H, d] -> [H, d, T] and [T, H] -> [H, T]: tokens last."""
+    return None if array is None else jnp.moveaxis(array.astype(dtype), 0, -1)
 
 
 def _unit(x):
-    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-2, keepdims=True) + 1e-6)
 
 
-def _gate(params, name, weights, index, rows, hidden_rows):
-    """A scalar per token from a memory: w . M(x) + b, with w folded into U."""
-    readout = params["readout"][name].astype(rows.dtype)
-    direct = jnp.einsum("hcd,hd->hc", rows, readout)
-    folded = jnp.einsum("hdf,hd->hf", weights.outer[:, index], readout)
-    bias = params["readout"][f"{name}_bias"].astype(rows.dtype)
-    return direct + jnp.einsum("hcf,hf->hc", hidden_rows[:, index], folded) + bias[:, None]
+def _gate(params, name, out):
+    """A scalar per token from what a memory says, [H, d, C]: w . M(x) + b."""
+    readout = params["readout"][name].astype(out.dtype)
+    bias = params["readout"][f"{name}_bias"].astype(out.dtype)
+    return jnp.sum(readout[:, :, None] * out, axis=1) + bias[:, None]
+
+
+def _generate(params, weights, x: Inputs, config, *, queried: bool):
+    """A chunk's context from the memories at its start, tokens last, and the reads of them.
+
+    `queried` says whether the group's last memory is the one that is queried.
+    """
+    dtype = accumulation_dtype(weights.inner)
+    key_inputs, value_inputs = _columns(x.key_inputs, dtype), _columns(x.value_inputs, dtype)
+    queries = _columns(x.queries, dtype)
+    queries = queries if config.adaptive_query else _unit(queries)
+    inputs = [key_inputs, key_inputs, key_inputs, value_inputs]
+    if config.adaptive_query or queried:
+        inputs.append(queries)
+    own = jax.tree.map(lambda a: a[:, : len(inputs)], weights)
+    reads = predict(own, jnp.stack(inputs, axis=1))
+    key, rate, keep, value = (reads.out[:, i] for i in range(4))
+    if config.adaptive_query:
+        queries = _unit(reads.out[:, 4])
+        reads = predict(jax.tree.map(lambda a: a[:, -1:], weights), queries[:, None])
+    momentum = None
+    if config.momentum:
+        momentum = jax.nn.sigmoid(_columns(x.momentum_logits, dtype))
+    rate = config.max_rate * jax.nn.sigmoid(_gate(params, "rate", rate))
+    keep = jax.nn.sigmoid(_gate(params, "keep", keep))
+    return Generated(queries, _unit(key), value, rate, keep, momentum), reads
+
+
+def _written(x: Generated) -> Written:
+    return Written(x.keys, x.values, x.rate, x.keep, x.momentum)
+
+
+def _step(params, weights, x: Inputs, config):
+    """One chunk of all memories: generate its context, write it everywhere, read."""
+    generated, reads = _generate(params, weights, x, config, queried=True)
+    weights, read = write_chunk(weights, _written(generated), _rule(config), reads)
+    assert read is not None
+    return weights, jnp.moveaxis(read, -1, 0)
 
 
 def _project(params, weights, x: Inputs, config):
-    """Generate one chunk's context with the memories at its start, then write it into them."""
-    dtype = accumulation_dtype(weights.inner)
-    rows, value_rows = _heads_first(x.key_inputs, dtype), _heads_first(x.value_inputs, dtype)
-    h = activation(hidden(weights.inner[:, :3], rows))
-    keys = _unit(rows + jnp.einsum("hdf,hcf->hcd", weights.outer[:, 0], h[:, 0]))
-    rate = config.max_rate * jax.nn.sigmoid(_gate(params, "rate", weights, 1, rows, h))
-    keep = jax.nn.sigmoid(_gate(params, "keep", weights, 2, rows, h))
-    values = predict(jax.tree.map(lambda a: a[:, 3:4], weights), value_rows)[:, 0]
-    queries = _heads_first(x.queries, dtype)
-    if config.adaptive_query:
-        queries = predict(jax.tree.map(lambda a: a[:, 4:5], weights), queries)[:, 0]
-    queries = _unit(queries)
-    momentum = None
-    if config.momentum:
-        momentum = jax.nn.sigmoid(_heads_first(x.momentum_logits, dtype))
-    chunk = Written(keys, values, rate, keep, momentum)
-    weights, _ = write_chunk(weights, chunk, _rule(config))
-    generated = Generated(queries, keys, values, rate, keep, momentum)
-    return weights, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), generated)
+    """Generate one chunk's context, then write it into the memories that generated it."""
+    generated, _ = _generate(params, weights, x, config, queried=False)
+    weights, _ = write_chunk(weights, _written(generated), _rule(config))
+    return weights, jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), generated)
 
 
 def _remember(weights, x: Generated, config):
-    """Read the queried memory and write the chunk's context into it."""
-    x = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
-    chunk = Written(x.keys, x.values, x.rate, x.keep, x.momentum)
-    weights, reads = write_chunk(weights, chunk, _rule(config), queries=x.queries)
-    assert reads is not None
-    return weights, jnp.swapaxes(reads[:, 0], 0, 1)
+    """Write the chunk's context into the queried memory and read it."""
+    x = jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), x)
+    reads = predict(weights, x.queries[:, None])
+    weights, read = write_chunk(weights, _written(x), _rule(config), reads)
+    assert read is not None
+    return weights, jnp.moveaxis(read, -1, 0)

@@ -76,7 +76,9 @@ def scan_blocks(
       x: activations.
       states: stacked block states, or None for a fresh context.
       resets: True at the first token of a new document.
-      remat: "none", "full" (recompute all but the block inputs) or "dots" (keep matrix products).
+      remat: "none", "tokens" (recompute each block's `feed` from its input; a `mix` that recomputes
+        its own chunks adds what it does to tokens), "full" (recompute all but the block inputs) or
+        "dots" (as "full", but keep matrix products).
       probe: return the two halves' outputs of every layer in place of the states.
 
     Returns:
@@ -92,9 +94,9 @@ def scan_blocks(
         whole = constrain(x, "batch", None, "embed")
         mixed, state = block.mix(whole, state, resets=resets)
         mixed = constrain(mixed, "batch", "time", "embed")
-        x = block.feed(mixed)
+        x = jax.checkpoint(block.feed)(mixed) if remat == "tokens" else block.feed(mixed)
         return x, (mixed, x) if probe else state
 
-    if remat != "none":
+    if remat in REMAT_POLICIES:
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(body, x, (params, states))

@@ -6,7 +6,7 @@ from typing import Literal
 from nestedjax.mixers.self_modifying import SelfModifyingConfig
 
 Dtype = Literal["float32", "bfloat16", "float64"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "tokens", "full", "dots"]
 
 
 def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -44,7 +44,7 @@ class TransformerConfig:
       hidden: width of the SwiGLU network.
       attention: its heads and window.
       dtype: what activations are computed in; weights are kept in at least float32.
-      remat: what the backward pass recomputes.
+      remat: what the backward pass recomputes; see `blocks.scan_blocks`.
     """
 
     vocab: int
@@ -162,7 +162,7 @@ class HopeConfig:
       cms: the continuum memory.
       literal: the printed form: nothing projected but the query, no gate, o added to x.
       dtype: what activations are computed in; weights and memories are at least float32.
-      remat: what the backward pass recomputes besides each chunk.
+      remat: what the backward pass recomputes besides each chunk; see `blocks.scan_blocks`.
     """
 
     vocab: int

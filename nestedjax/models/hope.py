@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from nestedjax import levels
 from nestedjax.levels import Box
 from nestedjax.mixers.self_modifying import Inputs, init_params, self_modifying
+from nestedjax.models.blocks import REMAT_POLICIES
 from nestedjax.models.boxes import count, size, slow
 from nestedjax.models.cms import ContinuumMemory
 from nestedjax.models.config import HopeConfig
@@ -52,7 +53,7 @@ class SelfModifyingLayer(nnx.Module):
                 f" {memory.head_dim} and {width}"
             )
         heads, axes = (memory.heads, memory.head_dim), ("embed", "heads", "head_dim")
-        self.config, self.dtype = memory, dtype
+        self.config, self.dtype, self.remat = memory, dtype, config.remat
         self.norm = RMSNorm((width,), ("embed",), dtype=dtype)
         self.conv = CausalConv(4, width, dtype=dtype)
 
@@ -98,16 +99,11 @@ class SelfModifyingLayer(nnx.Module):
         self, x: Float[Array, "B T d"], state: dict | None, *, resets: Bool[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T d"], dict]:
         """Read and write T more tokens; state None at the start of a context."""
-        h = self.norm(x)
+        before, after = self._inputs, self._outputs
+        if self.remat == "tokens":
+            before, after = _save_products(before), _save_products(after)
         past = state["conv"] if state else self.conv.init_state(x.shape[0])
-        u, conv = self.conv(h, past, resets=resets)
-        as_heads = u.reshape(*u.shape[:2], -1, self.config.head_dim) if self.key is None else u
-        inputs = Inputs(
-            self.query(u),
-            as_heads if self.key is None else self.key(u),
-            as_heads if self.value is None else self.value(u),
-            None if self.momentum is None else self.momentum(u),
-        )
+        inputs, conv = before(x, past, resets)
         level, params = self_modifying(self.config), self.params()
 
         def one(carry, x, reset):
@@ -116,15 +112,32 @@ class SelfModifyingLayer(nnx.Module):
 
         carry = state["memory"] if state else None
         o, carry = jax.vmap(one)(carry, inputs, resets)
-        o = o.astype(x.dtype)
+        return after(x, o.astype(x.dtype)), {"memory": carry, "conv": conv}
+
+    def _inputs(self, x, past, resets) -> tuple[Inputs, Array]:
+        """What the memory is given, and the convolution's state."""
+        u, conv = self.conv(self.norm(x), past, resets=resets)
+        as_heads = u.reshape(*u.shape[:2], -1, self.config.head_dim) if self.key is None else u
+        # Of norm one, as the keys are: a memory that is written at keys and asked for its own value
+        # at v, far outside of them, moves its target further than itself and runs away.
+        unit = self.config.head_dim**-0.5
+        inputs = Inputs(
+            self.query(u),
+            as_heads if self.key is None else self.key(u) * unit,
+            as_heads if self.value is None else self.value(u) * unit,
+            None if self.momentum is None else self.momentum(u),
+        )
+        return inputs, conv
+
+    def _outputs(self, x, o) -> Array:
+        """What the memory's reads add to the residual stream."""
         if self.out is None or self.head_norm is None or self.gate is None:
-            return x + o.reshape(x.shape), {"memory": carry, "conv": conv}
-        o = self.head_norm(o) * jax.nn.silu(self.gate(h))
-        return x + self.out(o), {"memory": carry, "conv": conv}
+            return x + o.reshape(x.shape)
+        return x + self.out(self.head_norm(o) * jax.nn.silu(self.gate(self.norm(x))))
 
     def boxes(self, state: dict) -> list[Box]:
         """The boxes of the layer; `state` as `init_state(1)` returns it (arrays or shapes)."""
-        projections, memory = (carry.state for carry in state["memory"].state)
+        projections, memory = self._groups(state["memory"].state)
         names = [f"{name} memory" for name in self.config.memories if name != "memory"]
         queried, others = self.config.chunk_sizes
         starts = {name: of for name, of in self.memories.items() if name != "readout"}
@@ -145,6 +158,18 @@ class SelfModifyingLayer(nnx.Module):
                 dependencies=self._memory_order(names),
             ),
         ]
+
+    def _groups(self, state):
+        """The fast weights (shapes) of the projection memories and of the queried one."""
+        if len(set(self.config.chunk_sizes)) == 2:
+            return tuple(carry.state for carry in state)
+
+        def part(where: slice):
+            return jax.tree.map(
+                lambda leaf: jax.eval_shape(lambda a: a[..., where, :, :], leaf), state
+            )
+
+        return part(slice(None, -1)), part(slice(-1, None))
 
     def _memory_boxes(self, weights, names, period, transfer) -> list[Box]:
         """One box for each memory of a group and one for the momentum of all of them."""
@@ -170,6 +195,11 @@ class SelfModifyingLayer(nnx.Module):
             return {"memory": names}
         others = {name: ["momentum of the others"] for name in names}
         return {"memory": [*names, "momentum of memory"], **others}
+
+
+def _save_products(function):
+    """Recompute what is cheap in the backward pass: all but products with slow weights."""
+    return jax.checkpoint(function, policy=REMAT_POLICIES["dots"])
 
 
 class HopeBlock(nnx.Module):

@@ -71,12 +71,13 @@ def delta_rule(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     gates = (rate, keep, erase, momentum)
+    x, error, queries = _tokens_last(x, error, queries)
     operands = _prepare(x, error, gates, initial, initial_momentum, queries)
     if implementation == "reference":
         out = delta_rule_reference(operands, read=read)
     else:
         out = delta_rule_xla(operands, read=read, chunk_size=chunk_size)
-    return out._replace(reads=None if out.reads is None else out.reads.astype(x.dtype))
+    return _tokens_first(out, x.dtype)
 
 
 def delta_chunk(
@@ -96,14 +97,25 @@ def delta_chunk(
     """One chunk of `delta_rule`, solved at once: what a memory calls between two anchors.
 
     The arguments are those of `delta_rule`; the whole call is one chunk of T tokens, which costs
-    O(T^2 (m + n) + T m n).
+    O(T^2 (m + n) + T m n). Its stages for tokens as columns are `chunk_tables`, `solve_chunk`,
+    `read_chunk` and `write_chunk`.
     """
     implementation = _check_choices(read, implementation)
-    gates = (rate, keep, erase, momentum)
+    gates, dtype = (rate, keep, erase, momentum), x.dtype
+    x, error, queries = _tokens_last(x, error, queries)
     operands = _prepare(x, error, gates, initial, initial_momentum, queries)
     form = delta_rule_reference if implementation == "reference" else delta_chunk_xla
-    out = form(operands, read=read)
-    return out._replace(reads=None if out.reads is None else out.reads.astype(x.dtype))
+    return _tokens_first(form(operands, read=read), dtype)
+
+
+def _tokens_last(*arrays):
+    return tuple(None if a is None else jnp.swapaxes(a, -1, -2) for a in arrays)
+
+
+def _tokens_first(out: DeltaOutput, dtype) -> DeltaOutput:
+    if out.reads is None:
+        return out
+    return out._replace(reads=jnp.swapaxes(out.reads, -1, -2).astype(dtype))
 
 
 def _check_choices(read, implementation):
@@ -119,10 +131,10 @@ def _check_choices(read, implementation):
 
 def _prepare(x, error, gates, initial, initial_momentum, queries) -> Operands:
     """Check the shapes, cast to the accumulation dtype, give the states the batch's shape."""
-    n, m, length = x.shape[-1], error.shape[-1], x.shape[-2]
+    n, m, length = x.shape[-2], error.shape[-2], x.shape[-1]
     if initial.shape[-2:] != (m, n):
         raise ValueError(f"initial has shape {initial.shape}, expected [..., {m}, {n}]")
-    tokens = {"error": error.shape[-2]}
+    tokens = {"error": error.shape[-1]}
     for name, gate in zip(("rate", "keep", "erase", "momentum"), gates, strict=True):
         if gate is not None:
             tokens[name] = gate.shape[-1]
@@ -140,5 +152,5 @@ def _prepare(x, error, gates, initial, initial_momentum, queries) -> Operands:
             initial_momentum = jnp.zeros_like(initial)
         initial_momentum = jnp.broadcast_to(initial_momentum, (*batch, m, n))
     rate, keep, erase, momentum = gates
-    operands = Operands(x, error, rate, keep, erase, momentum, initial, initial_momentum, queries)
+    operands = Operands(x, error, rate, initial, keep, erase, momentum, initial_momentum, queries)
     return jax.tree.map(lambda array: array.astype(dtype), operands)

@@ -14,7 +14,7 @@ def delta_rule_reference(operands: Operands, *, read: str) -> DeltaOutput:
       read: "running_prev" (W_{t-1} q_t), "running" (W_t q_t) or "anchor" (W_0 q_t).
 
     Returns:
-      Reads [..., T, m] (None without queries) and the final states [..., m, n].
+      Reads [..., m, T] (None without queries) and the final states [..., m, n].
     """
     anchor = operands.initial
 
@@ -35,18 +35,9 @@ def delta_rule_reference(operands: Operands, *, read: str) -> DeltaOutput:
         source = {"running_prev": old, "running": weight, "anchor": anchor}[read]
         return (weight, velocity), jnp.einsum("...mn,...n->...m", source, query)
 
-    def time_first(array, trailing):
-        return None if array is None else jnp.moveaxis(array, -1 - trailing, 0)
-
-    inputs = (
-        time_first(operands.x, 1),
-        time_first(operands.error, 1),
-        time_first(operands.rate, 0),
-        time_first(operands.keep, 0),
-        time_first(operands.erase, 0),
-        time_first(operands.momentum, 0),
-        time_first(operands.queries, 1),
-    )
+    names = ("x", "error", "rate", "keep", "erase", "momentum", "queries")
+    arrays = (getattr(operands, name) for name in names)
+    inputs = tuple(None if a is None else jnp.moveaxis(a, -1, 0) for a in arrays)
     (weight, velocity), reads = jax.lax.scan(token, (anchor, operands.initial_momentum), inputs)
-    reads = None if reads is None else jnp.moveaxis(reads, 0, -2)
+    reads = None if reads is None else jnp.moveaxis(reads, 0, -1)
     return DeltaOutput(reads, weight, velocity)

@@ -6,28 +6,32 @@ from jaxtyping import Array, Float
 
 
 class Operands(NamedTuple):
-    """Validated operands in the accumulation dtype; a term that is None costs nothing."""
+    """Validated operands in the accumulation dtype, tokens last; None costs nothing.
 
-    x: Float[Array, "*x T n"]
-    error: Float[Array, "*e T m"]
+    `anchored` is `initial @ x` where the caller has it already.
+    """
+
+    x: Float[Array, "*x n T"]
+    error: Float[Array, "*e m T"]
     rate: Float[Array, "*r T"]
-    keep: Float[Array, "*k T"] | None
-    erase: Float[Array, "*b T"] | None
-    momentum: Float[Array, "*u T"] | None
     initial: Float[Array, "*w m n"]
-    initial_momentum: Float[Array, "*w m n"] | None
-    queries: Float[Array, "*q T n"] | None
+    keep: Float[Array, "*k T"] | None = None
+    erase: Float[Array, "*b T"] | None = None
+    momentum: Float[Array, "*u T"] | None = None
+    initial_momentum: Float[Array, "*w m n"] | None = None
+    queries: Float[Array, "*q n T"] | None = None
+    anchored: Float[Array, "*a m T"] | None = None
 
 
 class DeltaOutput(NamedTuple):
     """What a run of the recurrence gives back.
 
     Attributes:
-      reads: [..., T, m], or None without queries.
+      reads: [..., T, m] ([..., m, T] where tokens come last), or None without queries.
       final: [..., m, n], the memory after the last token.
       final_momentum: [..., m, n], or None without momentum.
     """
 
-    reads: Float[Array, "... T m"] | None
+    reads: Float[Array, "..."] | None
     final: Float[Array, "... m n"]
     final_momentum: Float[Array, "... m n"] | None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
+from pallas_kernels.products import gram, nn, nt, scaled_nn, solve_unit_lower, tn
 
 
 class Tables(NamedTuple):
@@ -35,7 +36,10 @@ class Tables(NamedTuple):
 
 def _log_sums(gate):
     # log 0 would give inf - inf; the smallest normal number keeps every difference finite
-    return jnp.cumsum(jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny)), axis=-1)
+    logs = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
+    # a running sum as a product: `cumsum` is a window of all tokens for every token on a CPU
+    earlier = jnp.triu(jnp.ones((gate.shape[-1],) * 2, gate.dtype))
+    return jnp.matmul(logs, earlier, precision="highest")
 
 
 def _products(log_sums):
@@ -55,73 +59,138 @@ def _before(table, *, axis: int, first: float = 0.0):
     return jnp.pad(table, padding, constant_values=first)
 
 
-def _tables(operands: Operands) -> Tables:
-    dtype, length = operands.x.dtype, operands.x.shape[-2]
-    if operands.keep is None:
-        keep = jnp.tril(jnp.ones((length, length), dtype))
-        keep = keep.reshape((1,) * (operands.rate.ndim - 1) + keep.shape)
+def chunk_tables(rate, keep, momentum) -> Tables:
+    """The decay products of one chunk; memories that share gates share them.
+
+    Args:
+      rate: [..., T]; gives dtype, length and leading dimensions.
+      keep: [..., T], or None for a memory that forgets nothing.
+      momentum: [..., T], or None.
+    """
+    if keep is None:
+        products = jnp.tril(jnp.ones((rate.shape[-1],) * 2, rate.dtype))
+        products = products.reshape((1,) * (rate.ndim - 1) + products.shape)
         keep_start = None
     else:
-        sums = _log_sums(operands.keep)
-        keep, keep_start = _products(sums), jnp.exp(sums)
-    keep_before = _before(keep, axis=keep.ndim - 2)
-    if operands.momentum is None:
-        return Tables(keep, keep_before, keep, keep_before, keep_start, None, None, None)
-    sums = _log_sums(operands.momentum)
+        sums = _log_sums(keep)
+        products, keep_start = _products(sums), jnp.exp(sums)
+    before = _before(products, axis=products.ndim - 2)
+    if momentum is None:
+        return Tables(products, before, products, before, keep_start, None, None, None)
+    sums = _log_sums(momentum)
     momentum_start = jnp.exp(sums)
-    write = keep @ _products(sums)
+    write = products @ _products(sums)
     return Tables(
-        keep,
-        keep_before,
+        products,
+        before,
         write,
         _before(write, axis=write.ndim - 2),
         keep_start,
         momentum_start,
         jnp.exp(sums[..., -1:] - sums),
-        (keep @ momentum_start[..., None])[..., 0],
+        (products @ momentum_start[..., None])[..., 0],
     )
 
 
-def _from_start(rows, operands: Operands, tables: Tables, *, before: bool):
+class Solved(NamedTuple):
+    """A chunk whose writes are known: what reads and the final state are made of.
+
+    Attributes:
+      tables: decay products.
+      x: [..., n, C].
+      initial: W_0, [..., m, n].
+      initial_momentum: S_0, [..., m, n], or None.
+      written: rate_i error_i, [..., m, C].
+      erased: erase_i W_{i-1} x_i, [..., m, C], or None without erasure.
+    """
+
+    tables: Tables
+    x: Float[Array, "*a n C"]
+    initial: Float[Array, "*b m n"]
+    initial_momentum: Float[Array, "*b m n"] | None
+    written: Float[Array, "*c m C"]
+    erased: Float[Array, "*d m C"] | None
+
+
+def _from_start(rows, anchored, solved: Solved, *, before: bool):
     """What the states at the chunk's start contribute to W_t @ rows_t (to W_{t-1} if before)."""
-    out = rows @ jnp.swapaxes(operands.initial, -1, -2)
-    if tables.keep_start is not None:
-        scale = tables.keep_start
-        scale = _before(scale, axis=scale.ndim - 1, first=1.0) if before else scale
-        out = scale[..., None] * out
-    if tables.carried is not None and operands.initial_momentum is not None:
+    tables = solved.tables
+    scale = tables.keep_start
+    if scale is not None and before:
+        scale = _before(scale, axis=scale.ndim - 1, first=1.0)
+    if anchored is not None:
+        out = anchored if scale is None else scale[..., None, :] * anchored
+    elif scale is None:
+        out = nn(solved.initial, rows)
+    else:
+        out = scaled_nn(solved.initial, rows, scale)
+    if tables.carried is not None and solved.initial_momentum is not None:
         scale = tables.carried
         scale = _before(scale, axis=scale.ndim - 1) if before else scale
-        velocity = jnp.swapaxes(operands.initial_momentum, -1, -2)
-        out = out + scale[..., None] * (rows @ velocity)
+        out = out + scaled_nn(solved.initial_momentum, rows, scale)
     return out
 
 
-def _solve(lower, right):
-    """(I + strict lower triangle) R = right, batch dimensions of size one broadcast."""
-    batch = jnp.broadcast_shapes(lower.shape[:-2], right.shape[:-2])
-    return _unit_lower_solve(
-        jnp.broadcast_to(lower, batch + lower.shape[-2:]),
-        jnp.broadcast_to(right, batch + right.shape[-2:]),
-    )
+def solve_chunk(operands: Operands, tables: Tables, *, named: bool = True) -> Solved:
+    """Find what every token of a chunk erases: one unit-lower-triangular solve (spec C6.8).
+
+    Tokens are the last axis: then no product needs a transpose, and memories that share keys stack
+    along the rows of one tall matrix. `named`: see `solve_unit_lower`.
+    """
+    x = operands.x
+    written = operands.rate[..., None, :] * operands.error
+    start = Solved(tables, x, operands.initial, operands.initial_momentum, written, None)
+    if operands.erase is None:
+        return start
+    overlap = gram(x)
+    right = _from_start(x, operands.anchored, start, before=True)
+    right = right - nt(written, tables.write_before * overlap)
+    lower = tables.keep_before * overlap * operands.erase[..., None, :]
+    solution = solve_unit_lower(lower, right, named=named)
+    return start._replace(erased=operands.erase[..., None, :] * solution)
 
 
-@jax.custom_jvp
-def _unit_lower_solve(lower, right):
-    return jax.lax.linalg.triangular_solve(
-        lower, right, left_side=True, lower=True, unit_diagonal=True
-    )
+def read_chunk(solved: Solved, queries, *, read: str, anchored=None) -> Float[Array, "..."]:
+    """The reads of a chunk's queries [..., n, C] (spec C6.9), [..., m, C].
+
+    Args:
+      solved: from `solve_chunk`.
+      queries: one for each token.
+      read: "running_prev", "running" or "anchor".
+      anchored: W_0 @ queries where the caller has it already.
+    """
+    if read == "anchor":
+        return nn(solved.initial, queries) if anchored is None else anchored
+    before, tables = read == "running_prev", solved.tables
+    out = _from_start(queries, anchored, solved, before=before)
+    scores = tn(queries, solved.x)
+    write = tables.write_before if before else tables.write
+    if solved.erased is None:
+        return out - nt(solved.written, write * scores)
+    if tables.carried is None:
+        return out - nt(solved.written + solved.erased, write * scores)
+    keep = tables.keep_before if before else tables.keep
+    return out - nt(solved.written, write * scores) - nt(solved.erased, keep * scores)
 
 
-@_unit_lower_solve.defjvp
-def _unit_lower_solve_jvp(primals, tangents):
-    # JAX's own rule masks with a select that has no sharding, which an Explicit mesh refuses.
-    (lower, right), (lower_dot, right_dot) = primals, tangents
-    solution = _unit_lower_solve(lower, right)
-    strict = jnp.tril(jnp.ones(lower.shape[-2:], lower.dtype), -1)
-    strict = strict.reshape((1,) * (lower.ndim - 2) + strict.shape)
-    change = right_dot - (strict * lower_dot) @ solution
-    return solution, _unit_lower_solve(lower, change)
+def write_chunk(solved: Solved) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+    """The memory and the momentum after the chunk's last token."""
+    tables = solved.tables
+    change = tables.write[..., -1, None, :] * solved.written
+    if solved.erased is not None:
+        change = change + tables.keep[..., -1, None, :] * solved.erased
+    final = solved.initial
+    if tables.keep_start is not None:
+        final = tables.keep_start[..., -1, None, None] * final
+    final = final - nt(change, solved.x)
+    momentum = solved.initial_momentum
+    if tables.carried is None or momentum is None:
+        return final, None
+    assert tables.momentum_start is not None and tables.momentum_end is not None
+    final = final + tables.carried[..., -1, None, None] * momentum
+    velocity = tables.momentum_start[..., -1, None, None] * momentum
+    tail = tables.momentum_end[..., None, :] * solved.written
+    return final, velocity - nt(tail, solved.x)
 
 
 def delta_chunk_xla(operands: Operands, *, read: str) -> DeltaOutput:
@@ -129,54 +198,13 @@ def delta_chunk_xla(operands: Operands, *, read: str) -> DeltaOutput:
 
     Exact for the recurrence of `reference.py`: only the rounding differs.
     """
-    tables = _tables(operands)
-    x = operands.x
-    written = operands.rate[..., None] * operands.error
-    erased = None
-    if operands.erase is not None:
-        gram = x @ jnp.swapaxes(x, -1, -2)
-        right = _from_start(x, operands, tables, before=True)
-        right = right - (tables.write_before * gram) @ written
-        lower = tables.keep_before * gram * operands.erase[..., None, :]
-        erased = operands.erase[..., None] * _solve(lower, right)
+    tables = chunk_tables(operands.rate, operands.keep, operands.momentum)
+    solved = solve_chunk(operands, tables)
     reads = None
     if operands.queries is not None:
-        reads = _read(operands, tables, written, erased, read)
-    final, velocity = _write(operands, tables, written, erased)
+        reads = read_chunk(solved, operands.queries, read=read)
+    final, velocity = write_chunk(solved)
     return DeltaOutput(reads, final, velocity)
-
-
-def _read(operands, tables, written, erased, read):
-    queries = operands.queries
-    if read == "anchor":
-        return queries @ jnp.swapaxes(operands.initial, -1, -2)
-    before = read == "running_prev"
-    out = _from_start(queries, operands, tables, before=before)
-    scores = queries @ jnp.swapaxes(operands.x, -1, -2)
-    write = tables.write_before if before else tables.write
-    if erased is None:
-        return out - (write * scores) @ written
-    if operands.momentum is None:
-        return out - (write * scores) @ (written + erased)
-    keep = tables.keep_before if before else tables.keep
-    return out - (write * scores) @ written - (keep * scores) @ erased
-
-
-def _write(operands, tables, written, erased):
-    """The states after the chunk's last token."""
-    change = tables.write[..., -1, :, None] * written
-    if erased is not None:
-        change = change + tables.keep[..., -1, :, None] * erased
-    final = operands.initial
-    if tables.keep_start is not None:
-        final = tables.keep_start[..., -1, None, None] * final
-    final = final - jnp.swapaxes(change, -1, -2) @ operands.x
-    if tables.carried is None:
-        return final, None
-    final = final + tables.carried[..., -1, None, None] * operands.initial_momentum
-    velocity = tables.momentum_start[..., -1, None, None] * operands.initial_momentum
-    tail = tables.momentum_end[..., None] * written
-    return final, velocity - jnp.swapaxes(tail, -1, -2) @ operands.x
 
 
 def delta_rule_xla(operands: Operands, *, read: str, chunk_size: int) -> DeltaOutput:
@@ -184,7 +212,7 @@ def delta_rule_xla(operands: Operands, *, read: str, chunk_size: int) -> DeltaOu
 
     The tokens beyond the last whole chunk run as a shorter chunk of their own.
     """
-    length, start = operands.x.shape[-2], operands.initial
+    length, start = operands.x.shape[-1], operands.initial
     queries = operands.queries
     if read == "anchor":  # the anchor of the whole call, not of each chunk
         operands = operands._replace(queries=None)
@@ -196,25 +224,23 @@ def delta_rule_xla(operands: Operands, *, read: str, chunk_size: int) -> DeltaOu
             out = delta_chunk_xla(_with_states(part, carry), read=read)
             return (out.final, out.final_momentum), out.reads
 
-        parts = _over_tokens(operands, lambda a, axis: _chunks(a, axis, whole, chunk_size))
+        parts = _over_tokens(operands, lambda a: _chunks(a[..., :whole], chunk_size))
         carry, reads = jax.lax.scan(jax.checkpoint(chunk), carry, parts)
         if reads is not None:
-            reads = jnp.moveaxis(reads, 0, -3)
-            pieces.append(reads.reshape(*reads.shape[:-3], whole, reads.shape[-1]))
+            reads = jnp.moveaxis(reads, 0, -2)
+            pieces.append(reads.reshape(*reads.shape[:-2], whole))
     if whole < length:
-        rest = _over_tokens(
-            operands, lambda a, axis: jax.lax.slice_in_dim(a, whole, length, axis=axis)
-        )
+        rest = _over_tokens(operands, lambda a: a[..., whole:])
         out = delta_chunk_xla(_with_states(rest, carry), read=read)
         carry = (out.final, out.final_momentum)
         if out.reads is not None:
             pieces.append(out.reads)
     if read == "anchor" and queries is not None:
-        reads = queries @ jnp.swapaxes(start, -1, -2)
+        reads = nn(start, queries)
     elif queries is None:
         reads = None
     else:
-        reads = jnp.concatenate(pieces, axis=-2)
+        reads = jnp.concatenate(pieces, axis=-1)
     return DeltaOutput(reads, *carry)
 
 
@@ -223,13 +249,11 @@ def _with_states(tokens, carry) -> Operands:
 
 
 def _over_tokens(operands: Operands, function) -> dict:
-    """Apply `function(array, token_axis)` to every per-token operand."""
-    axes = {"x": 2, "error": 2, "queries": 2, "rate": 1, "keep": 1, "erase": 1, "momentum": 1}
-    arrays = {name: getattr(operands, name) for name in axes}
-    return {n: None if a is None else function(a, a.ndim - axes[n]) for n, a in arrays.items()}
+    """Apply `function(array)` to every per-token operand but `anchored`, which is of one state."""
+    names = ("x", "error", "rate", "keep", "erase", "momentum", "queries")
+    arrays = {name: getattr(operands, name) for name in names}
+    return {name: None if a is None else function(a) for name, a in arrays.items()}
 
 
-def _chunks(array, axis, whole, size):
-    array = jax.lax.slice_in_dim(array, 0, whole, axis=axis)
-    shape = (*array.shape[:axis], whole // size, size, *array.shape[axis + 1 :])
-    return jnp.moveaxis(array.reshape(shape), axis, 0)
+def _chunks(array, size):
+    return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, size), -2, 0)

@@ -163,3 +163,22 @@ def test_boxes_account_for_every_weight(name):
     frequencies = [box.frequency for box in boxes]
     assert frequencies == sorted(frequencies)
     assert all(box.level is not None and box.transfer for box in boxes)
+
+
+def test_what_is_recomputed_changes_no_gradient():
+    tokens = tokens_of(8)
+
+    def gradient(remat):
+        graphdef, weights = built(dataclasses.replace(FAMILIES["hope"], layers=1, remat=remat))
+
+        def loss(weights):
+            return jnp.sum(jnp.sin(nnx.merge(graphdef, weights)(tokens)[0]))
+
+        step = jax.jit(jax.grad(loss)).lower(weights)
+        return jax.tree.leaves(step.compile()(weights)), step.as_text().count("dot_general")
+
+    expected, products = gradient("none")
+    actual, more = gradient("tokens")
+    assert more > products
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4)
