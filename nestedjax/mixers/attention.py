@@ -81,7 +81,7 @@ def _attend(queries, keys, values, reach):
     distance = query_index[:, None] - jnp.arange(total, dtype=jnp.int32)[None]
     seen = (distance >= 0)[None] & (distance[None] <= reach[..., None])
     scores = scores * (queries.shape[-1] ** -0.5)
-    scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(seen[:, None], scores, float(jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bhts,bshk->bthk", weights, values)
 

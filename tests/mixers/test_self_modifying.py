@@ -41,7 +41,7 @@ def make(variant, length=16, seed=0):
     params = init_params(jax.random.key(seed), config)
     # an initial state far from the identity, so that every term of the rule matters
     for name in config.memories:
-        params[name]["outer"] = params[name]["outer"] * 6.0
+        params[name]["outer"] = params[name]["outer"] * 2.0
     rng = np.random.default_rng(seed)
     shape = (length, config.heads, config.head_dim)
     arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(3)]
