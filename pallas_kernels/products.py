@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from pallas_kernels.triangular import invert_unit_lower, masked
+
 # Names the solutions of `solve_unit_lower` for checkpoint policies: what is dear to recompute.
 SOLUTION = "solve_unit_lower"
 
@@ -97,42 +99,24 @@ def gram(x: Float[Array, "*b k n"]) -> Float[Array, "*b n n"]:
 gram.defvjp(lambda x: (gram(x), x), lambda x, g: (_nn(x, g + jnp.swapaxes(g, -1, -2)),))
 
 
-def _substitute(lower, right, transpose):
-    # LAPACK wants columns: handed over as transposes, rows are what it wants and nothing is copied
-    solution = jax.lax.linalg.triangular_solve(
-        jnp.swapaxes(lower, -1, -2),
-        jnp.swapaxes(right, -1, -2),
-        left_side=True,
-        lower=False,
-        transpose_a=transpose,
-        unit_diagonal=True,
-    )
-    return jnp.swapaxes(solution, -1, -2)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _solve(lower, right, named):
+    return _nt(right, invert_unit_lower(lower))
 
 
-def _strictly_lower(matrix):
-    n = matrix.shape[-1]
-    mask = jnp.tril(jnp.ones((n, n), matrix.dtype), -1)
-    return matrix * mask.reshape((1,) * (matrix.ndim - 2) + (n, n))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _solve(lower, right, transpose, named):
-    return _substitute(lower, right, transpose)
-
-
-def _solve_fwd(lower, right, transpose, named):
-    solution = _solve(lower, right, transpose, named)
-    if named:  # here: it is this value, not a copy of it, that the gradient needs
+def _solve_fwd(lower, right, named):
+    inverse = invert_unit_lower(lower)
+    solution = _nt(right, inverse)
+    if named:  # here: it is these values, not copies of them, that the gradient needs
+        inverse = checkpoint_name(inverse, SOLUTION)
         solution = checkpoint_name(solution, SOLUTION)
-    return solution, (lower, solution)
+    return solution, (inverse, solution)
 
 
-def _solve_bwd(transpose, named, kept, g):
-    lower, solution = kept
-    right = _solve(lower, g, not transpose, named)
-    outer = _tn(right, solution) if transpose else _tn(solution, right)
-    return _strictly_lower(-outer), right
+def _solve_bwd(named, kept, g):
+    inverse, solution = kept
+    right = _nn(g, inverse)
+    return masked(-_tn(right, solution), lambda i, j: i > j), right
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
@@ -143,6 +127,6 @@ def solve_unit_lower(
 ) -> Float[Array, "*c m n"]:
     """X with X (I + L)^T = right, L the strict lower triangle of `lower`: rows are right sides.
 
-    `named` says whether policies that save `SOLUTION` save this one.
+    `named` says whether policies that save `SOLUTION` save this one and the inverse behind it.
     """
-    return _solve(*_same_batch(lower, right), True, named)
+    return _solve(*_same_batch(lower, right), named)

@@ -1,4 +1,4 @@
-"""Chunk-parallel executions: exact, matrix products and at most one triangular solve a chunk."""
+"""Chunk-parallel executions: exact, matrix products and at most one triangular inverse a chunk."""
 
 from typing import Any
 

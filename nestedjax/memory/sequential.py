@@ -21,6 +21,7 @@ from nestedjax.memory.state import (
     next_window,
     with_window,
 )
+from pallas_kernels.lapack import solve
 
 
 class _Carry(NamedTuple):
@@ -35,7 +36,7 @@ def _solve(memory: Memory, old: "_Carry", window: Window, token: Tokens) -> "_Ca
     weight = old.weights[0] if token.keep is None else token.keep * old.weights[0]
     system = jnp.eye(len(keys), dtype=weight.dtype) + rate * (keys @ keys.T)
     residual = keys @ weight.T - window.values
-    return _Carry((weight - jnp.linalg.solve(system, rate * residual).T @ keys,), None)
+    return _Carry((weight - solve(system, rate * residual).T @ keys,), None)
 
 
 def _write(

@@ -1,7 +1,7 @@
 """Residual two-layer memories M(z) = z + U s(V z) that share keys, written chunk by chunk.
 
 A group holds n memories per head that see the same keys, values and gates, so that their first
-layers are one tall matrix: its Gram matrix and its triangular solve are done once for all of them.
+layers are one tall matrix: its Gram matrix and its triangular inverse are done once for all.
 Tokens are columns ([features, C]): then every product below is of matrices as they lie in memory,
 and the tall matrix splits into the memories for free.
 """

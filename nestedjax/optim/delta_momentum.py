@@ -9,6 +9,7 @@ import optax
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identity, unfold, widened
 from nestedjax.optim.parts import PyTree, Rate, add_decay, choice, number
 from nestedjax.optim.preconditioned_momentum import Preconditioner, preconditioners
+from pallas_kernels.lapack import solve
 
 _POWER_STEPS = 8
 
@@ -164,9 +165,9 @@ def _implicit(m, k, value, decay, erase):
     rows, columns = k.shape[-2:]
     if rows < columns:
         small = plus_identity(erase * (k @ k.mT))
-        return b - erase * (b @ k.mT) @ jnp.linalg.solve(small, k)
+        return b - erase * (b @ k.mT) @ solve(small, k)
     small = plus_identity(erase * (k.mT @ k))
-    return jnp.linalg.solve(small, b.mT).mT
+    return solve(small, b.mT).mT
 
 
 def _largest(k: jax.Array) -> jax.Array:

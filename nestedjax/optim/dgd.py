@@ -18,6 +18,7 @@ from nestedjax.optim.matrices import (
     widened,
 )
 from nestedjax.optim.parts import PyTree, Rate, choice, lenient, number
+from pallas_kernels.lapack import solve
 
 TAP = "tap"
 WEIGHTS = ("kernel", "embedding")
@@ -182,7 +183,7 @@ def _step(w, g, c, rate, *, form, batch, coupled, keep):
         if diagonal:
             solved = right / (1 + rate * c[..., None, :])
         else:
-            solved = jnp.linalg.solve(plus_identity(rate * c), right.mT).mT
+            solved = solve(plus_identity(rate * c), right.mT).mT
         return solved if coupled else solved - (1 - keep) * w
     erase = write = rate
     if batch == "explicit" and form == "implicit":

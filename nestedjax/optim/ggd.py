@@ -11,6 +11,7 @@ from nestedjax.memory.objectives import Objective
 from nestedjax.memory.retention import Retention
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identity, unfold, widened
 from nestedjax.optim.parts import PyTree, Rate, choice, number
+from pallas_kernels.lapack import solve
 
 OBJECTIVES = {"dot": objectives.dot, "l2": objectives.l2}
 RETENTIONS = {"none": retention.none, "decay": retention.decay, "kl": retention.kl}
@@ -193,7 +194,7 @@ class _Step(NamedTuple):
             return self.descend(w, slope, rate)
         factor = rate * self.objective.factor / count
         right = self.keep * w + factor * u.mT @ x
-        new = jnp.linalg.solve(plus_identity(factor * (x.mT @ x)), right.mT).mT
+        new = solve(plus_identity(factor * (x.mT @ x)), right.mT).mT
         return new, new
 
     def descend(self, w: jax.Array, slope: Any, rate: Any):

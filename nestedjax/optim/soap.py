@@ -11,6 +11,7 @@ from nestedjax.levels.describe import EVERY
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.parts import PyTree, Rate, number, with_adamw
 from nestedjax.optim.shampoo import period, sandwich, side, summed
+from pallas_kernels.lapack import stacked
 
 
 class BasisState(NamedTuple):
@@ -192,7 +193,11 @@ def _refreshed(
         which,
         [
             lambda: each(lambda factor, q: jnp.linalg.eigh(factor)[1]),
-            lambda: each(lambda factor, q: jnp.linalg.qr(factor @ q)[0]),
+            lambda: each(lambda factor, q: stacked(_orthogonal, factor @ q)),
             lambda: held,
         ],
     )
+
+
+def _orthogonal(matrix):
+    return jnp.linalg.qr(matrix)[0]

@@ -1,4 +1,4 @@
-"""The delta rule chunk by chunk in plain jnp: matrix products and one triangular solve (C6.8)."""
+"""The delta rule chunk by chunk in plain jnp: matrix products and one triangular inverse (C6.8)."""
 
 from typing import NamedTuple
 
@@ -132,7 +132,7 @@ def _from_start(rows, anchored, solved: Solved, *, before: bool):
 
 
 def solve_chunk(operands: Operands, tables: Tables, *, named: bool = True) -> Solved:
-    """Find what every token of a chunk erases: one unit-lower-triangular solve (spec C6.8).
+    """Find what every token of a chunk erases: one unit-lower-triangular inverse (spec C6.8).
 
     Tokens are the last axis: then no product needs a transpose, and memories that share keys stack
     along the rows of one tall matrix. `named`: see `solve_unit_lower`.

@@ -1,0 +1,73 @@
+"""The inverse of unit-lower-triangular matrices by products alone: no serial substitution."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+BLOCK = 16  # inverted under masks; larger matrices are merged from such blocks
+
+
+def _dot(a, b):
+    batch = tuple(range(a.ndim - 2))
+    return jax.lax.dot_general(a, b, (((a.ndim - 1,), (a.ndim - 2,)), (batch, batch)))
+
+
+def masked(matrix, keep):
+    """`matrix` where `keep(row, column)`, else 0; `keep` takes index arrays."""
+    index = np.arange(matrix.shape[-1])
+    mask = jnp.asarray(keep(index[:, None], index[None, :]), matrix.dtype)
+    return matrix * mask.reshape((1,) * (matrix.ndim - 2) + mask.shape)
+
+
+def _identity_minus(matrix):
+    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    return eye.reshape((1,) * (matrix.ndim - 2) + eye.shape) - matrix
+
+
+def _invert_small(lower):
+    """(I + L)^-1 of one block: fours in closed form, then pairs merged under masks."""
+    fours = masked(lower, lambda i, j: (i > j) & (i // 4 == j // 4))
+    # I - N + N^2 - N^3, since N^4 = 0
+    inverse = _dot(_identity_minus(fours), _identity_minus(-_dot(fours, fours)))
+    size = 4
+    while size < lower.shape[-1]:
+        between = partial(_between, size=size)
+        inverse = inverse - _dot(_dot(inverse, masked(lower, between)), inverse)
+        size *= 2
+    return inverse
+
+
+def _between(i, j, size):
+    return (i // size == j // size + 1) & (i // (2 * size) == j // (2 * size))
+
+
+def _diagonal_blocks(matrix, size):
+    """[..., n, n] -> [..., n / size, size, size]."""
+    starts = range(0, matrix.shape[-1], size)
+    return jnp.stack([matrix[..., i : i + size, i : i + size] for i in starts], axis=-3)
+
+
+def invert_unit_lower(lower: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
+    """(I + L)^-1, L the strict lower triangle of `lower`, by products alone.
+
+    Fours in closed form, then merged: doubling over a whole chunk overflows for correlated keys.
+    """
+    n = lower.shape[-1]
+    if n <= BLOCK:
+        return _invert_small(lower)
+    padded = BLOCK
+    while padded < n:
+        padded *= 2
+    lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, padded - n)] * 2)
+    inverse, size = _invert_small(_diagonal_blocks(lower, BLOCK)), BLOCK
+    while size < padded:
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
+        corner = -_dot(_dot(second, corner), first)
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        bottom = jnp.concatenate([corner, second], axis=-1)
+        inverse, size = jnp.concatenate([top, bottom], axis=-2), 2 * size
+    return inverse[..., 0, :n, :n]
