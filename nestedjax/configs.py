@@ -159,22 +159,40 @@ def run_preset(name: str) -> RunConfig:
 
 
 def _size(
-    steps: int, *, length: int, batch: int, rate: float, every: int, dispatch: int = 1
+    steps: int,
+    *,
+    length: int,
+    batch: int,
+    rate: float,
+    every: int,
+    dispatch: int = 1,
+    **optimizer: Any,
 ) -> dict[str, Any]:
     """Data, optimizer and loop shared by all models of one size."""
+    optimizer = {"learning_rate": rate, "warmup": max(steps // 20, 1), **optimizer}
     return {
         "data": DataConfig(
             length=length, batch=batch, validation_batches=None if length < 512 else 50
         ),
-        "optimizer": OptimizerConfig(learning_rate=rate, warmup=max(steps // 20, 1)),
+        "optimizer": OptimizerConfig(**optimizer),
         "loop": LoopConfig(steps, every, every, steps_per_dispatch=dispatch),
-        "sample_every": every * 2,
+        "sample_every": None if steps < 1_000 else every * 2,
     }
 
 
 # The large ones take half a million tokens a step (spec G1).
 SIZES = {
-    "nano": _size(1_000, length=256, batch=8, rate=3e-3, every=100, dispatch=5),
+    "nano": _size(
+        800,
+        length=256,
+        batch=8,
+        rate=4e-3,
+        every=100,
+        dispatch=5,
+        name="m3",
+        warmup=50,
+        final_fraction=0.05,
+    ),
     "micro": _size(5_000, length=1024, batch=8, rate=2e-3, every=250),
     "mini": _size(20_000, length=2048, batch=8, rate=1e-3, every=500),
     "340m": _size(28_600, length=4096, batch=128, rate=3e-4, every=500),
@@ -189,7 +207,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
     Example:
       >>> from nestedjax.configs import flat, run_preset
       >>> flat(run_preset("hope_nano"))["memory.heads"]
-      2
+      4
     """
     found = {}
     for path, value in overrides.settings(config).items():
@@ -216,9 +234,9 @@ def change(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
 
     Example:
       >>> from nestedjax.configs import change, run_preset
-      >>> run = change(run_preset("hope_nano"), ["steps=20", "memory.chunk_size=32"])
+      >>> run = change(run_preset("hope_nano"), ["steps=20", "memory.chunk_size=64"])
       >>> run.loop.steps, run.model.memory.chunk_size
-      (20, 32)
+      (20, 64)
     """
     # which optimizer it is says which arguments there are
     for assignment in sorted(assignments, key=lambda text: not text.startswith("optimizer=")):

@@ -44,6 +44,7 @@ def configurations() -> dict[str, Any]:
     from nestedjax.models.config import (
         AttentionConfig,
         CMSConfig,
+        HopeAttentionConfig,
         HopeConfig,
         TransformerConfig,
     )
@@ -54,11 +55,12 @@ def configurations() -> dict[str, Any]:
     attention = AttentionConfig(heads=HEADS, context=1024)
     return {
         "hope": HopeConfig(VOCAB, WIDTH, LAYERS, memory, cms, remat="tokens"),
+        "hope_attention": HopeAttentionConfig(VOCAB, WIDTH, LAYERS, attention, cms),
         "transformer": TransformerConfig(VOCAB, WIDTH, LAYERS, 3 * WIDTH, attention),
     }
 
 
-MODELS = ("hope", "transformer")
+MODELS = ("hope", "hope_attention", "transformer")
 LENGTHS = (1024, 4096, 16384)
 
 

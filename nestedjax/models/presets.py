@@ -25,14 +25,14 @@ STEP_TOKENS = {
 # Optimizer steps between two writes of each block, the fastest first.
 STEPS = (1, 2, 4, 8)
 
-# vocab, width, layers of HOPE, heads, tokens that attention sees
+# vocab, width, layers of HOPE, heads, tokens of a chunk, tokens that attention sees
 SIZES = {
-    "nano": (256, 128, 3, 2, 256),
-    "micro": (8192, 256, 6, 4, 1024),
-    "mini": (8192, 512, 8, 8, 2048),
-    "340m": (32000, 1024, 22, 16, 4096),
-    "760m": (32000, 1536, 22, 16, 4096),
-    "1p3b": (32000, 2048, 22, 16, 4096),
+    "nano": (256, 128, 2, 4, 32, 256),
+    "micro": (8192, 256, 6, 4, 16, 1024),
+    "mini": (8192, 512, 8, 8, 16, 2048),
+    "340m": (32000, 1024, 22, 16, 16, 4096),
+    "760m": (32000, 1536, 22, 16, 16, 4096),
+    "1p3b": (32000, 2048, 22, 16, 16, 4096),
 }
 LARGE = {"dtype": "bfloat16", "remat": "full"}
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -51,14 +51,15 @@ def _cms(size: str, hidden: int) -> CMSConfig:
 
 def _hope(size: str) -> HopeConfig:
     """Heads of width / heads features, memories as wide, four continuum blocks (spec E)."""
-    vocab, width, layers, heads, _ = SIZES[size]
-    memory = SelfModifyingConfig(heads=heads, head_dim=width // heads, hidden=width // heads)
+    vocab, width, layers, heads, chunk, _ = SIZES[size]
+    wide = width // heads
+    memory = SelfModifyingConfig(heads=heads, head_dim=wide, hidden=wide, chunk_size=chunk)
     return HopeConfig(vocab, width, layers, memory, _cms(size, width), **SWITCHES[size])
 
 
 def _attention(size: str) -> tuple[int, int]:
     """Blocks of an attention model as large as HOPE, and parameters left for each one's network."""
-    _, width, layers, heads, _ = SIZES[size]
+    _, width, layers, heads, _, _ = SIZES[size]
     total = layers * (13 * width**2 + 10 * width * (width // heads))  # spec E
     blocks = round(total / (12 * width**2))
     return blocks, total // blocks - 4 * width**2
@@ -70,7 +71,7 @@ def _rounded(hidden: float, width: int) -> int:
 
 
 def _hope_attention(size: str) -> HopeAttentionConfig:
-    vocab, width, _, heads, context = SIZES[size]
+    vocab, width, _, heads, _, context = SIZES[size]
     blocks, left = _attention(size)
     cms = _cms(size, _rounded(left / (2 * width * len(STEPS)), width))
     attention = AttentionConfig(heads=heads, context=context)
@@ -78,7 +79,7 @@ def _hope_attention(size: str) -> HopeAttentionConfig:
 
 
 def _transformer(size: str) -> TransformerConfig:
-    vocab, width, _, heads, context = SIZES[size]
+    vocab, width, _, heads, _, context = SIZES[size]
     blocks, left = _attention(size)
     hidden = _rounded(left / (3 * width), width)
     attention = AttentionConfig(heads=heads, context=context)

@@ -29,7 +29,8 @@ STEPS = 40 * KILLS
 # continuum block.
 SETTINGS = (
     f"steps={STEPS} checkpoint_every=5 validate_every=20 steps_per_dispatch=3 order=contiguous "
-    "length=16 batch=4 microbatches=2 learning_rate=0.01 sample_every=none validation_batches=2"
+    "length=16 batch=4 microbatches=2 learning_rate=0.01 sample_every=none validation_batches=2 "
+    "optimizer=adamw"
 ).split()
 SETTINGS += HOPE if PRESET == "hope_nano" else HOPE_ATTENTION
 CODE = "import sys; from nestedjax.cli import main; sys.exit(main())"
