@@ -4,7 +4,7 @@ A training step is its forward and backward pass, the same for all, and an updat
 apart, in CPU-seconds of this process (seconds on an accelerator), over whole periods of what is
 written once in a while.
 
-    python -c "from nestedjax.benchmarks import optimizers as o; print(o.table(o.measure()))"
+    nestedjax bench optimizers
 """
 
 import statistics

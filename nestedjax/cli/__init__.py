@@ -18,7 +18,7 @@ COMMANDS = {
     "eval": ("nestedjax.cli.eval", "loss, perplexity and bits per byte, by file and by position"),
     "generate": ("nestedjax.cli.generate", "continue a prompt"),
     "levels": ("nestedjax.cli.levels", "the nested system of a preset or run, slow to fast"),
-    "bench": ("nestedjax.cli.bench", "what training costs: HOPE and its peers on one core"),
+    "bench": ("nestedjax.cli.bench", "what things cost: HOPE and its peers, every optimizer"),
 }
 
 

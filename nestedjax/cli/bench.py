@@ -1,6 +1,6 @@
 """Measure what things cost. `peers`: training speed and peak memory of HOPE and its peers at one
 size (vocab 512, width 256, 4 layers, 4 heads, chunks of 64), each in a process of its own on one
-core."""
+core. `optimizers`: step time and state of every optimizer, relative to AdamW, on one model."""
 
 import argparse
 import json
@@ -11,8 +11,9 @@ from typing import Any
 EXAMPLE = """example:
   nestedjax bench peers --json peers.json
   nestedjax bench peers --models hope --cost-at 1024 4096 16384
+  nestedjax bench optimizers --names m3 adamuon
 
-A row has model, length, batch, parameters, tokens_per_cpu_second (of the median step) and
+A row of peers has model, length, batch, parameters, tokens_per_cpu_second (of the median step) and
 peak_rss_mb (of the whole process, compilation included)."""
 
 HEAD = f"{'model':18}{'length':>8}{'batch':>7}{'parameters':>12}{'tokens/CPU-s':>14}{'peak MB':>9}"
@@ -20,7 +21,12 @@ HEAD = f"{'model':18}{'length':>8}{'batch':>7}{'parameters':>12}{'tokens/CPU-s':
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("what", choices=["peers"], help="which benchmark")
+    what = parser.add_subparsers(dest="what", required=True, metavar="BENCHMARK")
+    _peers_arguments(what.add_parser("peers", help="HOPE and its peers"))
+    _optimizers_arguments(what.add_parser("optimizers", help="every optimizer"))
+
+
+def _peers_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all of them")
     parser.add_argument("--length", type=int, default=1024, help="tokens of each sequence")
@@ -37,8 +43,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--core", type=int, help="index of the core; default: the last one")
 
 
+def _optimizers_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--names", nargs="+", metavar="NAME", default=[], help="default: all")
+    parser.add_argument("--preset", default="transformer_micro", help="whose weights are updated")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure every row; returns the exit code."""
+    rows = _peers(args) if args.what == "peers" else _optimizers(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def _optimizers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from nestedjax.benchmarks import optimizers
+    from nestedjax.optim import menu
+    from nestedjax.overrides import ConfigError
+
+    known = ("adamw", "muon (optax)", *menu.OPTIMIZERS)
+    for name in args.names:
+        if name not in known:
+            raise ConfigError(f"no optimizer {name!r} in this benchmark; {', '.join(known)}")
+    rows = optimizers.measure(
+        args.preset, batch=args.batch, length=args.length, names=tuple(args.names)
+    )
+    print(optimizers.table(rows))
+    return rows
+
+
+def _peers(args: argparse.Namespace) -> list[dict[str, Any]]:
     from nestedjax.benchmarks import peers
     from nestedjax.overrides import ConfigError
 
@@ -62,9 +99,7 @@ def run(args: argparse.Namespace) -> int:
     for workload in workloads:
         rows.append(peers.isolated(workload, core=core))
         print(line(rows[-1]), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    return rows
 
 
 def line(row: dict[str, Any]) -> str:

@@ -58,6 +58,11 @@ def plot_losses(
 
 
 def _smooth(losses: list[float]) -> list[float]:
+    # Both ways, so that the curve does not lag behind a falling loss.
+    return [(a + b) / 2 for a, b in zip(_mean(losses), _mean(losses[::-1])[::-1], strict=True)]
+
+
+def _mean(losses: list[float]) -> list[float]:
     # An exponential mean over about a fiftieth of the run, without the bias of its start.
     decay = max(0.0, 1 - 50 / max(len(losses), 1))
     mean, weight, smoothed = 0.0, 0.0, []

@@ -1,6 +1,10 @@
-"""`--set optimizer=NAME`: any optimizer trains a model, goes on to the last bit, and is named."""
+"""`--set optimizer=NAME`: any optimizer trains a model, goes on to the last bit, and is named.
+
+NESTEDJAX_OPTIMIZERS=all trains hope_nano with each of them; the suite, Transformer++ with M3.
+"""
 
 import json
+import os
 import shutil
 
 import jax
@@ -12,13 +16,21 @@ from nestedjax.checkpoint import Checkpoints
 from nestedjax.training import read_metrics
 from tests.cli.tiny import HOPE, RUN, TRANSFORMER, command, refused
 
-M3 = ["optimizer=m3", "optimizer.period=3", "learning_rate=0.02"]
+ALL = os.environ.get("NESTEDJAX_OPTIMIZERS") == "all"
+TINY = ["hope_nano", *HOPE] if ALL else ["transformer_nano", *TRANSFORMER]
+MORE = {
+    "m3": ["optimizer.period=3", "learning_rate=0.02"],
+    "dgd": ["learning_rate=0.1"],
+    "ggd": ["learning_rate=0.1"],
+}
 
 
-def test_m3_trains_and_continues_to_the_last_bit(text, tmp_path, capsys):
-    """Taken back to step 4, one step into a period of the slow momentum."""
+@pytest.mark.parametrize("name", optim.menu.OPTIMIZERS if ALL else ["m3"])
+def test_it_trains_and_continues_to_the_last_bit(name, text, tmp_path, capsys):
+    """Taken back to step 4, which is one step into a period of M3's slow momentum."""
     whole, again = tmp_path / "whole", tmp_path / "again"
-    arguments = ["train", "transformer_nano", "--data", text, "--set", *TRANSFORMER, *RUN, *M3]
+    chosen = [f"optimizer={name}", *MORE.get(name, [])]
+    arguments = ["train", TINY[0], "--data", text, "--set", *TINY[1:], *RUN, *chosen]
     code, _, err = command(capsys, *arguments[:2], "--run", whole, *arguments[2:])
     assert code == 0, err
     records = read_metrics(whole)
@@ -64,7 +76,7 @@ def test_every_optimizer_fits_hope_and_survives_its_configuration(name):
     [
         (["optimizer=m4"], "no optimizer 'm4'; there are adamw, adamuon"),
         (["optimizer=m3", "optimizer.beta=1"], "m3 has no argument 'beta'; it has b1, b2, b3"),
-        (["optimizer.period=3"], "optimizer=adamw has no argument 'period'"),
+        (["optimizer=adamw", "optimizer.period=3"], "optimizer=adamw has no argument 'period'"),
         (["optimizer=m3", "optimizer.b1=7"], "b1=7.0 must be between 0.0 and 1.0"),
         (["optimizer=m3", "optimizer.period=x"], "period=x is not of the kind of its default, 20"),
         (["optimizer=ggd", "b1=0.5"], "leaves nothing to AdamW, so that b1 would do nothing"),
@@ -86,4 +98,4 @@ def test_arguments_by_name():
     other = configs.change(run, ["optimizer.b3=0.8"])
     assert configs.changed(run, other) == {"optimizer.b3": (0.9, 0.8)}
     assert configs.change(run, ["optimizer=adamw"]).optimizer.arguments == ()
-    assert configs.flat(base)["optimizer"] == "adamw"
+    assert configs.flat(configs.change(base, ["optimizer=adamw"]))["optimizer"] == "adamw"

@@ -1,0 +1,46 @@
+"""Chunk by chunk: an associative scan inside, one state kept between; each chunk is redone in the
+backward pass, so that what is stored grows with the number of chunks and not of tokens."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def selective_scan_xla(
+    x: Float[Array, "*b T D"],
+    step: Float[Array, "*b T D"],
+    decay: Float[Array, "D N"],
+    write: Float[Array, "*b T N"],
+    read: Float[Array, "*b T N"],
+    initial: Float[Array, "*b D N"],
+    *,
+    chunk_size: int,
+) -> tuple[Float[Array, "*b T D"], Float[Array, "*b D N"]]:
+    """As the reference. A last chunk is filled up with steps of zero, which change nothing."""
+    length = x.shape[-2]
+    size = min(chunk_size, max(length, 1))
+    chunks = -(-length // size)
+    pad = [(0, 0)] * (x.ndim - 2) + [(0, chunks * size - length), (0, 0)]
+
+    def split(a):
+        a = jnp.pad(a, pad).reshape(*a.shape[:-2], chunks, size, a.shape[-1])
+        return jnp.moveaxis(a, -3, 0)
+
+    @jax.checkpoint
+    def chunk(h, tokens):
+        x, step, write, read = tokens
+        exponent = step[..., None] * decay.reshape((1,) * (step.ndim - 1) + decay.shape)
+        added = (step * x)[..., None] * write[..., None, :]
+        kept, added = jax.lax.associative_scan(_joined, (jnp.exp(exponent), added), axis=x.ndim - 2)
+        states = kept * h[..., None, :, :] + added
+        return states[..., -1, :, :], jnp.sum(states * read[..., None, :], axis=-1)
+
+    final, y = jax.lax.scan(chunk, initial, tuple(split(a) for a in (x, step, write, read)))
+    y = jnp.moveaxis(y, 0, -3)
+    return y.reshape(*y.shape[:-3], chunks * size, y.shape[-1])[..., :length, :], final
+
+
+def _joined(first, second):
+    """Two stretches of `h -> kept h + added`, one after the other."""
+    (kept, added), (kept_after, added_after) = first, second
+    return kept * kept_after, kept_after * added + added_after
