@@ -215,7 +215,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
         if path == "optimizer.name":
             found["optimizer"] = value
         elif path == "optimizer.arguments":
-            usual = {} if config.optimizer.name == "adamw" else menu.arguments(found["optimizer"])
+            usual = _arguments(config.optimizer.name)
             found |= {f"optimizer.{n}": v for n, v in {**usual, **dict(value)}.items()}
         elif path not in ("preset", "data.files", "data.vocabulary"):
             found[rest or group] = value
@@ -255,6 +255,11 @@ def change(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     return config
 
 
+def _arguments(name: str) -> dict[str, Any]:
+    """What `--set optimizer.ARGUMENT` can set, with its default."""
+    return {} if name == "adamw" else menu.arguments(name)
+
+
 def _with_optimizer(config: RunConfig, key: str, text: str) -> RunConfig:
     """The run with another optimizer (whose arguments begin anew), or one argument changed."""
     settings = config.optimizer
@@ -264,7 +269,7 @@ def _with_optimizer(config: RunConfig, key: str, text: str) -> RunConfig:
         kept = settings.arguments if text == settings.name else ()
         changes: dict[str, Any] = {"name": text, "arguments": kept}
     else:
-        known = {} if settings.name == "adamw" else menu.arguments(settings.name)
+        known = _arguments(settings.name)
         if argument not in known:
             there = f"it has {', '.join(known)}" if known else "set b1, b2, weight_decay"
             raise ConfigError(f"optimizer={settings.name} has no argument {argument!r}; {there}")
@@ -273,7 +278,8 @@ def _with_optimizer(config: RunConfig, key: str, text: str) -> RunConfig:
         except ValueError as error:
             raise ConfigError(f"{key}: {overrides.one_line(error)}") from error
         given = {**dict(settings.arguments), argument: value}
-        changes = {"arguments": tuple(sorted(given.items()))}
+        others = {name: value for name, value in given.items() if value != known[name]}
+        changes = {"arguments": tuple(sorted(others.items()))}
     optimizer = dataclasses.replace(settings, **changes)
     return dataclasses.replace(config, optimizer=optimizer)
 

@@ -74,7 +74,8 @@ def test_what_decays():
 
 def test_the_nested_system_says_which_boxes_are_the_optimizers():
     system = runs.nested_system(tiny("hope_attention_nano"))
-    assert {"first moment", "cms.0 second moment"} <= system.optimizer
+    assert {"matrix first moment", "cms.0 matrix second moment"} <= system.optimizer
     assert not {"attention", "embedding", "cms.0"} & system.optimizer
     period = {box.name: box.period for box in system.boxes}
-    assert period["cms.3"] == period["cms.3 first moment"] > period["embedding"] == 2048
+    assert period["cms.3"] == period["cms.3 matrix first moment"] > period["embedding"] == 2048
+    assert period["matrix every 20 first moment"] == 20 * 2048

@@ -91,7 +91,7 @@ def add_taps(model: Any) -> Any:
       >>> from nestedjax import models
       >>> make = lambda: models.add_taps(models.build("transformer_nano", rngs=nnx.Rngs(0)))
       >>> nnx.eval_shape(make).blocks.mlp.wo.tap.shape
-      (4, 408, 408)
+      (3, 272, 272)
     """
     for _, layer in nnx.iter_graph(model):
         if isinstance(layer, Linear) and _names(layer.kernel) in MATRICES:

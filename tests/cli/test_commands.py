@@ -141,7 +141,9 @@ def test_levels(trained, tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG" and len(boxes) == len(lines)
     frequencies = [1 / box["period"] if box["period"] else 0 for box in boxes]
     assert frequencies == sorted(frequencies)
-    assert {"first moment", "second moment", "memory", "key memory"} <= {b["name"] for b in boxes}
+    assert {"matrix first moment", "rest second moment", "memory", "key memory"} <= {
+        b["name"] for b in boxes
+    }
     slow = sum(box["parameters"] for box in boxes if box["rule"] == "optimizer")
     assert slow == models.parameter_count(runs.abstract_model(configs.run_preset("hope_nano")))
     code, out, _ = command(capsys, "levels", trained, "--json")

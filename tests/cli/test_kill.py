@@ -1,6 +1,6 @@
 """kill -9 at random moments: the run started again each time is the run that never stopped.
 
-NESTEDJAX_KILLS=10 kills more often than the 2 times of the suite, NESTEDJAX_KILL_SEED draws other
+NESTEDJAX_KILLS=10 kills more often than the once of the suite, NESTEDJAX_KILL_SEED draws other
 moments, and NESTEDJAX_KILL_PRESET=hope_nano takes a model whose compilation is minutes.
 """
 
@@ -22,7 +22,7 @@ from nestedjax.training import read_metrics
 from tests.cli.tiny import HOPE, HOPE_ATTENTION
 
 PRESET = os.environ.get("NESTEDJAX_KILL_PRESET", "hope_attention_nano")
-KILLS = int(os.environ.get("NESTEDJAX_KILLS", "2"))
+KILLS = int(os.environ.get("NESTEDJAX_KILLS", "1"))
 SEED = int(os.environ.get("NESTEDJAX_KILL_SEED", "0"))
 STEPS = 40 * KILLS
 # The model's state is carried from step to step, and most checkpoints fall between two writes of a

@@ -7,8 +7,12 @@ HOPE = (
     "layers=1 width=16 memory.heads=1 memory.head_dim=8 memory.hidden=8 memory.chunk_size=8 "
     "cms.hidden=16 cms.periods=none,128"
 ).split()
-HOPE_ATTENTION = "layers=1 width=16 attention.context=16 cms.hidden=16 cms.periods=none,128".split()
-TRANSFORMER = "layers=1 width=16 hidden=16 attention.context=16".split()  # compiles sooner
+HOPE_ATTENTION = (
+    "layers=1 width=16 attention.heads=2 attention.context=16 cms.hidden=16 cms.periods=none,128"
+).split()
+TRANSFORMER = (
+    "layers=1 width=16 hidden=16 attention.heads=2 attention.context=16".split()
+)  # compiles sooner
 RUN = "length=16 batch=4 steps=12 validate_every=6 checkpoint_every=4 steps_per_dispatch=2".split()
 RUN += "sample_every=none validation_batches=2 learning_rate=0.01 optimizer=adamw".split()
 

@@ -77,8 +77,8 @@ def test_gradients_match_the_recurrence(x64, gates):
         out = delta_rule(**values, implementation=implementation, chunk_size=4)
         return jnp.sum(jnp.sin(out.reads)) + jnp.sum(jnp.cos(out.final))
 
-    expected = jax.grad(loss)(given, "reference")
-    actual = jax.grad(loss)(given, "xla")
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    expected, actual = gradient(given, "reference"), gradient(given, "xla")
     for name in given:
         np.testing.assert_allclose(actual[name], expected[name], atol=1e-10, err_msg=name)
         assert float(jnp.max(jnp.abs(actual[name]))) > 0, name
@@ -95,6 +95,13 @@ HARD = {
 }
 
 
+@jax.jit
+def chunk_and_gradient(given):
+    """Compiled once for all cases of a length."""
+    gradient = jax.grad(lambda g: jnp.sum(delta_chunk(**g).reads ** 2))(given)
+    return delta_chunk(**given), gradient
+
+
 @pytest.mark.parametrize("case", HARD)
 @pytest.mark.parametrize("length", [16, 128])
 def test_hard_inputs_in_float32(case, length):
@@ -103,10 +110,9 @@ def test_hard_inputs_in_float32(case, length):
     given |= HARD[case](given)
     given = {name: value.astype(jnp.float32) for name, value in given.items()}
     reads, final, _ = numpy_recurrence(given, "running_prev")
-    out = delta_chunk(**given)
+    out, gradient = chunk_and_gradient(given)
     np.testing.assert_allclose(out.reads, reads, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(out.final, final, atol=1e-4, rtol=1e-4)
-    gradient = jax.grad(lambda g: jnp.sum(delta_chunk(**g).reads ** 2))(given)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in gradient.values())
 
 
@@ -114,9 +120,10 @@ def test_shared_keys_broadcast_over_memories():
     given = operands(np.random.default_rng(3), ("keep", "erase"))
     many = jnp.stack([given["initial"], 2 * given["initial"]], axis=1)
     shared = {name: value[:, None] for name, value in given.items()} | {"initial": many}
-    out = delta_rule(**shared, chunk_size=4)
+    run = jax.jit(lambda given: delta_rule(**given, chunk_size=4))
+    out = run(shared)
     for index in range(2):
-        alone = delta_rule(**{**given, "initial": many[:, index]}, chunk_size=4)
+        alone = run({**given, "initial": many[:, index]})
         np.testing.assert_allclose(out.reads[:, index], alone.reads, atol=1e-5)
         np.testing.assert_allclose(out.final[:, index], alone.final, atol=1e-5)
 
