@@ -46,7 +46,7 @@ class Scale:
 
 SCALES = {
     "smoke": Scale("nano", ("layers=1", "length=64", "batch=4"), 6, (3e-3,), (0,), 2),
-    "cpu": Scale("nano", ("length=256", "batch=8"), 300, (1e-3, 3e-3, 1e-2), (0, 1, 2), 40),
+    "cpu": Scale("nano", ("length=256", "batch=8"), 200, (2e-3, 4e-3, 8e-3), (0, 1, 2), 40),
     "gpu": Scale("micro", ("length=1024", "batch=32"), 4000, (5e-4, 1e-3, 2e-3), (0, 1, 2), 100),
 }
 

@@ -3,13 +3,18 @@
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from pallas_kernels.newton_schulz.pallas_tpu import newton_schulz_pallas_tpu
 from pallas_kernels.newton_schulz.reference import newton_schulz_reference
 from pallas_kernels.newton_schulz.xla import newton_schulz_xla
 from pallas_kernels.numerics import accumulation_dtype
 
 # X <- a X + b (X X^T) X [+ c (X X^T)^2 X]
 COEFFICIENTS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5)}
-_IMPLEMENTATIONS = {"reference": newton_schulz_reference, "xla": newton_schulz_xla}
+_IMPLEMENTATIONS = {
+    "reference": newton_schulz_reference,
+    "xla": newton_schulz_xla,
+    "pallas_tpu": newton_schulz_pallas_tpu,
+}
 
 
 def newton_schulz(
@@ -35,13 +40,16 @@ def newton_schulz(
       eps: guards the division by the norm.
       dtype: what the products are computed in; None: at least float32. bfloat16 is faster on
         accelerators, and off by up to 0.1.
-      implementation: "reference" (as printed), "xla" (on the smaller side) or None to choose.
+      implementation: "reference" (as printed), "xla" (on the smaller side), "pallas_tpu" (each
+        matrix stays in VMEM; on a mesh only inside `jax.shard_map`) or None, which is "xla": the
+        kernel has been compiled for TPUs and checked in interpret mode, not timed on one.
 
     Returns:
       Matrices [..., m, n] in the dtype of x.
 
     Raises:
       ValueError: x without two axes, an unknown variant or implementation, fewer than 0 steps.
+      NotImplementedError: "pallas_tpu" with matrices that do not fit in VMEM, or in float64.
 
     Example:
       >>> import jax.numpy as jnp
