@@ -1,9 +1,10 @@
 # Everything on a bare machine with Python 3.11 or 3.12 and make: `make train`, `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+TPU_VENV ?= .venv-tpu
 BIN = $(VENV)/bin
 
-.PHONY: train test lint types ci clean
+.PHONY: train test tpu-compile lint types ci clean
 
 # Two pretended devices use two cores better than two threads of one device do.
 train: $(VENV)/installed
@@ -12,6 +13,10 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every TPU kernel, compiled ahead of time for every TPU; no TPU is needed.
+tpu-compile: $(TPU_VENV)/installed
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -m tpu_compile tests/kernels
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -33,5 +38,10 @@ $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $(VENV)/installed $@
 
+$(TPU_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(TPU_VENV) build *.egg-info

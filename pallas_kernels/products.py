@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.triangular import invert_unit_lower, masked
 
-# Names the solutions of `solve_unit_lower` for checkpoint policies: what is dear to recompute.
-SOLUTION = "solve_unit_lower"
+# Names the inverses in `solve_unit_lower` for checkpoint policies: what is dear to recompute.
+INVERSE = "invert_unit_lower"
 
 
 def _dot(a, b, contract: tuple[int, int]):
@@ -99,21 +99,20 @@ def gram(x: Float[Array, "*b k n"]) -> Float[Array, "*b n n"]:
 gram.defvjp(lambda x: (gram(x), x), lambda x, g: (_nn(x, g + jnp.swapaxes(g, -1, -2)),))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _solve(lower, right, named):
-    return _nt(right, invert_unit_lower(lower))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _solve(lower, right, named, dense):
+    return _nt(right, invert_unit_lower(lower, dense=dense))
 
 
-def _solve_fwd(lower, right, named):
-    inverse = invert_unit_lower(lower)
+def _solve_fwd(lower, right, named, dense):
+    inverse = invert_unit_lower(lower, dense=dense)
+    if named:  # here: it is this value, not a copy of it, that the gradient needs
+        inverse = checkpoint_name(inverse, INVERSE)
     solution = _nt(right, inverse)
-    if named:  # here: it is these values, not copies of them, that the gradient needs
-        inverse = checkpoint_name(inverse, SOLUTION)
-        solution = checkpoint_name(solution, SOLUTION)
     return solution, (inverse, solution)
 
 
-def _solve_bwd(named, kept, g):
+def _solve_bwd(named, dense, kept, g):
     inverse, solution = kept
     right = _nn(g, inverse)
     return masked(-_tn(right, solution), lambda i, j: i > j), right
@@ -123,10 +122,15 @@ _solve.defvjp(_solve_fwd, _solve_bwd)
 
 
 def solve_unit_lower(
-    lower: Float[Array, "*a n n"], right: Float[Array, "*b m n"], *, named: bool = True
+    lower: Float[Array, "*a n n"],
+    right: Float[Array, "*b m n"],
+    *,
+    named: bool = True,
+    dense: bool = False,
 ) -> Float[Array, "*c m n"]:
     """X with X (I + L)^T = right, L the strict lower triangle of `lower`: rows are right sides.
 
-    `named` says whether policies that save `SOLUTION` save this one and the inverse behind it.
+    `named` says whether policies that save `INVERSE` save the one behind this;
+    `dense`: see `invert_unit_lower`.
     """
-    return _solve(*_same_batch(lower, right), named)
+    return _solve(*_same_batch(lower, right), named, dense)

@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 BLOCK = 16  # inverted under masks; larger matrices are merged from such blocks
@@ -15,33 +14,37 @@ def _dot(a, b):
     return jax.lax.dot_general(a, b, (((a.ndim - 1,), (a.ndim - 2,)), (batch, batch)))
 
 
-def masked(matrix, keep):
-    """`matrix` where `keep(row, column)`, else 0; `keep` takes index arrays."""
-    index = np.arange(matrix.shape[-1])
-    mask = jnp.asarray(keep(index[:, None], index[None, :]), matrix.dtype)
-    return matrix * mask.reshape((1,) * (matrix.ndim - 2) + mask.shape)
+def masked(matrix, keep, *, other: float = 0.0):
+    """`matrix` where `keep(row, column)`, else `other`; `keep` takes arrays of indices.
+
+    The mask has the rank and shape of the matrix: a broadcast one does not compile in a TPU kernel.
+    """
+    row, column = (
+        jax.lax.broadcasted_iota(jnp.int32, matrix.shape, matrix.ndim - axis) for axis in (2, 1)
+    )
+    return jnp.where(keep(row, column), matrix, jnp.full_like(matrix, other))
 
 
 def _identity_minus(matrix):
-    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-    return eye.reshape((1,) * (matrix.ndim - 2) + eye.shape) - matrix
+    return masked(jnp.ones_like(matrix), lambda i, j: i == j) - matrix
 
 
 def _invert_small(lower):
     """(I + L)^-1 of one block: fours in closed form, then pairs merged under masks."""
-    fours = masked(lower, lambda i, j: (i > j) & (i // 4 == j // 4))
+    fours = masked(lower, lambda i, j: (i > j) & (i >> 2 == j >> 2))
     # I - N + N^2 - N^3, since N^4 = 0
     inverse = _dot(_identity_minus(fours), _identity_minus(-_dot(fours, fours)))
-    size = 4
-    while size < lower.shape[-1]:
-        between = partial(_between, size=size)
+    bits = 2
+    while 1 << bits < lower.shape[-1]:
+        between = partial(_between, bits=bits)
         inverse = inverse - _dot(_dot(inverse, masked(lower, between)), inverse)
-        size *= 2
+        bits += 1
     return inverse
 
 
-def _between(i, j, size):
-    return (i // size == j // size + 1) & (i // (2 * size) == j // (2 * size))
+def _between(i, j, bits):
+    """Below the diagonal blocks of 2^bits, inside those of twice the size."""
+    return (i >> bits == (j >> bits) + 1) & (i >> (bits + 1) == j >> (bits + 1))
 
 
 def _diagonal_blocks(matrix, size):
@@ -50,13 +53,16 @@ def _diagonal_blocks(matrix, size):
     return jnp.stack([matrix[..., i : i + size, i : i + size] for i in starts], axis=-3)
 
 
-def invert_unit_lower(lower: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
+def invert_unit_lower(
+    lower: Float[Array, "*b n n"], *, dense: bool = False
+) -> Float[Array, "*b n n"]:
     """(I + L)^-1, L the strict lower triangle of `lower`, by products alone.
 
     Fours in closed form, then merged: doubling over a whole chunk overflows for correlated keys.
+    `dense` merges whole matrices under masks, without a slice: more products, as a kernel likes it.
     """
     n = lower.shape[-1]
-    if n <= BLOCK:
+    if n <= BLOCK or dense:
         return _invert_small(lower)
     padded = BLOCK
     while padded < n:

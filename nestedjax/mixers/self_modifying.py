@@ -29,7 +29,7 @@ from nestedjax.mixers.deep_memory import (
     write_chunk,
 )
 from pallas_kernels.numerics import accumulation_dtype
-from pallas_kernels.products import SOLUTION
+from pallas_kernels.products import INVERSE
 
 MEMORIES = ("key", "rate", "keep", "value", "memory")
 
@@ -167,7 +167,7 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
     Args:
       config: see `SelfModifyingConfig`.
       remat: recompute each chunk in the backward pass; what is stored is one state per chunk and
-        the solution of its largest triangular solve.
+        the largest triangular inverse in it.
 
     Reference: Nested Learning (arXiv 2512.24695), eq. 79-93; spec C6.
     """
@@ -206,7 +206,7 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
 
 def _each_chunk(step):
     """Recompute a chunk in the backward pass from its first state, all but the named solve."""
-    policy = jax.checkpoint_policies.save_only_these_names(SOLUTION)
+    policy = jax.checkpoint_policies.save_only_these_names(INVERSE)
     return jax.checkpoint(step, policy=policy)
 
 

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.delta_rule.xla import delta_chunk_xla, delta_rule_xla
 from pallas_kernels.numerics import accumulation_dtype
 
 _READS = ("running_prev", "running", "anchor")
-_IMPLEMENTATIONS = ("reference", "xla")
+_IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 def delta_rule(
@@ -75,8 +76,10 @@ def delta_rule(
     operands = _prepare(x, error, gates, initial, initial_momentum, queries)
     if implementation == "reference":
         out = delta_rule_reference(operands, read=read)
-    else:
+    elif implementation == "xla":
         out = delta_rule_xla(operands, read=read, chunk_size=chunk_size)
+    else:
+        out = delta_rule_pallas_tpu(operands, read=read, chunk_size=chunk_size)
     return _tokens_first(out, x.dtype)
 
 

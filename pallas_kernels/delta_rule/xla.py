@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.products import gram, nn, nt, scaled_nn, solve_unit_lower, tn
+from pallas_kernels.triangular import masked
 
 
 class Tables(NamedTuple):
@@ -38,25 +39,21 @@ def _log_sums(gate):
     # log 0 would give inf - inf; the smallest normal number keeps every difference finite
     logs = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
     # a running sum as a product: `cumsum` is a window of all tokens for every token on a CPU
-    earlier = jnp.triu(jnp.ones((gate.shape[-1],) * 2, gate.dtype))
+    earlier = masked(jnp.ones((gate.shape[-1],) * 2, gate.dtype), lambda i, j: i <= j)
     return jnp.matmul(logs, earlier, precision="highest")
 
 
 def _products(log_sums):
     """exp(s_t - s_i) for i <= t, else 0; masked before exp, so that nothing overflows."""
-    length = log_sums.shape[-1]
     difference = log_sums[..., :, None] - log_sums[..., None, :]
-    mask = jnp.tril(jnp.ones((length, length), bool))
-    mask = mask.reshape((1,) * (difference.ndim - 2) + mask.shape)
-    return jnp.exp(jnp.where(mask, difference, -jnp.inf))
+    return jnp.exp(masked(difference, lambda i, j: i >= j, other=-jnp.inf))
 
 
 def _before(table, *, axis: int, first: float = 0.0):
     """The table one token earlier: row t becomes row t - 1, row 1 becomes `first`."""
-    padding = [(0, 0)] * table.ndim
-    padding[axis] = (1, 0)
-    table = jax.lax.slice_in_dim(table, 0, table.shape[axis] - 1, axis=axis)
-    return jnp.pad(table, padding, constant_values=first)
+    ahead = jax.lax.full_like(jax.lax.slice_in_dim(table, 0, 1, axis=axis), first)
+    rest = jax.lax.slice_in_dim(table, 0, table.shape[axis] - 1, axis=axis)
+    return jnp.concatenate([ahead, rest], axis=axis)
 
 
 def chunk_tables(rate, keep, momentum) -> Tables:
@@ -68,8 +65,8 @@ def chunk_tables(rate, keep, momentum) -> Tables:
       momentum: [..., T], or None.
     """
     if keep is None:
-        products = jnp.tril(jnp.ones((rate.shape[-1],) * 2, rate.dtype))
-        products = products.reshape((1,) * (rate.ndim - 1) + products.shape)
+        ones = jnp.ones((1,) * (rate.ndim - 1) + (rate.shape[-1],) * 2, rate.dtype)
+        products = masked(ones, lambda i, j: i >= j)
         keep_start = None
     else:
         sums = _log_sums(keep)
@@ -131,11 +128,13 @@ def _from_start(rows, anchored, solved: Solved, *, before: bool):
     return out
 
 
-def solve_chunk(operands: Operands, tables: Tables, *, named: bool = True) -> Solved:
+def solve_chunk(
+    operands: Operands, tables: Tables, *, named: bool = True, dense: bool = False
+) -> Solved:
     """Find what every token of a chunk erases: one unit-lower-triangular inverse (spec C6.8).
 
     Tokens are the last axis: then no product needs a transpose, and memories that share keys stack
-    along the rows of one tall matrix. `named`: see `solve_unit_lower`.
+    along the rows of one tall matrix. `named` and `dense`: see `solve_unit_lower`.
     """
     x = operands.x
     written = operands.rate[..., None, :] * operands.error
@@ -146,7 +145,7 @@ def solve_chunk(operands: Operands, tables: Tables, *, named: bool = True) -> So
     right = _from_start(x, operands.anchored, start, before=True)
     right = right - nt(written, tables.write_before * overlap)
     lower = tables.keep_before * overlap * operands.erase[..., None, :]
-    solution = solve_unit_lower(lower, right, named=named)
+    solution = solve_unit_lower(lower, right, named=named, dense=dense)
     return start._replace(erased=operands.erase[..., None, :] * solution)
 
 

@@ -14,22 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.newton_schulz.xla import newton_schulz_xla
-
-MIB = 2**20
-# VMEM by kind of device; a kernel may take seven eighths, the rest is the compiler's.
-VMEM = {
-    "TPU v4": 16 * MIB,
-    "TPU v5 lite": 128 * MIB,
-    "TPU v5": 64 * MIB,
-    "TPU v6 lite": 128 * MIB,
-    "TPU7x": 64 * MIB,
-}
-
-
-def vmem_limit_of(kind: str | None = None) -> int:
-    """Bytes of VMEM that a kernel may use on a kind of device; of an unknown one the least."""
-    kind = jax.devices()[0].device_kind if kind is None else kind
-    return VMEM.get(kind, min(VMEM.values())) * 7 // 8
+from pallas_kernels.vmem import MIB, vmem_limit_of
 
 
 def newton_schulz_pallas_tpu(
@@ -57,7 +42,7 @@ def newton_schulz_pallas_tpu(
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     vmem_limit = vmem_limit_of() if vmem_limit is None else vmem_limit
-    needed = vmem_bytes(*x.shape[-2:], x.dtype.itemsize)
+    needed = vmem_bytes(x.shape[-2], x.shape[-1], x.dtype.itemsize)
     if needed > vmem_limit:
         raise NotImplementedError(
             f"a matrix of {x.shape[-2]} x {x.shape[-1]} needs {needed / MIB:.1f} MiB of VMEM, more "

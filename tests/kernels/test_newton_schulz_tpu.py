@@ -12,9 +12,9 @@ from pallas_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from pallas_kernels.newton_schulz.pallas_tpu import (
     newton_schulz_pallas_tpu,
     vmem_bytes,
-    vmem_limit_of,
 )
 from pallas_kernels.newton_schulz.reference import newton_schulz_reference
+from pallas_kernels.vmem import vmem_limit_of
 from tests.kernels import tpu
 
 SHAPES = [(8, 128), (2, 24, 16), (2, 1, 5, 7)]

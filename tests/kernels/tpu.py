@@ -25,6 +25,11 @@ ENVIRONMENT = {
 
 def compiled(function, generation: str, *operands):
     """The program for one chip of a generation; operands are (shape, dtype)."""
+    return compiled_tree(function, generation, *(jax.ShapeDtypeStruct(*o) for o in operands))
+
+
+def compiled_tree(function, generation: str, *operands):
+    """The same for trees of shapes."""
     pytest.importorskip("libtpu", reason="needs the tpu extra: make tpu-compile")
     from jax.experimental import topologies
 
@@ -34,5 +39,7 @@ def compiled(function, generation: str, *operands):
     assert topology.devices[0].device_kind == kind
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    shapes = [jax.ShapeDtypeStruct(*operand, sharding=sharding) for operand in operands]
-    return jax.jit(function).lower(*shapes).compile()
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), operands
+    )
+    return jax.jit(function).lower(*placed).compile()
