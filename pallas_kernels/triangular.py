@@ -17,12 +17,14 @@ def _dot(a, b):
 def masked(matrix, keep, *, other: float = 0.0):
     """`matrix` where `keep(row, column)`, else `other`; `keep` takes arrays of indices.
 
-    The mask has the rank and shape of the matrix: a broadcast one does not compile in a TPU kernel.
+    The indices have the rank of the matrix from the start: a mask that is reshaped or broadcast
+    over more than axes of size one does not compile in a TPU kernel.
     """
+    shape = (1,) * (matrix.ndim - 2) + matrix.shape[-2:]
     row, column = (
-        jax.lax.broadcasted_iota(jnp.int32, matrix.shape, matrix.ndim - axis) for axis in (2, 1)
+        jax.lax.broadcasted_iota(jnp.int32, shape, matrix.ndim - axis) for axis in (2, 1)
     )
-    return jnp.where(keep(row, column), matrix, jnp.full_like(matrix, other))
+    return jnp.where(keep(row, column), matrix, other)
 
 
 def _identity_minus(matrix):
