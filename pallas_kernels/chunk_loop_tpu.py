@@ -78,6 +78,26 @@ def _inside(chunk, state, tokens):
     return jax.eval_shape(chunk, state, tokens)
 
 
+def _load(held, given, begins):
+    """Take the carried state from memory at the first chunk of a sequence."""
+
+    @pl.when(begins)
+    def _():
+        for ref, value in zip(held, given, strict=True):
+            ref[...] = value[...]
+
+
+def _store(held, final, values, ends):
+    """Hold the carried state for the next chunk; give it out after the last one."""
+    for ref, value in zip(held, values, strict=True):
+        ref[...] = value
+
+    @pl.when(ends)
+    def _():
+        for ref, value in zip(final, values, strict=True):
+            ref[...] = value
+
+
 def _forward(chunk, options, state, tokens, *, keep: bool):
     leaves, tree = jax.tree.flatten(state)
     given, token_tree = jax.tree.flatten(tokens)
@@ -97,11 +117,7 @@ def _forward(chunk, options, state, tokens, *, keep: bool):
         start_refs, held = take(len(kept) if keep else 0), refs
         at = pl.program_id(1)
 
-        @pl.when(at == 0)
-        def _():
-            for ref, value in zip(held, first, strict=True):
-                ref[...] = value[...]
-
+        _load(held, first, at == 0)
         now = [ref[...] for ref in held]
         for ref, value in zip(start_refs, now, strict=False):
             ref[0] = value
@@ -111,12 +127,7 @@ def _forward(chunk, options, state, tokens, *, keep: bool):
         )
         for ref, value in zip(out_refs, jax.tree.leaves(out), strict=True):
             ref[0] = value
-        for ref, final, value in zip(held, final_refs, jax.tree.leaves(new), strict=True):
-            ref[...] = value
-
-            @pl.when(at == chunks - 1)
-            def _(final=final, value=value):
-                final[...] = value
+        _store(held, final_refs, jax.tree.leaves(new), at == chunks - 1)
 
     shapes = [*map(_shape, leaves), *out_shapes, *(kept if keep else [])]
     specs = [_of_state(a) for a in leaves]
@@ -164,11 +175,7 @@ def _loop_bwd(chunk, options, residuals, cotangents):
         first_refs, of_tokens, held = take(len(ends)), take(len(given)), refs
         at = pl.program_id(1)
 
-        @pl.when(at == 0)
-        def _():
-            for ref, value in zip(held, end_refs, strict=True):
-                ref[...] = value[...]
-
+        _load(held, end_refs, at == 0)
         _, pull = jax.vjp(
             chunk,
             jax.tree.unflatten(tree, [ref[0] for ref in start_refs]),
@@ -178,12 +185,7 @@ def _loop_bwd(chunk, options, residuals, cotangents):
         of_state, found = pull((of_new, jax.tree.unflatten(out_tree, [ref[0] for ref in of_out])))
         for ref, value in zip(of_tokens, jax.tree.leaves(found), strict=True):
             ref[0] = value
-        for ref, first, value in zip(held, first_refs, jax.tree.leaves(of_state), strict=True):
-            ref[...] = value
-
-            @pl.when(at == chunks - 1)
-            def _(first=first, value=value):
-                first[...] = value
+        _store(held, first_refs, jax.tree.leaves(of_state), at == chunks - 1)
 
     found = pl.pallas_call(
         kernel,

@@ -9,11 +9,6 @@ from jaxtyping import Array, Float
 BLOCK = 16  # inverted under masks; larger matrices are merged from such blocks
 
 
-def _dot(a, b):
-    batch = tuple(range(a.ndim - 2))
-    return jax.lax.dot_general(a, b, (((a.ndim - 1,), (a.ndim - 2,)), (batch, batch)))
-
-
 def masked(matrix, keep, *, other: float = 0.0):
     """`matrix` where `keep(row, column)`, else `other`; `keep` takes arrays of indices.
 
@@ -35,11 +30,11 @@ def _invert_small(lower):
     """(I + L)^-1 of one block: fours in closed form, then pairs merged under masks."""
     fours = masked(lower, lambda i, j: (i > j) & (i >> 2 == j >> 2))
     # I - N + N^2 - N^3, since N^4 = 0
-    inverse = _dot(_identity_minus(fours), _identity_minus(-_dot(fours, fours)))
+    inverse = _identity_minus(fours) @ _identity_minus(-fours @ fours)
     bits = 2
     while 1 << bits < lower.shape[-1]:
         between = partial(_between, bits=bits)
-        inverse = inverse - _dot(_dot(inverse, masked(lower, between)), inverse)
+        inverse = inverse - inverse @ masked(lower, between) @ inverse
         bits += 1
     return inverse
 
@@ -74,7 +69,7 @@ def invert_unit_lower(
     while size < padded:
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         corner = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
-        corner = -_dot(_dot(second, corner), first)
+        corner = -(second @ corner @ first)
         top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         bottom = jnp.concatenate([corner, second], axis=-1)
         inverse, size = jnp.concatenate([top, bottom], axis=-2), 2 * size

@@ -61,7 +61,6 @@ def configurations() -> dict[str, Any]:
 
 
 MODELS = ("hope", "hope_attention", "transformer")
-LENGTHS = (1024, 4096, 16384)
 
 
 def measure(workload: Workload, *, config: Any = None) -> dict[str, Any]:

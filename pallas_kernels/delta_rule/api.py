@@ -49,7 +49,9 @@ def delta_rule(
       queries: [..., T, n]; None reads nothing.
       read: "running_prev" reads `W_{t-1} q_t`, "running" `W_t q_t`, "anchor" `W_0 q_t`.
       chunk_size: tokens solved in parallel; changes the speed, not the result.
-      implementation: "reference" (token by token), "xla" (chunk-parallel) or None to choose.
+      implementation: "reference" (token by token), "xla" (chunk-parallel), "pallas_tpu" (the same
+        in one kernel each way; on a mesh only inside `jax.shard_map`) or None, which is "xla": the
+        kernel has been compiled for TPUs and checked in interpret mode, not timed on one.
 
     Returns:
       `DeltaOutput(reads, final, final_momentum)`; reads in the dtype of `x`, states in at least
@@ -57,6 +59,7 @@ def delta_rule(
 
     Raises:
       ValueError: a shape, read or implementation that does not fit, with its value.
+      NotImplementedError: "pallas_tpu" in float64, or on a TPU v4.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,11 +102,14 @@ def delta_chunk(
 ) -> DeltaOutput:
     """One chunk of `delta_rule`, solved at once: what a memory calls between two anchors.
 
-    The arguments are those of `delta_rule`; the whole call is one chunk of T tokens, which costs
+    The arguments are those of `delta_rule` ("pallas_tpu" is refused: its gain is the state that
+    stays between chunks); the whole call is one chunk of T tokens, which costs
     O(T^2 (m + n) + T m n). Its stages for tokens as columns are `chunk_tables`, `solve_chunk`,
     `read_chunk` and `write_chunk`.
     """
     implementation = _check_choices(read, implementation)
+    if implementation == "pallas_tpu":
+        raise ValueError("delta_chunk has no implementation='pallas_tpu'; use 'xla', or delta_rule")
     gates, dtype = (rate, keep, erase, momentum), x.dtype
     x, error, queries = _tokens_last(x, error, queries)
     operands = _prepare(x, error, gates, initial, initial_momentum, queries)

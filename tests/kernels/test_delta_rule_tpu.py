@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.delta_rule import Operands, delta_rule
+from pallas_kernels.delta_rule import Operands, delta_chunk, delta_rule
 from pallas_kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
 from pallas_kernels.vmem import vmem_limit_of
@@ -60,7 +60,7 @@ def test_forward_and_backward_are_the_recurrence(gates, read):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_the_kernels_run_and_nothing_is_kept_a_token():
+def test_the_kernels_run_and_keep_one_state_a_chunk():
     given = operands(GATES[0], length=8)
     kernel = functools.partial(
         delta_rule_pallas_tpu, read="running_prev", chunk_size=4, interpret=True
@@ -82,6 +82,12 @@ def test_memories_that_share_keys_and_no_queries():
     for i in range(2):
         alone = delta_rule_reference(given._replace(initial=many[:, i]), read="running_prev")
         np.testing.assert_allclose(out.final[:, i], alone.final, atol=2e-5)
+
+
+def test_one_chunk_by_itself_has_no_kernel():
+    x = jnp.ones((4, 2))
+    with pytest.raises(ValueError, match="delta_chunk has no implementation='pallas_tpu'"):
+        delta_chunk(x, x, jnp.ones(4), initial=jnp.eye(2), implementation="pallas_tpu")
 
 
 def test_float64_is_refused(x64):
