@@ -55,6 +55,7 @@ def run_config(model: str, scale: Scale, *, steps: int, rate: float, seed: int):
     """The run of one model: its preset with the settings that all models share, on bytes."""
     config = configs.run_preset(f"{model}_{scale.size}")
     shared = (*scale.settings, f"steps={steps}", f"warmup={max(steps // 20, 1)}")
+    shared += ("context_rows=none",)  # every row a fresh context, for both
     config = configs.change(config, [*shared, f"learning_rate={rate}", f"seed={seed}"])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=256))
     return configs.check(config)

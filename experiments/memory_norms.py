@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 
 from nestedjax import data, models
-from nestedjax.mixers.deep_memory import FastWeights
 from nestedjax.mixers.self_modifying import MEMORIES
+from pallas_kernels.mlp_memory import FastWeights
 
 PIECE = 512  # tokens between two looks
 

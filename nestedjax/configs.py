@@ -33,8 +33,10 @@ class DataConfig:
       vocabulary: a SentencePiece `.model` file; None for bytes.
       length: tokens of a row.
       batch: rows of a step.
-      order: "shuffled" rows, each a fresh context; or "contiguous", where row i goes on with row i
-        of the step before and the model's state is carried along (without gradient).
+      order: "shuffled" contexts, or "contiguous" text, where row i goes on with row i of the step
+        before.
+      context_rows: rows of a context; its state is carried from row to row, without gradient. None:
+        one row if shuffled, the whole document if contiguous.
       validation_batches: batches of a validation pass; None for the whole validation split.
     """
 
@@ -43,11 +45,18 @@ class DataConfig:
     length: int = 256
     batch: int = 16
     order: Literal["shuffled", "contiguous"] = "shuffled"
+    context_rows: int | None = None
     validation_batches: int | None = None
 
     def __post_init__(self):
-        for name in ("length", "batch", "validation_batches"):
+        for name in ("length", "batch", "context_rows", "validation_batches"):
             at_least(name, getattr(self, name), 1)
+
+    @property
+    def carries(self) -> bool:
+        """Whether a context goes on from one step to the next."""
+        rows = self.context_rows
+        return self.order == "contiguous" if rows is None else rows > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +164,9 @@ def run_preset(name: str) -> RunConfig:
     if name not in models.PRESETS:
         raise ConfigError(f"no preset {name!r}; {overrides.near(name, models.PRESETS)}")
     size = next(part for part in name.split("_") if part in SIZES)
-    return RunConfig(preset=name, model=models.PRESETS[name], **SIZES[size])
+    run = RunConfig(preset=name, model=models.PRESETS[name], **SIZES[size])
+    data = dataclasses.replace(run.data, **DATA.get(name, {}))
+    return dataclasses.replace(run, data=data)
 
 
 def _size(
@@ -199,6 +210,10 @@ SIZES = {
     "760m": _size(57_200, length=4096, batch=128, rate=2.5e-4, every=500),
     "1p3b": _size(190_700, length=4096, batch=128, rate=2e-4, every=1000),
 }
+
+
+# Contexts of 1,024 bytes in rows of 256: so its memories stay useful in a text of any length.
+DATA: dict[str, dict[str, Any]] = {"hope_nano": {"context_rows": 4}}
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

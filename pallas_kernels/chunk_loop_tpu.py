@@ -39,7 +39,7 @@ def chunk_loop(chunk: Chunk, options: Options, state: Any, tokens: Any) -> tuple
     Args:
       chunk: a hashable function of arrays with a leading axis of size one; it captures no arrays.
       options: see `Options`.
-      state: a tree of [S, m, n] at the start.
+      state: a tree of [S, ..., m, n] at the start.
       tokens: a tree of [S, N, rows, C], N chunks of C tokens.
 
     Returns:
@@ -55,11 +55,13 @@ def _loop_fwd(chunk, options, state, tokens):
 
 
 def _of_state(leaf):
-    return pl.BlockSpec((1, *leaf.shape[1:]), lambda s, c: (s, 0, 0))
+    rest = (0,) * (leaf.ndim - 1)
+    return pl.BlockSpec((1, *leaf.shape[1:]), lambda s, c: (s, *rest))
 
 
 def _of_chunk(leaf, order):
-    return pl.BlockSpec((1, 1, *leaf.shape[2:]), lambda s, c: (s, order(c), 0, 0))
+    rest = (0,) * (leaf.ndim - 2)
+    return pl.BlockSpec((1, 1, *leaf.shape[2:]), lambda s, c: (s, order(c), *rest))
 
 
 def _shape(leaf):

@@ -19,6 +19,8 @@ INVERSE = "invert_unit_lower"
 
 
 def _dot(a, b, contract: tuple[int, int]):
+    if a.ndim > 3 and a.shape[0] == 1:  # TPU kernels multiply with one batch axis, no more
+        return _dot(a[0], b[0], contract)[None]
     batch = tuple(range(a.ndim - 2))
     left, right = (a.ndim - 2 + axis for axis in contract)
     return jax.lax.dot_general(a, b, (((left,), (right,)), (batch, batch)))

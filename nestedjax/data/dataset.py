@@ -43,6 +43,7 @@ class TextDataset:
         seed: int,
         align: int,
         order: str,
+        context_rows: int | None,
         process: tuple[int, int],
         fingerprint: Fingerprint,
         size_bytes: int,
@@ -52,14 +53,18 @@ class TextDataset:
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         self._length, self._batch, self._seed = length, batch, seed
         self._align, self._order, self._process = align, order, process
+        # Rows of a context, fed one a step; None: to the document's end.
+        self._context = 1 if context_rows is None and order == "shuffled" else context_rows
         self._epochs: dict[int, tuple[packing.Layout, np.ndarray]] = {}
         self.fingerprint = fingerprint
         self.tokens = int(sizes.sum())
         self.bytes = size_bytes
         cut = order != "once"
         rows = packing.count_rows(sizes, length=length, align=align, cut=cut)
-        # Every lane of a contiguous epoch is equally long.
-        self.rows = -(-rows // batch) * batch if order == "contiguous" else rows
+        # Lanes are read in step: equally long, and in whole contexts.
+        self._lanes = order == "contiguous" or (order == "shuffled" and self._context != 1)
+        lane = batch * (self._context or 1)
+        self.rows = -(-rows // lane) * lane if self._lanes else rows
         steps = -(-self.rows // batch) if order == "once" else ENDLESS
         self._map = grain.MapDataset.range(steps).map(self._read)
 
@@ -105,14 +110,24 @@ class TextDataset:
             layout = packing.lay_out(self._starts, align=self._align, cuts=cuts, order=documents)
             rows = np.arange(self.rows)
             if self._order == "shuffled":
-                rows = packing.permutation(random, self.rows)
-            elif self._order == "contiguous":
-                rows = rows.reshape(self._batch, -1).T.reshape(-1)
+                assert self._context is not None
+                contexts = packing.permutation(random, self.rows // self._context)
+                rows = rows.reshape(-1, self._context)[contexts].reshape(-1)
+            if self._lanes:
+                rows = self._in_lanes(rows)
             found = layout, rows
             # Two epochs are enough: a batch rarely reaches further than into the next one.
             kept = {k: v for k, v in self._epochs.items() if abs(k - epoch) < 2}
             self._epochs = {**kept, epoch: found}
         return found
+
+    def _in_lanes(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by step, so that row i of a step goes on with row i of the step before."""
+        lanes = rows.reshape(self._batch, -1)
+        if self._context:  # the lanes take turns in beginning a context
+            turns = np.arange(self._batch)[:, None] + np.arange(lanes.shape[1])
+            lanes = np.take_along_axis(lanes, turns % lanes.shape[1], axis=1)
+        return lanes.T.reshape(-1)
 
     def _read(self, step: int) -> Batch:
         index, count = self._process
@@ -128,9 +143,12 @@ class TextDataset:
             layout, rows = self._epoch(int(epoch))
             inside = places[places // self.rows == epoch] % self.rows
             part = read(layout, rows=rows[inside])
-            if self._order == "contiguous":
+            if self._lanes:
                 # An epoch's first step starts every lane anew, also in the middle of a document.
-                part["resets"][:, 0] |= inside < self._batch
+                anew = inside < self._batch
+                if self._context:
+                    anew |= rows[inside] % self._context == 0
+                part["resets"][:, 0] |= anew & part["mask"].any(axis=1)
             parts.append(part)
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -145,6 +163,7 @@ def text_dataset(
     align: int = 1,
     split: str = "all",
     order: str = "shuffled",
+    context_rows: int | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> TextDataset:
@@ -162,10 +181,12 @@ def text_dataset(
       seed: decides the order and the cuts of the endless orders.
       align: the largest in-context period of the model, in tokens; divides `length`.
       split: `all`, or a part by position: `train` 90 %, `valid` 5 %, `test` 5 %.
-      order: `shuffled`: endless; every epoch shuffles the rows and cuts long documents elsewhere.
-        `contiguous`: endless; row i of a step goes on where row i of the step before ended, for
-        models that carry state from step to step. `once`: one pass in order, the last batch filled
-        up with masked rows.
+      order: `shuffled`: endless; every epoch shuffles the contexts and cuts long documents
+        elsewhere. `contiguous`: endless; row i of a step goes on where row i of the step before
+        ended, for models that carry state from step to step. `once`: one pass in order, the last
+        batch filled up with masked rows.
+      context_rows: rows of a context, one after another at the same place of successive steps, the
+        first with a reset. None: one row if `shuffled`, the whole document if `contiguous`.
       process_index: which share of the rows this process reads; default `jax.process_index()`.
       process_count: number of shares; default `jax.process_count()`.
 
@@ -194,6 +215,8 @@ def text_dataset(
             f"length={length} is not a multiple of the model's largest in-context period {align}; "
             f"use length={nearest}"
         )
+    if context_rows is not None and (order == "once" or context_rows < 1):
+        raise DataError(f"context_rows={context_rows} with order={order}: give none, or at least 1")
     if batch % process[1]:
         raise DataError(f"batch={batch} does not divide over {process[1]} processes; change batch")
     texts = take_split(read_documents(files), split)
@@ -215,6 +238,8 @@ def text_dataset(
         "split": split,
         "order": order,
     }
+    if context_rows is not None:
+        fingerprint["context_rows"] = context_rows
     return TextDataset(
         documents,
         length=length,
@@ -222,6 +247,7 @@ def text_dataset(
         seed=seed,
         align=align,
         order=order,
+        context_rows=context_rows,
         process=process,
         fingerprint=fingerprint,
         size_bytes=sum(map(len, texts)),

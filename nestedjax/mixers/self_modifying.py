@@ -7,8 +7,9 @@ memories and the queried one may have different chunk sizes: then they are two l
 
 Departures from the paper, all switchable: (1) queries come from a static projection unless
 `adaptive_query`; (2) the gradient's anchor is the end of the previous chunk, not of the current one
-(eq. 90-93 print an index that does not exist yet); (3) the inner error is clipped to norm 1 and the
-rate starts near 1/C, without which training diverges in the first steps; (4) several heads;
+(eq. 90-93 print an index that does not exist yet); (3) the inner error and the gradient of each
+matrix are clipped to norm 1 and the rate starts near 1/C, without which training diverges in the
+first steps, or in the first long context; (4) several heads;
 (5) the erasure of an MLP's matrices uses each layer's own input.
 """
 
@@ -21,25 +22,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nestedjax.levels import Level, flow
-from nestedjax.mixers.deep_memory import (
+from pallas_kernels.mlp_memory import (
+    CHOICES,
     FastWeights,
+    Readout,
     Rule,
-    Written,
-    predict,
+    Tokens,
+    generate,
+    memory_chunk,
+    recomputed,
     write_chunk,
 )
 from pallas_kernels.numerics import accumulation_dtype
-from pallas_kernels.products import INVERSE
 
 MEMORIES = ("key", "rate", "keep", "value", "memory")
-
-_CHOICES = {
-    "objective": ("l2", "dot"),
-    "dgd": ("layerwise", "input_only", "none", "functional"),
-    "erase": ("clipped", "implicit"),
-    "read": ("running_prev", "running", "anchor"),
-    "values": ("self", "shared"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +58,8 @@ class SelfModifyingConfig:
       values: "self" (each memory generates its own target) or "shared" (the generated value).
       adaptive_query: whether a sixth memory generates the queries.
       max_rate: upper bound of the inner learning rate; rates start at max_rate / (C + 1).
-      inner_clip: bound on the norm of each token's inner error; None for no bound.
+      inner_clip: bound on the norm of each token's inner error, and of its gradient with respect to
+        each matrix: a memory that has grown is written no faster; None for no bound.
       keep_bias: logit of the keep gate at the start. Writes along one of d directions grow a memory
         by about rate / d a token; a gate that forgets faster than that erases it for good, since
         M = identity, both matrices zero, is a fixed point.
@@ -85,7 +82,7 @@ class SelfModifyingConfig:
     keep_bias: float = 9.0
 
     def __post_init__(self):
-        for name, known in _CHOICES.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         for name in ("heads", "head_dim", "hidden", "chunk_size"):
@@ -172,7 +169,7 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
     Reference: Nested Learning (arXiv 2512.24695), eq. 79-93; spec C6.
     """
     queried, others = config.chunk_sizes
-    checkpoint = _each_chunk if remat else lambda step: step
+    checkpoint = recomputed if remat else lambda step: step
     generating = config.memories[:4] + config.memories[5:]
     if queried == others:
         return Level(
@@ -204,12 +201,6 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
     )
 
 
-def _each_chunk(step):
-    """Recompute a chunk in the backward pass from its first state, all but the named solve."""
-    policy = jax.checkpoint_policies.save_only_these_names(INVERSE)
-    return jax.checkpoint(step, policy=policy)
-
-
 def _start(params, config, names) -> FastWeights:
     dtype = accumulation_dtype(params["memory"]["inner"])
     inner = jnp.stack([params[name]["inner"].astype(dtype) for name in names], axis=1)
@@ -220,9 +211,7 @@ def _start(params, config, names) -> FastWeights:
 
 
 def _rule(config) -> Rule:
-    return Rule(
-        config.objective, config.values, config.dgd, config.erase, config.inner_clip, config.read
-    )
+    return Rule(**{field: getattr(config, field) for field in Rule._fields})
 
 
 def _columns(array, dtype):
@@ -230,66 +219,37 @@ def _columns(array, dtype):
     return None if array is None else jnp.moveaxis(array.astype(dtype), 0, -1)
 
 
-def _unit(x):
-    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-2, keepdims=True) + 1e-6)
-
-
-def _gate(params, name, out):
-    """A scalar per token from what a memory says, [H, d, C]: w . M(x) + b."""
-    readout = params["readout"][name].astype(out.dtype)
-    bias = params["readout"][f"{name}_bias"].astype(out.dtype)
-    return jnp.sum(readout[:, :, None] * out, axis=1) + bias[:, None]
-
-
-def _generate(params, weights, x: Inputs, config, *, queried: bool):
-    """A chunk's context from the memories at its start, tokens last, and the reads of them.
-
-    `queried` says whether the group's last memory is the one that is queried.
-    """
-    dtype = accumulation_dtype(weights.inner)
-    key_inputs, value_inputs = _columns(x.key_inputs, dtype), _columns(x.value_inputs, dtype)
-    queries = _columns(x.queries, dtype)
-    queries = queries if config.adaptive_query else _unit(queries)
-    inputs = [key_inputs, key_inputs, key_inputs, value_inputs]
-    if config.adaptive_query or queried:
-        inputs.append(queries)
-    own = jax.tree.map(lambda a: a[:, : len(inputs)], weights)
-    reads = predict(own, jnp.stack(inputs, axis=1))
-    key, rate, keep, value = (reads.out[:, i] for i in range(4))
-    if config.adaptive_query:
-        queries = _unit(reads.out[:, 4])
-        reads = predict(jax.tree.map(lambda a: a[:, -1:], weights), queries[:, None])
-    momentum = None
-    if config.momentum:
-        momentum = jax.nn.sigmoid(_columns(x.momentum_logits, dtype))
-    rate = config.max_rate * jax.nn.sigmoid(_gate(params, "rate", rate))
-    keep = jax.nn.sigmoid(_gate(params, "keep", keep))
-    return Generated(queries, _unit(key), value, rate, keep, momentum), reads
-
-
-def _written(x: Generated) -> Written:
-    return Written(x.keys, x.values, x.rate, x.keep, x.momentum)
+def _tokens(params, x: Inputs, config) -> tuple[Tokens, Readout]:
+    """A chunk's inputs with tokens last, and the read-outs, in the accumulation dtype."""
+    dtype = accumulation_dtype(params["memory"]["inner"])
+    queries, keys, values, momentum = (_columns(a, dtype) for a in x)
+    momentum = jax.nn.sigmoid(momentum) if config.momentum else None
+    readout = Readout(**{n: params["readout"][n].astype(dtype) for n in Readout._fields})
+    return Tokens(queries, keys, values, None, None, momentum), readout
 
 
 def _step(params, weights, x: Inputs, config):
     """One chunk of all memories: generate its context, write it everywhere, read."""
-    generated, reads = _generate(params, weights, x, config, queried=True)
-    weights, read = write_chunk(weights, _written(generated), _rule(config), reads)
+    tokens, readout = _tokens(params, x, config)
+    weights, read = memory_chunk(weights, tokens, readout, _rule(config))
     assert read is not None
     return weights, jnp.moveaxis(read, -1, 0)
 
 
 def _project(params, weights, x: Inputs, config):
     """Generate one chunk's context, then write it into the memories that generated it."""
-    generated, _ = _generate(params, weights, x, config, queried=False)
-    weights, _ = write_chunk(weights, _written(generated), _rule(config))
+    tokens, readout = _tokens(params, x, config)
+    rule = _rule(config)
+    queries, written, _ = generate(weights, tokens, readout, rule, queried=False)
+    weights, _ = write_chunk(weights, written, rule)
+    assert queries is not None
+    generated = Generated(queries, *written)
     return weights, jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), generated)
 
 
 def _remember(weights, x: Generated, config):
     """Write the chunk's context into the queried memory and read it."""
     x = jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), x)
-    reads = predict(weights, x.queries[:, None])
-    weights, read = write_chunk(weights, _written(x), _rule(config), reads)
+    weights, read = memory_chunk(weights, Tokens(*x), None, _rule(config))
     assert read is not None
     return weights, jnp.moveaxis(read, -1, 0)

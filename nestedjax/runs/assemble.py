@@ -61,6 +61,7 @@ def datasets(config: RunConfig, vocabulary: Vocabulary) -> tuple[TextDataset, Se
         seed=config.seed,
         split="train",
         order=data.order,
+        context_rows=data.context_rows,
         **common,
     )
     valid = text_dataset(files, vocabulary, batch=data.batch, split="valid", order="once", **common)
@@ -170,7 +171,7 @@ def new_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState
     """The state of a run before its first step."""
     model, parts = new_model(config), config.loop.microbatches
     carry = None
-    if config.data.order == "contiguous":
+    if config.data.carries:
         # Rows are whole chunks: nothing is ever pending between two steps.
         carry = levels.at_boundary(model.init_state(config.data.batch // parts))
         if parts > 1:
@@ -193,7 +194,7 @@ def place_new_state(
 ) -> TrainState:
     """The state of a run before its first step, each part of it made on the device that keeps it.
 
-    The values do not depend on the mesh. Of the models' states in `data.order=contiguous` the batch
+    The values do not depend on the mesh. Of the models' carried states the batch
     is split; their heads only inside a dispatch.
 
     Raises:

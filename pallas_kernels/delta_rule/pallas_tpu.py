@@ -89,7 +89,7 @@ def _chunk(read, states, tokens):
     """One chunk of one sequence, inside the kernel: axes [1, rows, C]."""
     tokens = {n: a[:, 0] if n in _GATES else a for n, a in tokens.items()}
     operands = Operands(**tokens, **states)
-    tables = chunk_tables(operands.rate, operands.keep, operands.momentum)
+    tables = chunk_tables(operands.rate, operands.keep, operands.momentum, dense=True)
     solved = solve_chunk(operands, tables, named=False, dense=True)
     final, velocity = write_chunk(solved)
     new = {"initial": final}

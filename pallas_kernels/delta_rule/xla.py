@@ -35,17 +35,32 @@ class Tables(NamedTuple):
     carried: Float[Array, "*b C"] | None
 
 
-def _log_sums(gate):
+def _logs(gate):
     # log 0 would give inf - inf; the smallest normal number keeps every difference finite
-    logs = jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
+    return jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
+
+
+def _log_sums(gate):
+    logs = _logs(gate)
     # a running sum as a product: `cumsum` is a window of all tokens for every token on a CPU
     earlier = masked(jnp.ones((gate.shape[-1],) * 2, gate.dtype), lambda i, j: i <= j)
     return jnp.matmul(logs, earlier, precision="highest")
 
 
-def _products(log_sums):
-    """exp(s_t - s_i) for i <= t, else 0; masked before exp, so that nothing overflows."""
-    difference = log_sums[..., :, None] - log_sums[..., None, :]
+def _products(gate, log_sums, *, dense: bool):
+    """exp(s_t - s_i) for i <= t, else 0; masked before exp, so that nothing overflows.
+
+    `dense` adds up the logs between i and t in a product: a kernel need not turn rows to columns.
+    """
+    if dense:
+        logs = jnp.broadcast_to(_logs(gate)[..., None, :], (*gate.shape, gate.shape[-1]))
+        difference = jnp.matmul(
+            masked(logs, lambda i, j: i >= j),
+            masked(jnp.ones_like(logs), lambda i, j: i > j),
+            precision="highest",
+        )
+    else:
+        difference = log_sums[..., :, None] - log_sums[..., None, :]
     return jnp.exp(masked(difference, lambda i, j: i >= j, other=-jnp.inf))
 
 
@@ -56,13 +71,14 @@ def _before(table, *, axis: int, first: float = 0.0):
     return jnp.concatenate([ahead, rest], axis=axis)
 
 
-def chunk_tables(rate, keep, momentum) -> Tables:
+def chunk_tables(rate, keep, momentum, *, dense: bool = False) -> Tables:
     """The decay products of one chunk; memories that share gates share them.
 
     Args:
       rate: [..., T]; gives dtype, length and leading dimensions.
       keep: [..., T], or None for a memory that forgets nothing.
       momentum: [..., T], or None.
+      dense: in the form that a kernel likes.
     """
     if keep is None:
         ones = jnp.ones((1,) * (rate.ndim - 1) + (rate.shape[-1],) * 2, rate.dtype)
@@ -70,13 +86,13 @@ def chunk_tables(rate, keep, momentum) -> Tables:
         keep_start = None
     else:
         sums = _log_sums(keep)
-        products, keep_start = _products(sums), jnp.exp(sums)
+        products, keep_start = _products(keep, sums, dense=dense), jnp.exp(sums)
     before = _before(products, axis=products.ndim - 2)
     if momentum is None:
         return Tables(products, before, products, before, keep_start, None, None, None)
     sums = _log_sums(momentum)
     momentum_start = jnp.exp(sums)
-    write = products @ _products(sums)
+    write = products @ _products(momentum, sums, dense=dense)
     return Tables(
         products,
         before,
@@ -85,7 +101,7 @@ def chunk_tables(rate, keep, momentum) -> Tables:
         keep_start,
         momentum_start,
         jnp.exp(sums[..., -1:] - sums),
-        (products @ momentum_start[..., None])[..., 0],
+        nt(momentum_start[..., None, :], products)[..., 0, :],
     )
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from nestedjax.data import text_dataset
+from nestedjax.data import DataError, text_dataset
 
 
 class Numbers:
@@ -27,6 +27,8 @@ class Numbers:
         raise NotImplementedError
 
 
+# "X 2" stands for order X with contexts of two rows
+ORDERS = ("shuffled", "shuffled 2", "contiguous", "contiguous 2", "once")
 CASES = {
     "one long document": [1000],
     "short documents": [3, 17, 5, 1, 64, 33, 8, 2],
@@ -37,6 +39,8 @@ CASES = {
 @pytest.fixture
 def make(tmp_path):
     def make(sizes, **kwargs):
+        order, *rows = kwargs.pop("order", "shuffled").split()
+        kwargs |= dict(order=order, context_rows=int(rows[0]) if rows else None)
         paths = []
         for i, size in enumerate(sizes):
             paths.append(tmp_path / f"{i}.txt")
@@ -59,7 +63,7 @@ def epochs(dataset, batch, count):
     return [rows[i * dataset.rows : (i + 1) * dataset.rows] for i in range(count)]
 
 
-@pytest.mark.parametrize("order", ["shuffled", "contiguous", "once"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("align", [1, 8, 64])
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
 def test_an_epoch_holds_every_token_and_every_target_once(make, sizes, align, order):
@@ -75,7 +79,7 @@ def test_an_epoch_holds_every_token_and_every_target_once(make, sizes, align, or
         assert all(target is None and not reset for token, target, reset in slots if not token)
 
 
-@pytest.mark.parametrize("order", ["shuffled", "contiguous", "once"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("align", [1, 8, 64])
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
 def test_documents_start_aligned_with_a_reset_and_run_on_in_order(make, sizes, align, order):
@@ -108,6 +112,30 @@ def test_contiguous_rows_go_on_where_the_step_before_ended(make):
                 assert first == int(dataset[step - 1]["tokens"][lane, -1]) + 1
 
 
+@pytest.mark.parametrize("order", ["shuffled", "contiguous"])
+def test_contexts_are_fed_in_rows(make, order):
+    dataset, _ = make([6000], length=32, batch=2, order=f"{order} 3", seed=1)
+    seen = []
+    for step in range(dataset.rows // 2):
+        batch = dataset[step]
+        for lane in range(2):
+            tokens, resets = batch["tokens"][lane].tolist(), batch["resets"][lane].tolist()
+            if not all(tokens):
+                continue
+            began = step == 0 or (step + lane) % 3 == 0  # they take turns
+            assert resets == [began or tokens[0] == 1, *(token == 1 for token in tokens[1:])]
+            if not began and tokens[0] != 1:
+                assert tokens[0] == dataset[step - 1]["tokens"][lane, -1] + 1
+            if (step + lane) % 3 == 0:
+                seen.append((lane, tokens[0]))
+    assert len(set(seen)) == len(seen)
+    first = [token for lane, token in seen if lane == 0]
+    follows = sum(b == a + 96 for a, b in itertools.pairwise(first))
+    assert (follows >= len(first) - 3) == (order == "contiguous")  # but where the text was cut
+    with pytest.raises(DataError, match="context_rows=3 with order=once"):
+        make([1000], length=32, batch=2, order="once 3")
+
+
 def test_once_reads_in_order_and_fills_the_last_batch_with_masked_rows(make):
     dataset, documents = make([100, 50], length=32, batch=4, order="once")
     tokens = np.concatenate([batch["tokens"].reshape(-1) for batch in dataset])
@@ -135,7 +163,7 @@ def dataset_rows(size, length):
     return -(-(size + 1) // length)
 
 
-@pytest.mark.parametrize("order", ["shuffled", "contiguous", "once"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_iteration_from_any_step_equals_indexing(make, order):
     dataset, _ = make([700, 30], length=16, batch=4, align=4, order=order)
     for start in (0, 3, 9):
@@ -145,7 +173,7 @@ def test_iteration_from_any_step_equals_indexing(make, order):
                 np.testing.assert_array_equal(value, dataset[step][key])
 
 
-@pytest.mark.parametrize("order", ["shuffled", "contiguous", "once"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_processes_share_out_the_rows_of_one_process(make, order):
     arguments = dict(length=16, batch=4, align=4, order=order, seed=3)
     whole, _ = make([700, 30], **arguments)

@@ -188,6 +188,7 @@ def test_the_fingerprint_sees_every_change(tmp_path):
         dict(align=8),
         dict(split="all"),
         dict(order="contiguous"),
+        dict(context_rows=2),
     ]
     prints = [fingerprint(**change) for change in changes]
     assert len({json.dumps(p) for p in [saved, *prints]}) == len(changes) + 1

@@ -194,7 +194,7 @@ def test_outer_gradients_are_finite_differences(names, x64):
 
 @pytest.mark.slow
 def test_a_sample_of_the_whole_product_agrees_with_its_recurrence(x64):
-    sample = np.random.default_rng(0).choice(len(points.PRODUCT), size=30, replace=False)
+    sample = np.random.default_rng(0).choice(len(points.PRODUCT), size=16, replace=False)
     for names in (points.PRODUCT[i] for i in sample):
         params = points.params(names, jnp.float64)
         x = points.tokens(names, CHUNK, np.float64)

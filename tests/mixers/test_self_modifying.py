@@ -98,7 +98,11 @@ class Memory:
             if config.dgd == "layerwise" or (config.dgd == "input_only" and name == "V"):
                 implicit = config.erase == "implicit"
                 erase = rate / (1 + rate * x @ x if implicit else max(1, rate * x @ x))
-            velocity = momentum * getattr(self, "S" + name) - rate * np.outer(e, x)
+            gradient = np.outer(e, x)
+            if config.inner_clip is not None:  # of each matrix, too
+                norm = np.sqrt((gradient**2).sum() + 1e-12)
+                gradient = gradient * min(1.0, config.inner_clip / norm)
+            velocity = momentum * getattr(self, "S" + name) - rate * gradient
             weight = getattr(self, name)
             weight = keep * weight - erase * np.outer(weight @ x, x) + velocity
             setattr(self, "S" + name, velocity)

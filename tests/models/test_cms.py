@@ -262,7 +262,6 @@ SMALL = dataclasses.replace(
 )
 
 
-@functools.cache
 def meta_gradient(second_order):
     """`(loss, gradient)(leaves, horizon)` over 12 tokens, and the leaves with their paths."""
     inner = dataclasses.replace(SMALL.cms.inner, second_order=second_order)
@@ -280,9 +279,18 @@ def meta_gradient(second_order):
     return jax.jit(jax.value_and_grad(loss)), leaves, paths
 
 
-def test_second_order_gradients_equal_finite_differences(x64):
-    """Issue 2, line c: the start of every block, the inner rates, and all else."""
-    compute, leaves, paths = meta_gradient(True)
+def test_outer_gradients(x64):
+    """Second order equals finite differences: the start of every block, the inner rates, all else.
+
+    Oracle 52: the first order agrees with it until an update is used.
+    """
+    second, leaves, paths = meta_gradient(True)
+    check_finite_differences(second, leaves, paths)
+    first, _, _ = meta_gradient(False)
+    check_orders(second, first, leaves, paths)
+
+
+def check_finite_differences(compute, leaves, paths):
     horizon, rng, step = 3 * PERIOD - 1, np.random.default_rng(1), 1e-6
     _, gradient = compute(leaves, horizon)
     for i, path in enumerate(paths):
@@ -299,9 +307,7 @@ def test_second_order_gradients_equal_finite_differences(x64):
     assert np.all(rates != 0) and rates.shape == (2, 1)
 
 
-def test_orders_agree_until_an_update_is_used(x64):
-    """Oracle 52."""
-    (second, leaves, paths), (first, _, _) = meta_gradient(True), meta_gradient(False)
+def check_orders(second, first, leaves, paths):
     for horizon in (PERIOD, 3 * PERIOD - 1):
         pairs = zip(second(leaves, horizon)[1], first(leaves, horizon)[1], paths, strict=True)
         equal = {path: np.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b, path in pairs}

@@ -1,9 +1,9 @@
-"""Residual two-layer memories M(z) = z + U s(V z) that share keys, written chunk by chunk.
+"""One chunk of residual two-layer memories M(z) = z + U s(V z) that share keys.
 
 A group holds n memories per head that see the same keys, values and gates, so that their first
 layers are one tall matrix: its Gram matrix and its triangular inverse are done once for all.
 Tokens are columns ([features, C]): then every product below is of matrices as they lie in memory,
-and the tall matrix splits into the memories for free.
+and the tall matrix splits into the memories for free. Heads are the first axis.
 """
 
 import math
@@ -15,45 +15,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule import Operands
+from pallas_kernels.mlp_memory.types import FastWeights, Readout, Reads, Rule, Tokens, Written
 from pallas_kernels.products import nn, tn
-
-
-class FastWeights(NamedTuple):
-    """The fast weights of a group of memories for one sequence, in at least float32.
-
-    Attributes:
-      inner: V, [H, n, f, d].
-      outer: U, [H, n, d, f].
-      inner_momentum: S of V, or None without momentum.
-      outer_momentum: S of U, or None without momentum.
-    """
-
-    inner: Float[Array, "H n f d"]
-    outer: Float[Array, "H n d f"]
-    inner_momentum: Float[Array, "H n f d"] | None
-    outer_momentum: Float[Array, "H n d f"] | None
-
-
-class Written(NamedTuple):
-    """One chunk's context for a group, heads first: keys, values [H, d, C], gates [H, C]."""
-
-    keys: Float[Array, "H d C"]
-    values: Float[Array, "H d C"]
-    rate: Float[Array, "H C"]
-    keep: Float[Array, "H C"]
-    momentum: Float[Array, "H C"] | None
-
-
-class Rule(NamedTuple):
-    """Which update a chunk makes; see `SelfModifyingConfig` for the meaning of each field."""
-
-    objective: str
-    values: str
-    dgd: str
-    erase: str
-    inner_clip: float | None
-    read: str
-
 
 _BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -72,20 +35,6 @@ def activation_and_slope(z):
     return z * share, slope
 
 
-class Reads(NamedTuple):
-    """Every memory of a group applied to an input of its own, at the chunk's start.
-
-    Attributes:
-      inputs: z, [H, n, d, C].
-      before: V z, [H, n, f, C].
-      out: z + U s(V z), [H, n, d, C].
-    """
-
-    inputs: Float[Array, "H n d C"]
-    before: Float[Array, "H n f C"]
-    out: Float[Array, "H n d C"]
-
-
 def predict(weights: FastWeights, z: Float[Array, "H n d C"]) -> Reads:
     """M(z) = z + U s(V z) for every memory of the group (paper eq. 89)."""
     before = nn(weights.inner, z)
@@ -93,7 +42,12 @@ def predict(weights: FastWeights, z: Float[Array, "H n d C"]) -> Reads:
 
 
 def write_chunk(
-    weights: FastWeights, chunk: Written, rule: Rule, reads: Reads | None = None
+    weights: FastWeights,
+    chunk: Written,
+    rule: Rule,
+    reads: Reads | None = None,
+    *,
+    dense: bool = False,
 ) -> tuple[FastWeights, Float[Array, "H d C"] | None]:
     """Write one chunk into every memory of the group, and read the last one on the way.
 
@@ -106,16 +60,19 @@ def write_chunk(
       chunk: what is written.
       rule: how.
       reads: `predict` of the group, whose last inputs are the queries; None reads nothing.
+      dense: see `triangular.invert_unit_lower`.
 
     Returns:
       The fast weights after the chunk and the reads, [H, d, C] (None without queries).
     """
     anchor = _at_anchor(weights, chunk, rule)
-    inner_error = tn(weights.outer, anchor.error) * anchor.slope
     heads, n, f, d = weights.inner.shape
     tall = (heads, n * f, d)
-    rate, erase = chunk.rate, _erase(rule, "inner", chunk.rate, jnp.sum(chunk.keys**2, axis=-2))
-    tables = delta_rule.chunk_tables(rate, chunk.keep, chunk.momentum)
+    size, wide = jnp.sum(chunk.keys**2, axis=-2), jnp.sum(anchor.h**2, axis=-2)
+    inner_error = tn(weights.outer, anchor.error) * anchor.slope
+    inner_error = _clipped(inner_error, size[:, None], rule)
+    rate, erase = chunk.rate, _erase(rule, "inner", chunk.rate, size)
+    tables = delta_rule.chunk_tables(rate, chunk.keep, chunk.momentum, dense=dense)
     inner = delta_rule.solve_chunk(
         Operands(
             x=chunk.keys,
@@ -128,19 +85,22 @@ def write_chunk(
         ),
         tables,
         named=False,  # one small factor for all memories: cheaper to solve again than to keep
+        dense=dense,
     )
     rate = rate[:, None]
     outer = delta_rule.solve_chunk(
         Operands(
             x=anchor.h,
-            error=anchor.error,
+            error=_clipped(anchor.error, wide, rule),
             rate=rate,
-            erase=_erase(rule, "outer", rate, jnp.sum(anchor.h**2, axis=-2)),
+            erase=_erase(rule, "outer", rate, wide),
             initial=weights.outer,
             initial_momentum=weights.outer_momentum,
             anchored=anchor.out,
         ),
         jax.tree.map(lambda table: table[:, None], tables),
+        named=not dense,
+        dense=dense,
     )
     read = None if reads is None else _read_last(inner, outer, reads, f, rule.read)
     (inner_end, inner_momentum), (outer_end, outer_momentum) = map(
@@ -205,10 +165,15 @@ def _at_anchor(weights: FastWeights, chunk: Written, rule: Rule) -> _Anchor:
         error = keys + out - target
     if rule.dgd == "functional":  # R4: the gradient of 1/2 ||U s(V k)||^2 in place of the erasure
         error = error + out
-    if rule.inner_clip is not None:
-        norm = jnp.sqrt(jnp.sum(error**2, axis=-2, keepdims=True) + 1e-12)
-        error = error * jnp.minimum(1.0, rule.inner_clip / norm)
-    return _Anchor(before, h, slope, out, error)
+    return _Anchor(before, h, slope, out, _clipped(error, 1.0, rule))
+
+
+def _clipped(error, squared_norm, rule: Rule):
+    """`error` with its norm times that of the layer's input at most `inner_clip`."""
+    if rule.inner_clip is None:
+        return error
+    norm = jnp.sqrt(jnp.sum(error**2, axis=-2) * squared_norm + 1e-12)
+    return error * jnp.minimum(1.0, rule.inner_clip / norm)[..., None, :]
 
 
 def _tall(inner, columns):
@@ -228,3 +193,72 @@ def _erase(rule, layer, rate, squared_norm):
             return rate / (1.0 + rate * squared_norm)
         return jnp.broadcast_to(rate / jnp.maximum(1.0, rate * squared_norm), squared_norm.shape)
     return None
+
+
+def unit(x):
+    """Columns of norm one."""
+    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-2, keepdims=True) + 1e-6)
+
+
+def _gate(weights, bias, out):
+    """A scalar per token from what a memory says, [H, d, C]: sigmoid(w . M(x) + b)."""
+    said = jnp.sum(weights[..., None] * out, axis=-2)
+    return jax.nn.sigmoid(said + bias[..., None])
+
+
+def generate(
+    weights: FastWeights, x: Tokens, readout: Readout, rule: Rule, *, queried: bool
+) -> tuple[Float[Array, "H d C"] | None, Written, Reads]:
+    """A chunk's context from the memories at its start (paper eq. 79-85): queries, context, reads.
+
+    The memories of the group are key, rate, keep, value, then the one of adaptive queries, then the
+    queried one; `queried` says whether the last one belongs to the group.
+    """
+    inputs, queries = [x.keys, x.keys, x.keys, x.values], x.queries
+    if queries is not None and not rule.adaptive_query:
+        queries = unit(queries)
+    if rule.adaptive_query or queried:
+        assert queries is not None
+        inputs.append(queries)
+    own = jax.tree.map(lambda a: a[:, : len(inputs)], weights)
+    reads = predict(own, jnp.stack(inputs, axis=1))
+    key, rate, keep, value = (reads.out[:, i] for i in range(4))
+    if rule.adaptive_query:
+        queries = unit(reads.out[:, 4])
+        reads = predict(jax.tree.map(lambda a: a[:, -1:], weights), queries[:, None])
+    rate = rule.max_rate * _gate(readout.rate, readout.rate_bias, rate)
+    keep = _gate(readout.keep, readout.keep_bias, keep)
+    return queries, Written(unit(key), value, rate, keep, x.momentum), reads
+
+
+def memory_chunk(
+    weights: FastWeights,
+    tokens: Tokens,
+    readout: Readout | None,
+    rule: Rule,
+    *,
+    dense: bool = False,
+) -> tuple[FastWeights, Float[Array, "H d C"] | None]:
+    """One chunk of all memories of a group: make its context, write it everywhere, read the last.
+
+    Args:
+      weights: at the chunk's start.
+      tokens: of the chunk, one leading axis H.
+      readout: how the memories make their context; None where `tokens` is the context.
+      rule: see `Rule`.
+      dense: see `triangular.invert_unit_lower`.
+
+    Returns:
+      The fast weights after the chunk and the reads, [H, d, C] (None without queries).
+    """
+    reads: Reads | None
+    if readout is not None:
+        _, written, reads = generate(weights, tokens, readout, rule, queried=True)
+        return write_chunk(weights, written, rule, reads, dense=dense)
+    assert tokens.rate is not None and tokens.keep is not None
+    written = Written(tokens.keys, tokens.values, tokens.rate, tokens.keep, tokens.momentum)
+    reads = None
+    if tokens.queries is not None:
+        last = jax.tree.map(lambda a: a[:, -1:], weights)
+        reads = predict(last, tokens.queries[:, None])
+    return write_chunk(weights, written, rule, reads, dense=dense)

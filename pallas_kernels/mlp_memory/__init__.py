@@ -1,0 +1,23 @@
+"""Deep memories that learn in context: HOPE's hot loop, Titans' and TTT's."""
+
+from pallas_kernels.mlp_memory.api import CHOICES, MemoryOutput, mlp_memory
+from pallas_kernels.mlp_memory.chunk import generate, memory_chunk, predict, write_chunk
+from pallas_kernels.mlp_memory.types import FastWeights, Readout, Reads, Rule, Tokens, Written
+from pallas_kernels.mlp_memory.xla import recomputed
+
+__all__ = [
+    "CHOICES",
+    "FastWeights",
+    "MemoryOutput",
+    "Readout",
+    "Reads",
+    "Rule",
+    "Tokens",
+    "Written",
+    "generate",
+    "memory_chunk",
+    "mlp_memory",
+    "predict",
+    "recomputed",
+    "write_chunk",
+]

@@ -1,0 +1,151 @@
+"""The public face of the deep memory: validates, picks an implementation, casts back."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
+from pallas_kernels.mlp_memory.reference import mlp_memory_reference
+from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens
+from pallas_kernels.mlp_memory.xla import mlp_memory_xla
+from pallas_kernels.numerics import accumulation_dtype
+
+CHOICES = {
+    "objective": ("l2", "dot"),
+    "dgd": ("layerwise", "input_only", "none", "functional"),
+    "erase": ("clipped", "implicit"),
+    "read": ("running_prev", "running", "anchor"),
+    "values": ("self", "shared"),
+}
+_IMPLEMENTATIONS = {
+    "reference": mlp_memory_reference,
+    "xla": mlp_memory_xla,
+    "pallas_tpu": mlp_memory_pallas_tpu,
+}
+
+
+class MemoryOutput(NamedTuple):
+    """What a sequence gives back.
+
+    Attributes:
+      reads: [..., T, d] in the dtype of the keys, or None without queries.
+      final: the fast weights after the last token.
+    """
+
+    reads: Float[Array, "..."] | None
+    final: FastWeights
+
+
+def mlp_memory(
+    keys: Float[Array, "..."],
+    values: Float[Array, "..."],
+    *,
+    initial: FastWeights,
+    rate: Float[Array, "..."] | None = None,
+    keep: Float[Array, "..."] | None = None,
+    momentum: Float[Array, "..."] | None = None,
+    queries: Float[Array, "..."] | None = None,
+    readout: Readout | None = None,
+    rule: Rule | None = None,
+    chunk_size: int = 16,
+    implementation: str | None = None,
+) -> MemoryOutput:
+    """Run a group of two-layer residual memories M(z) = z + U s(V z) over a sequence.
+
+    At each chunk's start the inner gradients of its tokens are taken; inside the chunk every matrix
+    follows the delta rule with its own layer input, and the group's last memory is read. With a
+    `readout` the memories make their own context: the group is (key, rate, keep, value, memory), or
+    with `rule.adaptive_query` (key, rate, keep, value, query, memory), which is one layer of
+    self-modifying Titans; without one any number of memories learns the context that is given.
+
+    Args:
+      keys: [..., T, d]; with a readout the inputs of the key, rate and keep memories.
+      values: [..., T, d]; with a readout the inputs of the value memory.
+      initial: fast weights at the start, leaves [..., n, f, d] and [..., n, d, f].
+      rate: inner learning rates, [..., T]; not with a readout.
+      keep: fraction of the memory kept, in (0, 1], [..., T]; not with a readout.
+      momentum: momentum coefficients in [0, 1], [..., T]; given if `initial` has momenta.
+      queries: [..., T, d]; None reads nothing.
+      readout: how rate and keep are read from the memories that make them.
+      rule: see `Rule`; default its defaults.
+      chunk_size: tokens between two writes. It changes the result: errors are those of the chunk's
+        start. Tokens beyond the last whole chunk are a shorter chunk.
+      implementation: "reference" (token by token), "xla" (chunk-parallel), "pallas_tpu" (the same
+        in one kernel each way, the fast weights in VMEM from the first chunk to the last; on a mesh
+        only inside `jax.shard_map`) or None, which is "xla": the kernel has been compiled for TPUs
+        and checked in interpret mode, not timed on one.
+
+    Returns:
+      `MemoryOutput`; fast weights in at least float32.
+
+    Raises:
+      ValueError: a shape or choice that does not fit, with its value.
+      NotImplementedError: "pallas_tpu" in float64, or on a TPU that does not compile it.
+
+    Reference: Nested Learning (arXiv 2512.24695) eq. 79-93; spec C6.
+    """
+    rule = Rule() if rule is None else rule
+    gates = {"rate": rate, "keep": keep, "momentum": momentum}
+    implementation = _check(keys, values, initial, gates, queries, readout, rule, implementation)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    dtype = accumulation_dtype(initial.inner, keys)
+    last = partial(jnp.swapaxes, axis1=-1, axis2=-2)
+    tokens = Tokens(None if queries is None else last(queries), last(keys), last(values), **gates)
+    batch = initial.inner.shape[:-3]
+    flat = jax.tree.map(partial(_flat, lead=len(batch), dtype=dtype), (initial, tokens, readout))
+    run = _IMPLEMENTATIONS[implementation]
+    reads, final = run(*flat, rule=rule, chunk_size=chunk_size)
+    final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
+    if reads is not None:
+        reads = last(reads.reshape(*batch, *reads.shape[1:])).astype(keys.dtype)
+    return MemoryOutput(reads, final)
+
+
+def _flat(array, *, lead: int, dtype):
+    """All leading axes as one."""
+    return array.reshape(-1, *array.shape[lead:]).astype(dtype)
+
+
+def _check(keys, values, initial, gates, queries, readout, rule, implementation) -> str:
+    """The implementation, if everything fits."""
+    for name, choices in CHOICES.items():
+        if getattr(rule, name) not in choices:
+            raise ValueError(f"{name}={getattr(rule, name)!r} is not one of {', '.join(choices)}")
+    implementation = "xla" if implementation is None else implementation
+    if implementation not in _IMPLEMENTATIONS:
+        known = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r} is not one of {known}")
+    *batch, n, f, d = initial.inner.shape
+    expected: dict[str, tuple] = {"outer": (*batch, n, d, f), "inner_momentum": (*batch, n, f, d)}
+    expected["outer_momentum"] = expected["outer"]
+    for name, shape in expected.items():
+        found = getattr(initial, name)
+        if found is not None and found.shape != shape:
+            raise ValueError(f"initial.{name} has shape {found.shape}, expected {shape}")
+    length = keys.shape[-2]
+    given = {"keys": keys, "values": values, "queries": queries}
+    for name, array in given.items():
+        if array is not None and array.shape != (*batch, length, d):
+            raise ValueError(f"{name} has shape {array.shape}, expected {(*batch, length, d)}")
+    for name, gate in gates.items():
+        if gate is not None and gate.shape != (*batch, length):
+            raise ValueError(f"{name} has shape {gate.shape}, expected {(*batch, length)}")
+    if (gates["momentum"] is None) != (initial.inner_momentum is None):
+        raise ValueError("give momentum and the momenta of `initial` together, or neither")
+    made = [name for name in ("rate", "keep") if gates[name] is not None]
+    if readout is None and len(made) < 2:
+        raise ValueError("rate and keep are missing: give both, or a readout that makes them")
+    if readout is not None:
+        if made:
+            raise ValueError(f"a readout makes {made[0]}: leave it out, or the readout")
+        needed = 6 if rule.adaptive_query else 5
+        if n != needed or queries is None:
+            raise ValueError(
+                f"with a readout there are {needed} memories and queries, got {n} memories and "
+                f"queries={None if queries is None else queries.shape}"
+            )
+    return implementation

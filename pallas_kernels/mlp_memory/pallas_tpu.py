@@ -1,0 +1,86 @@
+"""The deep memory as one TPU kernel each way; see `chunk_loop_tpu`."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chunk_loop_tpu import Options, chunk_loop
+from pallas_kernels.mlp_memory.chunk import memory_chunk
+from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens
+from pallas_kernels.mlp_memory.xla import mlp_memory_xla
+from pallas_kernels.vmem import vmem_limit_of
+
+_GATES = ("rate", "keep", "momentum")
+
+
+def mlp_memory_pallas_tpu(
+    start: FastWeights,
+    tokens: Tokens,
+    readout: Readout | None,
+    *,
+    rule: Rule,
+    chunk_size: int,
+    vmem_limit: int | None = None,
+    interpret: bool = False,
+):
+    """As `mlp_memory_xla`, with the fast weights in VMEM across all chunks.
+
+    Tokens beyond the last whole chunk run in XLA.
+
+    Raises:
+      NotImplementedError: numbers of 64 bits.
+    """
+    if start.inner.dtype != jnp.float32:
+        raise NotImplementedError(
+            f"the TPU kernel keeps its state in float32, not {start.inner.dtype}; use "
+            "implementation='xla'"
+        )
+    vmem_limit = vmem_limit_of() if vmem_limit is None else vmem_limit
+    options = Options(vmem_limit, interpret, "mlp_memory")
+    length = tokens.keys.shape[-1]
+    whole = length // chunk_size * chunk_size
+    state, pieces = start, []
+    if whole:
+        # The read-outs ride along as a state that no chunk changes: so their cotangents add up.
+        rows = None if readout is None else _as_rows(readout)
+        parts = tokens._replace(**{n: _row(getattr(tokens, n)) for n in _GATES})
+        parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), parts)
+        (state, _), reads = chunk_loop(partial(_chunk, rule), options, (start, rows), parts)
+        if reads is not None:
+            reads = jnp.moveaxis(reads, 1, 2)
+            pieces.append(reads.reshape(*reads.shape[:2], whole))
+    if whole < length:
+        rest = jax.tree.map(lambda a: a[..., whole:], tokens)
+        reads, state = mlp_memory_xla(state, rest, readout, rule=rule, chunk_size=chunk_size)
+        if reads is not None:
+            pieces.append(reads)
+    return jnp.concatenate(pieces, axis=-1) if pieces else None, state
+
+
+def _row(gate):
+    return None if gate is None else gate[:, None, :]
+
+
+def _as_rows(readout: Readout) -> Readout:
+    """Every array with two trailing axes, as blocks of a kernel like them."""
+    weights = (readout.rate[..., None], readout.keep[..., None])
+    return Readout(*weights, readout.rate_bias[:, None, None], readout.keep_bias[:, None, None])
+
+
+def _chunks(array, *, whole: int, size: int):
+    """[S, rows, T] -> [S, N, rows, C]."""
+    array = array[..., :whole]
+    return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, size), -2, 1)
+
+
+def _chunk(rule, state, tokens):
+    """One chunk of one sequence, inside the kernel."""
+    weights, rows = state
+    gates = {n: getattr(tokens, n) for n in _GATES}
+    tokens = tokens._replace(**{n: None if g is None else g[:, 0] for n, g in gates.items()})
+    readout = None
+    if rows is not None:
+        readout = Readout(*(a[..., 0] for a in rows[:2]), *(a[:, 0, 0] for a in rows[2:]))
+    weights, reads = memory_chunk(weights, tokens, readout, rule, dense=True)
+    return (weights, rows), reads

@@ -1,0 +1,45 @@
+"""Whole sequences of a deep memory in plain jnp: a scan over chunks."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.mlp_memory.chunk import memory_chunk
+from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens
+from pallas_kernels.products import INVERSE
+
+
+def recomputed(chunk):
+    """`chunk`, recomputed in the backward pass from its first state, all but the named solve."""
+    return jax.checkpoint(chunk, policy=jax.checkpoint_policies.save_only_these_names(INVERSE))
+
+
+def mlp_memory_xla(
+    start: FastWeights, tokens: Tokens, readout: Readout | None, *, rule: Rule, chunk_size: int
+) -> tuple[Float[Array, "H d T"] | None, FastWeights]:
+    """A scan over chunks, each recomputed in the backward pass; one leading axis.
+
+    The tokens beyond the last whole chunk run as a shorter chunk of their own.
+    """
+    chunk = recomputed(partial(memory_chunk, rule=rule))
+    length = tokens.keys.shape[-1]
+    whole = length // chunk_size * chunk_size
+    state, pieces = start, []
+    if whole:
+        parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), tokens)
+        state, reads = jax.lax.scan(lambda state, part: chunk(state, part, readout), state, parts)
+        if reads is not None:
+            reads = jnp.moveaxis(reads, 0, -2)
+            pieces.append(reads.reshape(*reads.shape[:-2], whole))
+    if whole < length:
+        state, reads = chunk(state, jax.tree.map(lambda a: a[..., whole:], tokens), readout)
+        if reads is not None:
+            pieces.append(reads)
+    return jnp.concatenate(pieces, axis=-1) if pieces else None, state
+
+
+def _chunks(array, *, whole: int, size: int):
+    array = array[..., :whole]
+    return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, size), -2, 0)

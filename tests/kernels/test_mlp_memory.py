@@ -1,0 +1,209 @@
+"""Every form of the deep memory against its token recurrence, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mlp_memory import FastWeights, Readout, Rule, Tokens, mlp_memory
+from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
+from pallas_kernels.vmem import vmem_limit_of
+from tests.kernels import tpu
+
+D, F, LENGTH, CHUNK = 6, 7, 11, 4  # two whole chunks and a rest of three
+
+CASES = {
+    "self-modifying": dict(),
+    "adaptive query": dict(
+        memories=6, momentum=False, rule=Rule(adaptive_query=True, dgd="input_only", max_rate=0.5)
+    ),
+    "given context": dict(
+        readout=False, memories=2, rule=Rule("dot", erase="implicit", read="running")
+    ),
+    "one memory": dict(
+        readout=False,
+        memories=1,
+        momentum=False,
+        rule=Rule(values="shared", dgd="functional", read="anchor", inner_clip=None),
+    ),
+}
+
+
+def operands(dtype, *, batch=(2,), memories=5, length=LENGTH, momentum=True, readout=True, **more):
+    """The keyword arguments of `mlp_memory`."""
+    d, f, rule = more.get("d", D), more.get("f", F), more.get("rule", Rule())
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(rng.normal(size=shape) * scale, dtype)
+
+    def gate(least):
+        return jnp.asarray(rng.uniform(least, 0.9, (*batch, length)), dtype)
+
+    inner = normal(*batch, memories, f, d, scale=d**-0.5)
+    outer = normal(*batch, memories, d, f, scale=0.3 * f**-0.5)
+    momenta = (0.1 * inner, -0.1 * outer) if momentum else (None, None)
+    given = {name: normal(*batch, length, d, scale=d**-0.5) for name in ("keys", "values")}
+    given |= dict(queries=normal(*batch, length, d), initial=FastWeights(inner, outer, *momenta))
+    if momentum:
+        given["momentum"] = gate(0.1)
+    if readout:
+        of_rate, of_keep = normal(*batch, d), normal(*batch, d)
+        given["readout"] = Readout(of_rate, of_keep, normal(*batch) - 2, normal(*batch) + 3)
+    else:
+        given |= dict(rate=0.3 * gate(0.1), keep=gate(0.5))
+    return given | dict(rule=rule)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "how"))
+def _results(arrays, rule, how):
+    def total(arrays):
+        out = mlp_memory(**arrays, rule=rule, chunk_size=CHUNK, implementation=how)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out)), out
+
+    return jax.grad(total, has_aux=True)(arrays)
+
+
+def results(given, how):
+    """The gradient with respect to every array, and the outputs."""
+    arrays = {name: value for name, value in given.items() if name != "rule"}
+    return _results(arrays, given["rule"], how)
+
+
+def close(found, expected, tolerance, atol=None):
+    atol = tolerance if atol is None else atol
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=atol, err_msg=name)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`implementation="pallas_tpu"` on a CPU."""
+    from pallas_kernels.mlp_memory import api
+
+    kernel = functools.partial(mlp_memory_pallas_tpu, interpret=True)
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_tpu", kernel)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_form_is_the_recurrence(case, interpreted):
+    """In float64 where it runs in float64; forward and the gradient of every array."""
+    with jax.enable_x64(True):
+        given = operands(jnp.float64, **case)
+        expected = results(given, "reference")
+        close(results(given, "xla"), expected, 1e-10)
+        expected = jax.tree.map(lambda a: a.astype(jnp.float32), expected)
+    close(results(operands(jnp.float32, **case), "pallas_tpu"), expected, 2e-4)
+
+
+HARD = {
+    "keep 1e-4": lambda given: dict(keep=jnp.full_like(given["keep"], 1e-4)),
+    "keep 1": lambda given: dict(keep=jnp.ones_like(given["keep"])),
+    "rate 0": lambda given: dict(rate=jnp.zeros_like(given["rate"])),
+    "rate 1": lambda given: dict(rate=jnp.ones_like(given["rate"])),
+    "repeated keys": lambda given: dict(keys=jnp.ones_like(given["keys"])),
+    "zero keys": lambda given: dict(keys=jnp.zeros_like(given["keys"])),
+    "momentum 1e-4": lambda given: dict(momentum=jnp.full_like(given["momentum"], 1e-4)),
+    "a large memory": lambda given: dict(initial=jax.tree.map(lambda a: 100 * a, given["initial"])),
+}
+
+
+def test_hard_inputs(interpreted):
+    """Also a memory that is a hundred times too large: gradients stay finite and right."""
+    for name in HARD:
+        given = operands(jnp.float32, readout=False, memories=1, length=12)
+        given |= HARD[name](given)
+        expected = results(given, "reference")
+        scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+        for how in ("xla", "pallas_tpu"):
+            found = results(given, how)
+            assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(found)), name
+            close(found, expected, 1e-3, atol=1e-3 * scale)
+
+
+def test_a_runaway_memory_comes_back():
+    """A memory of a hundred times its size is written no faster than one of its size, and shrinks.
+
+    Without the bound on the gradient of each matrix it grows until it is not finite.
+    """
+    given = operands(jnp.float32, length=512, d=16, f=16)
+    given["initial"] = jax.tree.map(lambda a: 100 * a, given["initial"])
+    rule = given.pop("rule")
+    after = jax.jit(lambda given: mlp_memory(**given, rule=rule, chunk_size=16).final)(given)
+    for start, end in zip(given["initial"][:2], after[:2], strict=True):
+        assert float(jnp.linalg.norm(end)) < float(jnp.linalg.norm(start))
+
+
+def test_the_kernels_run_and_keep_one_state_a_chunk(interpreted):
+    given = operands(jnp.float32, length=8)
+    rule = given.pop("rule")
+
+    def total(given):
+        out = mlp_memory(**given, rule=rule, chunk_size=CHUNK, implementation="pallas_tpu")
+        return jnp.sum(out.reads)
+
+    text = str(jax.make_jaxpr(jax.grad(total))(given))
+    assert "mlp_memory_forward" in text and "mlp_memory_backward" in text
+    assert f"f32[2,2,5,{F},{D}]" in text  # the states at the starts of two chunks
+
+
+def test_mistakes_are_named(x64):
+    given = operands(jnp.float64)
+    rest = {name: value for name, value in given.items() if name != "readout"}
+    refused = [
+        (given | dict(implementation="cuda"), "implementation='cuda' is not one of reference"),
+        (given | dict(rule=Rule(read="now")), "read='now' is not one of running_prev"),
+        (given | dict(chunk_size=0), "chunk_size must be at least 1 token, got 0"),
+        (given | dict(rate=given["momentum"]), "a readout makes rate"),
+        (rest, "rate and keep are missing"),
+        (given | dict(queries=None), "5 memories and queries, got 5 memories and queries=None"),
+        (given | dict(momentum=None), "momentum and the momenta of `initial` together"),
+        (given | dict(values=given["values"][:, :3]), "values has shape"),
+    ]
+    for arguments, message in refused:
+        with pytest.raises(ValueError, match=message):
+            mlp_memory(**arguments)
+    with pytest.raises(NotImplementedError, match="keeps its state in float32, not float64"):
+        mlp_memory(**given, implementation="pallas_tpu")
+
+
+# heads, features, hidden: one layer of the presets, and of the issue's own workload
+WORKLOADS = {"340m": (16, 64, 64), "760m": (16, 96, 96), "1p3b": (16, 128, 128)}
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("generation", tpu.GENERATIONS)
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_compiles_ahead_of_time(generation, workload, chunk):
+    heads, d, f = WORKLOADS[workload]
+    limit = vmem_limit_of(tpu.GENERATIONS[generation][1])
+    text = compiled(generation, heads, d, f, chunk, limit).as_text()
+    assert text.count("tpu_custom_call") >= 2
+
+
+def compiled(generation, heads, d, f, chunk, limit, length=512):
+    """Forward and backward of five memories with momentum, from bfloat16 inputs."""
+
+    def total(given):
+        last = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
+        tokens = (last(given[name]) for name in ("queries", "keys", "values"))
+        tokens = Tokens(*tokens, None, None, given["momentum"].astype(jnp.float32))
+        start, readout = given["initial"], given["readout"]
+        reads, final = mlp_memory_pallas_tpu(
+            start, tokens, readout, rule=Rule(), chunk_size=chunk, vmem_limit=limit
+        )
+        leaves = [reads.astype(jnp.float32), *jax.tree.leaves(final)]
+        return sum(jnp.sum(leaf**2) for leaf in leaves)
+
+    options = dict(batch=(heads,), length=length, d=d, f=f)
+    shapes = jax.eval_shape(lambda: operands(jnp.float32, **options) | dict(rule=None))
+    shapes.pop("rule")
+    for name in ("queries", "keys", "values", "momentum"):
+        shapes[name] = jax.ShapeDtypeStruct(shapes[name].shape, jnp.bfloat16)
+    return tpu.compiled_tree(jax.value_and_grad(total), generation, shapes)
