@@ -1,9 +1,10 @@
 """A scan over chunks as one TPU kernel: the state stays in VMEM from the first chunk to the last.
 
 The chunk's function is the same jnp code that runs elsewhere, traced into the kernel. The forward
-kernel leaves the state of every chunk's start in memory; the backward kernel walks the chunks from
-the last to the first, runs each again from its start and pulls the cotangents back, all in VMEM.
-What is stored is one state a chunk, and nothing a token.
+kernel leaves the state of every k-th chunk's start in memory; the backward kernel takes k chunks at
+a time from the last to the first, runs them again from there, keeps their starts in VMEM, and pulls
+the cotangents back through one after another. What is stored is one state for k chunks, and nothing
+for a token; k > 1 costs one more forward pass and k states of VMEM.
 """
 
 from collections.abc import Callable
@@ -25,11 +26,13 @@ class Options(NamedTuple):
       vmem_limit: bytes of VMEM it may use.
       interpret: run on the CPU, for tests.
       name: of the kernel, in profiles and lowered text.
+      save_every: k, chunks between two states that the forward pass stores; divides the chunks.
     """
 
     vmem_limit: int
     interpret: bool = False
     name: str = "chunk_loop"
+    save_every: int = 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -54,14 +57,38 @@ def _loop_fwd(chunk, options, state, tokens):
     return (final, outputs), (starts, tokens)
 
 
-def _of_state(leaf):
+def _of_state(leaf, **options):
     rest = (0,) * (leaf.ndim - 1)
-    return pl.BlockSpec((1, *leaf.shape[1:]), lambda s, c: (s, *rest))
+    return pl.BlockSpec((1, *leaf.shape[1:]), lambda s, c: (s, *rest), **options)
 
 
-def _of_chunk(leaf, order):
+def _of_start(leaf):
+    """A state that is read once a sequence: waited for, not fetched ahead, to save VMEM."""
+    return _of_state(leaf, pipeline_mode=pl.Buffered(1))
+
+
+def _of_chunks(leaf, order, count=1):
+    """A block of `count` chunks of one sequence."""
     rest = (0,) * (leaf.ndim - 2)
-    return pl.BlockSpec((1, 1, *leaf.shape[2:]), lambda s, c: (s, order(c), *rest))
+    return pl.BlockSpec((1, count, *leaf.shape[2:]), lambda s, c: (s, order(c), *rest))
+
+
+def _at(refs, tree, k):
+    """Chunk k of a block: a tree of [1, ...]."""
+    return jax.tree.unflatten(tree, [ref[0, pl.ds(k, 1)] for ref in refs])
+
+
+def _put(refs, values, k):
+    for ref, value in zip(refs, jax.tree.leaves(values), strict=True):
+        ref[0, pl.ds(k, 1)] = value
+
+
+def _repeat(count, body):
+    """body(0), body(1), ... of a kernel."""
+    if count == 1:
+        body(0)
+    else:
+        jax.lax.fori_loop(0, count, lambda k, _: body(k), None)
 
 
 def _shape(leaf):
@@ -81,7 +108,7 @@ def _inside(chunk, state, tokens):
 
 
 def _load(held, given, begins):
-    """Take the carried state from memory at the first chunk of a sequence."""
+    """Take the carried state from memory at the first block of a sequence."""
 
     @pl.when(begins)
     def _():
@@ -89,15 +116,24 @@ def _load(held, given, begins):
             ref[...] = value[...]
 
 
-def _store(held, final, values, ends):
-    """Hold the carried state for the next chunk; give it out after the last one."""
-    for ref, value in zip(held, values, strict=True):
+def _hold(held, values):
+    for ref, value in zip(held, jax.tree.leaves(values), strict=True):
         ref[...] = value
+
+
+def _give(final, held, ends):
+    """Give the carried state out after the last block."""
 
     @pl.when(ends)
     def _():
-        for ref, value in zip(final, values, strict=True):
-            ref[...] = value
+        for ref, value in zip(final, held, strict=True):
+            ref[...] = value[...]
+
+
+def _blocks(chunks: int, options: Options) -> int:
+    if chunks % options.save_every:
+        raise ValueError(f"save_every={options.save_every} does not divide {chunks} chunks")
+    return chunks // options.save_every
 
 
 def _forward(chunk, options, state, tokens, *, keep: bool):
@@ -108,7 +144,8 @@ def _forward(chunk, options, state, tokens, *, keep: bool):
     assert [a.shape[1:] for a in jax.tree.leaves(after)] == [a.shape[1:] for a in leaves]
     made, out_tree = jax.tree.flatten(outputs)
     out_shapes = [_stacked(a, count, chunks) for a in made]
-    kept = [jax.ShapeDtypeStruct((count, chunks, *a.shape[1:]), a.dtype) for a in leaves]
+    every, blocks = options.save_every, _blocks(chunks, options)
+    kept = [jax.ShapeDtypeStruct((count, blocks, *a.shape[1:]), a.dtype) for a in leaves]
     order = lambda c: c  # noqa: E731
 
     def kernel(*arguments):
@@ -119,25 +156,26 @@ def _forward(chunk, options, state, tokens, *, keep: bool):
         start_refs, held = take(len(kept) if keep else 0), refs
         at = pl.program_id(1)
 
+        def body(k):
+            state = jax.tree.unflatten(tree, [ref[...] for ref in held])
+            new, out = chunk(state, _at(token_refs, token_tree, k))
+            _put(out_refs, out, k)
+            _hold(held, new)
+
         _load(held, first, at == 0)
-        now = [ref[...] for ref in held]
-        for ref, value in zip(start_refs, now, strict=False):
-            ref[0] = value
-        new, out = chunk(
-            jax.tree.unflatten(tree, now),
-            jax.tree.unflatten(token_tree, [ref[0] for ref in token_refs]),
-        )
-        for ref, value in zip(out_refs, jax.tree.leaves(out), strict=True):
-            ref[0] = value
-        _store(held, final_refs, jax.tree.leaves(new), at == chunks - 1)
+        for ref, value in zip(start_refs, held, strict=False):
+            ref[0] = value[...]
+        _repeat(every, body)
+        _give(final_refs, held, at == blocks - 1)
 
     shapes = [*map(_shape, leaves), *out_shapes, *(kept if keep else [])]
     specs = [_of_state(a) for a in leaves]
-    specs += [_of_chunk(a, order) for a in [*out_shapes, *(kept if keep else [])]]
+    specs += [_of_chunks(a, order, every) for a in out_shapes]
+    specs += [_of_chunks(a, order) for a in (kept if keep else [])]
     found = pl.pallas_call(
         kernel,
-        grid=(count, chunks),
-        in_specs=[*map(_of_state, leaves), *(_of_chunk(a, order) for a in given)],
+        grid=(count, blocks),
+        in_specs=[*map(_of_start, leaves), *(_of_chunks(a, order, every) for a in given)],
         out_specs=specs,
         out_shape=shapes,
         scratch_shapes=[pltpu.VMEM((1, *a.shape[1:]), a.dtype) for a in leaves],
@@ -166,40 +204,53 @@ def _loop_bwd(chunk, options, residuals, cotangents):
     given, token_tree = jax.tree.flatten(tokens)
     ends, _ = jax.tree.flatten(of_final)
     outs, out_tree = jax.tree.flatten(of_outputs)
-    count, chunks = given[0].shape[:2]
-    order = lambda c: chunks - 1 - c  # noqa: E731
+    count, every = given[0].shape[0], options.save_every
+    blocks = _blocks(given[0].shape[1], options)
+    order = lambda c: blocks - 1 - c  # noqa: E731
 
     def kernel(*arguments):
         refs = list(arguments)
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
         start_refs, token_refs = take(len(leaves)), take(len(given))
         end_refs, of_out = take(len(ends)), take(len(outs))
-        first_refs, of_tokens, held = take(len(ends)), take(len(given)), refs
+        first_refs, of_tokens, held = take(len(ends)), take(len(given)), take(len(ends))
+        states = refs or start_refs  # the starts of the block's chunks, [1, every, ...]
         at = pl.program_id(1)
 
+        def again(k):
+            new, _ = chunk(_at(states, tree, k), _at(token_refs, token_tree, k))
+            _put(states, new, k + 1)
+
+        def back(step):
+            k = every - 1 - step
+            _, pull = jax.vjp(chunk, _at(states, tree, k), _at(token_refs, token_tree, k))
+            of_new = jax.tree.unflatten(tree, [ref[...] for ref in held])
+            of_state, found = pull((of_new, _at(of_out, out_tree, k)))
+            _put(of_tokens, found, k)
+            _hold(held, of_state)
+
         _load(held, end_refs, at == 0)
-        _, pull = jax.vjp(
-            chunk,
-            jax.tree.unflatten(tree, [ref[0] for ref in start_refs]),
-            jax.tree.unflatten(token_tree, [ref[0] for ref in token_refs]),
-        )
-        of_new = jax.tree.unflatten(tree, [ref[...] for ref in held])
-        of_state, found = pull((of_new, jax.tree.unflatten(out_tree, [ref[0] for ref in of_out])))
-        for ref, value in zip(of_tokens, jax.tree.leaves(found), strict=True):
-            ref[0] = value
-        _store(held, first_refs, jax.tree.leaves(of_state), at == chunks - 1)
+        if every > 1:
+            _put(states, _at(start_refs, tree, 0), 0)
+            _repeat(every - 1, again)
+        _repeat(every, back)
+        _give(first_refs, held, at == blocks - 1)
+
+    def scratch(leading):
+        return [pltpu.VMEM((*leading, *a.shape[1:]), a.dtype) for a in ends]
 
     found = pl.pallas_call(
         kernel,
-        grid=(count, chunks),
+        grid=(count, blocks),
         in_specs=[
-            *(_of_chunk(a, order) for a in (*leaves, *given)),
-            *map(_of_state, ends),
-            *(_of_chunk(a, order) for a in outs),
+            *(_of_chunks(a, order) for a in leaves),
+            *(_of_chunks(a, order, every) for a in given),
+            *map(_of_start, ends),
+            *(_of_chunks(a, order, every) for a in outs),
         ],
-        out_specs=[*map(_of_state, ends), *(_of_chunk(a, order) for a in given)],
+        out_specs=[*map(_of_state, ends), *(_of_chunks(a, order, every) for a in given)],
         out_shape=[*map(_shape, ends), *map(_shape, given)],
-        scratch_shapes=[pltpu.VMEM((1, *a.shape[1:]), a.dtype) for a in ends],
+        scratch_shapes=[*scratch((1,)), *(scratch((1, every)) if every > 1 else [])],
         compiler_params=_compiler(options),
         interpret=options.interpret,
         name=f"{options.name}_backward",

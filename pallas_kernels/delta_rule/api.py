@@ -59,7 +59,7 @@ def delta_rule(
 
     Raises:
       ValueError: a shape, read or implementation that does not fit, with its value.
-      NotImplementedError: "pallas_tpu" in float64, or on a TPU v4.
+      NotImplementedError: "pallas_tpu" in float64.
 
     Example:
       >>> import jax.numpy as jnp

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chunk_loop_tpu import Options, chunk_loop
@@ -16,7 +15,7 @@ from pallas_kernels.delta_rule.xla import (
     write_chunk,
 )
 from pallas_kernels.products import nn
-from pallas_kernels.vmem import vmem_limit_of
+from pallas_kernels.vmem import save_every, vmem_limit_of
 
 _GATES = ("rate", "keep", "erase", "momentum")
 
@@ -27,26 +26,21 @@ def delta_rule_pallas_tpu(
     read: str,
     chunk_size: int,
     vmem_limit: int | None = None,
+    every: int | None = None,
     interpret: bool = False,
 ) -> DeltaOutput:
     """As `delta_rule_xla`, with the memory in VMEM across all chunks.
 
     Operands with leading axes of size one are repeated in memory first. Tokens beyond the last
-    whole chunk run in XLA.
+    whole chunk run in XLA. A state is stored `every` so many chunks; None: see `save_every`.
 
     Raises:
-      NotImplementedError: numbers of 64 bits; a TPU v4.
+      NotImplementedError: numbers of 64 bits.
     """
     start, queries = operands.initial, operands.queries
     if start.dtype != jnp.float32:
         raise NotImplementedError(f"the TPU kernel keeps its state in float32, not {start.dtype}")
-    if jax.devices()[0].device_kind == "TPU v4":
-        raise NotImplementedError(
-            "the TPU kernel does not compile for TPU v4 (no gather along sublanes); use "
-            "implementation='xla'"
-        )
     vmem_limit = vmem_limit_of() if vmem_limit is None else vmem_limit
-    options = Options(vmem_limit, interpret, "delta_rule")
     batch, length = start.shape[:-2], operands.x.shape[-1]
     whole = length // chunk_size * chunk_size
     if read == "anchor":  # the anchor of the whole call, not of each chunk
@@ -62,6 +56,8 @@ def delta_rule_pallas_tpu(
     if whole:
         flat = {n: a.reshape(-1, *a.shape[-2:]) for n, a in states.items()}
         chunks = {n: _chunks(a[..., :whole], chunk_size) for n, a in given.items()}
+        every = every or save_every(flat, whole // chunk_size, vmem_limit)
+        options = Options(vmem_limit, interpret, "delta_rule", every)
         flat, out = chunk_loop(partial(_chunk, read), options, flat, chunks)
         states = {n: a.reshape(*batch, *a.shape[-2:]) for n, a in flat.items()}
         if out:

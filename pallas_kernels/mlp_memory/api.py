@@ -96,9 +96,13 @@ def mlp_memory(
     last = partial(jnp.swapaxes, axis1=-1, axis2=-2)
     tokens = Tokens(None if queries is None else last(queries), last(keys), last(values), **gates)
     batch = initial.inner.shape[:-3]
-    flat = jax.tree.map(partial(_flat, lead=len(batch), dtype=dtype), (initial, tokens, readout))
+    flat = partial(_flat, lead=len(batch))
+    initial, readout = jax.tree.map(partial(flat, dtype=dtype), (initial, readout))
+    # A kernel reads its tokens as they are.
+    kept = None if implementation == "pallas_tpu" else dtype
+    tokens = jax.tree.map(partial(flat, dtype=kept), tokens)
     run = _IMPLEMENTATIONS[implementation]
-    reads, final = run(*flat, rule=rule, chunk_size=chunk_size)
+    reads, final = run(initial, tokens, readout, rule=rule, chunk_size=chunk_size)
     final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
     if reads is not None:
         reads = last(reads.reshape(*batch, *reads.shape[1:])).astype(keys.dtype)
@@ -107,7 +111,8 @@ def mlp_memory(
 
 def _flat(array, *, lead: int, dtype):
     """All leading axes as one."""
-    return array.reshape(-1, *array.shape[lead:]).astype(dtype)
+    array = array.reshape(-1, *array.shape[lead:])
+    return array if dtype is None else array.astype(dtype)
 
 
 def _check(keys, values, initial, gates, queries, readout, rule, implementation) -> str:

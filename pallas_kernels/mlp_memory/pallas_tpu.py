@@ -9,7 +9,7 @@ from pallas_kernels.chunk_loop_tpu import Options, chunk_loop
 from pallas_kernels.mlp_memory.chunk import memory_chunk
 from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
-from pallas_kernels.vmem import vmem_limit_of
+from pallas_kernels.vmem import MIB, save_every, state_bytes, vmem_limit_of
 
 _GATES = ("rate", "keep", "momentum")
 
@@ -22,14 +22,16 @@ def mlp_memory_pallas_tpu(
     rule: Rule,
     chunk_size: int,
     vmem_limit: int | None = None,
+    every: int | None = None,
     interpret: bool = False,
 ):
     """As `mlp_memory_xla`, with the fast weights in VMEM across all chunks.
 
-    Tokens beyond the last whole chunk run in XLA.
+    Tokens are read in the dtype they come in. Those beyond the last whole chunk run in XLA. A state
+    is stored `every` so many chunks; None: see `save_every`.
 
     Raises:
-      NotImplementedError: numbers of 64 bits.
+      NotImplementedError: numbers of 64 bits; memories too large for the VMEM.
     """
     if start.inner.dtype != jnp.float32:
         raise NotImplementedError(
@@ -37,7 +39,14 @@ def mlp_memory_pallas_tpu(
             "implementation='xla'"
         )
     vmem_limit = vmem_limit_of() if vmem_limit is None else vmem_limit
-    options = Options(vmem_limit, interpret, "mlp_memory")
+    # What the compiler asked for on v4, in states and tokens; good to a tenth.
+    needed = 37 * state_bytes(start) // 2 + 20_000 * chunk_size
+    if needed > vmem_limit:
+        raise NotImplementedError(
+            f"memories of {state_bytes(start):,} bytes a head with chunks of {chunk_size} take "
+            f"about {needed / MIB:.0f} MiB of VMEM, more than {vmem_limit / MIB:.0f}; use "
+            "implementation='xla'"
+        )
     length = tokens.keys.shape[-1]
     whole = length // chunk_size * chunk_size
     state, pieces = start, []
@@ -46,12 +55,14 @@ def mlp_memory_pallas_tpu(
         rows = None if readout is None else _as_rows(readout)
         parts = tokens._replace(**{n: _row(getattr(tokens, n)) for n in _GATES})
         parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), parts)
+        every = every or save_every(start, whole // chunk_size, vmem_limit)
+        options = Options(vmem_limit, interpret, "mlp_memory", every)
         (state, _), reads = chunk_loop(partial(_chunk, rule), options, (start, rows), parts)
         if reads is not None:
             reads = jnp.moveaxis(reads, 1, 2)
             pieces.append(reads.reshape(*reads.shape[:2], whole))
     if whole < length:
-        rest = jax.tree.map(lambda a: a[..., whole:], tokens)
+        rest = jax.tree.map(lambda a: a[..., whole:].astype(start.inner.dtype), tokens)
         reads, state = mlp_memory_xla(state, rest, readout, rule=rule, chunk_size=chunk_size)
         if reads is not None:
             pieces.append(reads)
@@ -77,6 +88,7 @@ def _chunks(array, *, whole: int, size: int):
 def _chunk(rule, state, tokens):
     """One chunk of one sequence, inside the kernel."""
     weights, rows = state
+    tokens = jax.tree.map(lambda a: a.astype(weights.inner.dtype), tokens)
     gates = {n: getattr(tokens, n) for n in _GATES}
     tokens = tokens._replace(**{n: None if g is None else g[:, 0] for n, g in gates.items()})
     readout = None

@@ -104,7 +104,8 @@ def trained(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("vocabulary") / "small"
     sentencepiece.SentencePieceTrainer.Train(
         input=str(bundled()), model_prefix=str(prefix), vocab_size=300, model_type="bpe",
-        byte_fallback=False, input_sentence_size=2000, minloglevel=2,
+        byte_fallback=False, input_sentence_size=2000, shuffle_input_sentence=False,
+        character_coverage=1.0, minloglevel=2,
     )  # fmt: skip
     return prefix.with_suffix(".model")
 

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.delta_rule import Operands, delta_chunk, delta_rule
 from pallas_kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
-from pallas_kernels.vmem import vmem_limit_of
+from pallas_kernels.vmem import save_every, vmem_limit_of
 from tests.kernels import tpu
 
 GATES = [("keep", "erase", "momentum"), ("keep", "erase"), ("momentum",), ()]
@@ -44,9 +44,12 @@ def total(form, given):
 
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("read", ["running_prev", "running", "anchor"])
-def test_forward_and_backward_are_the_recurrence(gates, read):
-    """Two whole chunks of 4 and a rest of 3."""
-    kernel = functools.partial(delta_rule_pallas_tpu, read=read, chunk_size=4, interpret=True)
+@pytest.mark.parametrize("every", [1, 2])
+def test_forward_and_backward_are_the_recurrence(gates, read, every):
+    """Two whole chunks of 4 and a rest of 3; a state stored for each chunk, or for two."""
+    kernel = functools.partial(
+        delta_rule_pallas_tpu, read=read, chunk_size=4, every=every, interpret=True
+    )
     reference = functools.partial(delta_rule_reference, read=read)
     given = operands(gates)
     found, expected = (jax.jit(form)(given) for form in (kernel, reference))
@@ -60,14 +63,22 @@ def test_forward_and_backward_are_the_recurrence(gates, read):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_the_kernels_run_and_keep_one_state_a_chunk():
-    given = operands(GATES[0], length=8)
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_kernels_run_and_keep_one_state_for_every_so_many_chunks(every):
+    given = operands(GATES[0], length=16)
     kernel = functools.partial(
-        delta_rule_pallas_tpu, read="running_prev", chunk_size=4, interpret=True
+        delta_rule_pallas_tpu, read="running_prev", chunk_size=4, every=every, interpret=True
     )
     text = str(jax.make_jaxpr(jax.grad(functools.partial(total, kernel)))(given))
     assert "delta_rule_forward" in text and "delta_rule_backward" in text
-    assert "f32[2,2,3,4]" in text  # the states at the starts of two chunks of two sequences
+    found = [f"f32[2,{blocks},3,4]" in text for blocks in (4, 2)]  # [sequences, states, ...]
+    assert found == [every == 1, every == 2]
+
+
+def test_states_are_stored_as_often_as_vmem_asks_for():
+    state = {"initial": jax.ShapeDtypeStruct((7, 5, 64, 64), jnp.float32)}  # 160 KiB in tiles
+    assert [save_every(state, n, 28 * 2**20) for n in (64, 12, 7, 1)] == [8, 6, 7, 1]
+    assert save_every(state, 64, 15 * 2**20) == 2 and save_every(state, 64, 4 * 2**20) == 1
 
 
 def test_memories_that_share_keys_and_no_queries():
@@ -96,14 +107,8 @@ def test_float64_is_refused(x64):
         delta_rule(x, x, jnp.ones(4), initial=jnp.eye(2), implementation="pallas_tpu")
 
 
-V4 = pytest.mark.xfail(reason="Mosaic has no gather along sublanes on v4", strict=True)
-
-
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize(
-    "generation",
-    [pytest.param(name, marks=V4 if name == "v4" else ()) for name in tpu.GENERATIONS],
-)
+@pytest.mark.parametrize("generation", tpu.GENERATIONS)
 @pytest.mark.parametrize("chunk", [16, 64, 128])
 def test_compiles_ahead_of_time(generation, chunk):
     """One layer of the 340M preset: 16 heads of 64 features, forward and backward."""
