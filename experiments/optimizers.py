@@ -64,7 +64,16 @@ class Scale:
 SCALES = {
     "smoke": Scale(50, (3e-3,), (0,), 8, 4, 16, 1, 8, "nano", ("length=32", "batch=2", "layers=1")),
     "cpu": Scale(
-        400, (1e-3, 3e-3, 1e-2), (0, 1, 2), 8, 2, 48, 2, 64, "nano", ("length=128", "batch=8")
+        400,
+        (1e-3, 3e-3, 1e-2),
+        (0, 1, 2),
+        8,
+        2,
+        48,
+        2,
+        64,
+        "nano",
+        ("length=128", "batch=4", "width=64", "hidden=160"),
     ),
     "gpu": Scale(
         3000,

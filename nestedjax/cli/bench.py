@@ -1,6 +1,7 @@
 """Measure what things cost. `peers`: training speed and peak memory of HOPE and its peers at one
 size (vocab 512, width 256, 4 layers, 4 heads, chunks of 64), each in a process of its own on one
-core. `optimizers`: step time and state of every optimizer, relative to AdamW, on one model."""
+core. `optimizers`: step time and state of every optimizer, relative to AdamW, on one model.
+`kernels`: every operation of `pallas_kernels` on this device."""
 
 import argparse
 import json
@@ -12,6 +13,7 @@ EXAMPLE = """example:
   nestedjax bench peers --json peers.json
   nestedjax bench peers --models hope --cost-at 1024 4096 16384
   nestedjax bench optimizers --names m3 adamuon
+  nestedjax bench kernels --ops delta_rule --json kernels.json
 
 A row of peers has model, length, batch, parameters, tokens_per_cpu_second (of the median step) and
 peak_rss_mb (of the whole process, compilation included)."""
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", required=True, metavar="BENCHMARK")
     _peers_arguments(what.add_parser("peers", help="HOPE and its peers"))
     _optimizers_arguments(what.add_parser("optimizers", help="every optimizer"))
+    _kernels_arguments(what.add_parser("kernels", help="every operation"))
 
 
 def _peers_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +54,15 @@ def _optimizers_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
 
 
+def _kernels_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--ops", nargs="+", metavar="OP", default=[], help="default: all")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each row")
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure every row; returns the exit code."""
-    rows = _peers(args) if args.what == "peers" else _optimizers(args)
+    rows = {"peers": _peers, "optimizers": _optimizers, "kernels": _kernels}[args.what](args)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
@@ -72,6 +81,21 @@ def _optimizers(args: argparse.Namespace) -> list[dict[str, Any]]:
         args.preset, batch=args.batch, length=args.length, names=tuple(args.names)
     )
     print(optimizers.table(rows))
+    return rows
+
+
+def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from nestedjax.benchmarks import kernels
+    from nestedjax.overrides import ConfigError
+
+    known = sorted({workload.op for workload in kernels.workloads("cpu")})
+    for op in args.ops:
+        if op not in known:
+            raise ConfigError(f"no operation {op!r} in this benchmark; {', '.join(known)}")
+    if args.repeats < 1:
+        raise ConfigError(f"--repeats {args.repeats} must be at least 1")
+    rows = kernels.measure(ops=args.ops, repeats=args.repeats)
+    print(kernels.table(rows))
     return rows
 
 
