@@ -32,9 +32,9 @@ def plot(system: NestedSystem, path: str | os.PathLike, *, title: str) -> None:
     from matplotlib.figure import Figure
 
     boxes = system.boxes
-    figure = Figure(figsize=(12, 1.5 + ROW * len(boxes)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(15, 1.5 + ROW * len(boxes)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes, text = figure.subplots(1, 2, sharey=True, width_ratios=(5, 6))
+    axes, text = figure.subplots(1, 2, sharey=True, width_ratios=(5, 9))
     places, ticks = _places(boxes)
     for side in (axes, text):
         _bands(side, boxes)
@@ -44,6 +44,7 @@ def plot(system: NestedSystem, path: str | os.PathLike, *, title: str) -> None:
         axes.scatter(x, row, s=18 + 7 * log2(box.parameters + 1), color=color, zorder=2)
     axes.set_yticks(range(len(boxes)), [box.name for box in boxes], color=INK)
     axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks], color=INK)
+    axes.tick_params(axis="x", rotation=90 if len(ticks) > 5 else 0)  # slow periods lie close
     axes.set_xlabel("tokens between two writes, slow to fast (1k = 1,024)", color=INK)
     axes.set_ylim(len(boxes) - 0.5, -0.5)
     axes.grid(True, axis="x", color="#e3e3e3", linewidth=0.6)
@@ -105,7 +106,7 @@ def _bands(side, boxes: list[Box]) -> None:
 def _columns(side, boxes: list[Box]) -> None:
     """Level, parameters, state, objective, rule and transfer of each box as text."""
     heads = ("level", "parameters", "state", "objective", "rule", "transfer")
-    columns = (0.04, 0.18, 0.3, 0.32, 0.63, 0.87)
+    columns = (0.05, 0.18, 0.3, 0.33, 0.62, 0.86)
     side.set_xlim(0, 1)
     side.set_xticks([])
     side.tick_params(labelleft=False)
