@@ -65,13 +65,13 @@ def test_forward_and_backward_are_the_recurrence(gates, read, every):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_kernels_run_and_keep_one_state_for_every_so_many_chunks(every):
-    given = operands(GATES[0], length=16)
+    given = operands(GATES[0], length=16, columns=6)
     kernel = functools.partial(
         delta_rule_pallas_tpu, read="running_prev", chunk_size=4, every=every, interpret=True
     )
     text = str(jax.make_jaxpr(jax.grad(functools.partial(total, kernel)))(given))
     assert "delta_rule_forward" in text and "delta_rule_backward" in text
-    found = [f"f32[2,{blocks},3,4]" in text for blocks in (4, 2)]  # [sequences, states, ...]
+    found = [f"f32[2,{blocks},3,6]" in text for blocks in (4, 2)]  # [sequences, states, ...]
     assert found == [every == 1, every == 2]
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import vmem
 from pallas_kernels.mlp_memory import FastWeights, Readout, Rule, Tokens, mlp_memory
 from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
 from pallas_kernels.vmem import vmem_limit_of
@@ -159,7 +160,8 @@ def test_bfloat16_tokens_are_read_as_they_are(interpreted):
     assert kernel.count(f"{{bf16[1,2,1,{CHUNK}]}}") >= 3  # rate, keep, momentum
 
 
-def test_the_kernels_run_and_keep_one_state_for_eight_chunks(interpreted):
+def test_the_kernels_run_and_keep_one_state_for_eight_chunks(interpreted, monkeypatch):
+    monkeypatch.setitem(vmem.VMEM, jax.devices()[0].device_kind, 128 * vmem.MIB)
     given = operands(jnp.float32, length=16 * CHUNK)
     rule = given.pop("rule")
 
