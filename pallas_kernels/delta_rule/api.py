@@ -44,7 +44,8 @@ def delta_rule(
       initial: the memory before the first token, [..., m, n].
       keep: fraction of the memory kept, in (0, 1], [..., T].
       erase: strength of the erasure along `x_t`, [..., T].
-      momentum: momentum coefficients in [0, 1], [..., T].
+      momentum: momentum coefficients in [0, 1], [..., T]; the chunked forms work with logarithms
+        and give the coefficient no gradient at exactly 0.
       initial_momentum: [..., m, n]; zeros when None.
       queries: [..., T, n]; None reads nothing.
       read: "running_prev" reads `W_{t-1} q_t`, "running" `W_t q_t`, "anchor" `W_0 q_t`.

@@ -67,7 +67,8 @@ def mlp_memory(
       initial: fast weights at the start, leaves [..., n, f, d] and [..., n, d, f].
       rate: inner learning rates, [..., T]; not with a readout.
       keep: fraction of the memory kept, in (0, 1], [..., T]; not with a readout.
-      momentum: momentum coefficients in [0, 1], [..., T]; given if `initial` has momenta.
+      momentum: momentum coefficients in [0, 1], [..., T]; given if `initial` has momenta. The
+        chunked forms work with logarithms and give the coefficient no gradient at exactly 0.
       queries: [..., T, d]; None reads nothing.
       readout: how rate and keep are read from the memories that make them.
       rule: see `Rule`; default its defaults.
