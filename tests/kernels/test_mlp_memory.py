@@ -120,12 +120,16 @@ def test_hard_inputs(interpreted):
     for name in HARD:
         given = operands(jnp.float32, readout=False, memories=1, length=12)
         given |= HARD[name](given)
-        expected = results(given, "reference")
-        scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda a: a.astype(jnp.float64), given | dict(rule=None))
+            expected = jax.tree.map(
+                np.asarray, results(wide | dict(rule=given["rule"]), "reference")
+            )
+        scale = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected))
         for how in ("xla", "pallas_tpu"):
             found = results(given, how)
             assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(found)), name
-            close(found, expected, 1e-3, atol=1e-3 * scale)
+            close(found, expected, 2e-4, atol=2e-4 * scale)
 
 
 @pytest.mark.parametrize("how", ["xla", "reference"])
