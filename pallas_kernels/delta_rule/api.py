@@ -11,7 +11,7 @@ from pallas_kernels.delta_rule.xla import delta_chunk_xla, delta_rule_xla
 from pallas_kernels.numerics import accumulation_dtype
 
 _READS = ("running_prev", "running", "anchor")
-_IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+_IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def delta_rule(
@@ -50,9 +50,10 @@ def delta_rule(
       queries: [..., T, n]; None reads nothing.
       read: "running_prev" reads `W_{t-1} q_t`, "running" `W_t q_t`, "anchor" `W_0 q_t`.
       chunk_size: tokens solved in parallel; changes the speed, not the result.
-      implementation: "reference" (token by token), "xla" (chunk-parallel), "pallas_tpu" (the same
-        in one kernel each way; on a mesh only inside `jax.shard_map`) or None, which is "xla": the
-        kernel has been compiled for TPUs and checked in interpret mode, not timed on one.
+      implementation: "reference" (token by token), "xla" (chunk-parallel), "pallas_tpu" or
+        "pallas_gpu" (the same in one kernel each way; on a mesh only inside `jax.shard_map`) or
+        None, which is "xla": the kernels have been compiled for TPUs and for Hopper GPUs and
+        checked in interpret mode; neither has run on one.
 
     Returns:
       `DeltaOutput(reads, final, final_momentum)`; reads in the dtype of `x`, states in at least
@@ -60,7 +61,8 @@ def delta_rule(
 
     Raises:
       ValueError: a shape, read or implementation that does not fit, with its value.
-      NotImplementedError: "pallas_tpu" in float64.
+      NotImplementedError: "pallas_tpu" in float64; "pallas_gpu" with momentum, in float64, with
+        other chunks than of 64 tokens, and with a memory that is not 64 k x 64 or 64 k x 128.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,8 +84,14 @@ def delta_rule(
         out = delta_rule_reference(operands, read=read)
     elif implementation == "xla":
         out = delta_rule_xla(operands, read=read, chunk_size=chunk_size)
-    else:
+    elif implementation == "pallas_tpu":
         out = delta_rule_pallas_tpu(operands, read=read, chunk_size=chunk_size)
+    else:
+        # Mosaic GPU is imported where it is asked for: it needs absl, which jax does not require
+        from pallas_kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
+
+        dtype = _multiplied(x, error, queries)
+        out = delta_rule_pallas_gpu(operands, read=read, chunk_size=chunk_size, dtype=dtype)
     return _tokens_first(out, x.dtype)
 
 
@@ -103,14 +111,16 @@ def delta_chunk(
 ) -> DeltaOutput:
     """One chunk of `delta_rule`, solved at once: what a memory calls between two anchors.
 
-    The arguments are those of `delta_rule` ("pallas_tpu" is refused: its gain is the state that
+    The arguments are those of `delta_rule` (its kernels are refused: their gain is the state that
     stays between chunks); the whole call is one chunk of T tokens, which costs
     O(T^2 (m + n) + T m n). Its stages for tokens as columns are `chunk_tables`, `solve_chunk`,
     `read_chunk` and `write_chunk`.
     """
     implementation = _check_choices(read, implementation)
-    if implementation == "pallas_tpu":
-        raise ValueError("delta_chunk has no implementation='pallas_tpu'; use 'xla', or delta_rule")
+    if implementation in ("pallas_tpu", "pallas_gpu"):
+        raise ValueError(
+            f"delta_chunk has no implementation={implementation!r}; use 'xla', or delta_rule"
+        )
     gates, dtype = (rate, keep, erase, momentum), x.dtype
     x, error, queries = _tokens_last(x, error, queries)
     operands = _prepare(x, error, gates, initial, initial_momentum, queries)
@@ -126,6 +136,14 @@ def _tokens_first(out: DeltaOutput, dtype) -> DeltaOutput:
     if out.reads is None:
         return out
     return out._replace(reads=jnp.swapaxes(out.reads, -1, -2).astype(dtype))
+
+
+def _multiplied(*tokens):
+    """The dtype of products: bfloat16 if all tokens are, else that of `accumulation_dtype`."""
+    tokens = [a for a in tokens if a is not None]
+    if all(a.dtype == jnp.bfloat16 for a in tokens):
+        return jnp.dtype(jnp.bfloat16)
+    return accumulation_dtype(*tokens)
 
 
 def _check_choices(read, implementation):

@@ -1,0 +1,217 @@
+"""The chunked delta rule as one Mosaic GPU kernel each way; see `gpu_kernels`."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.delta_rule.gpu_backward import GRADIENTS, backward
+from pallas_kernels.delta_rule.gpu_forward import VECTORS, Spec, forward, shared_bytes
+from pallas_kernels.delta_rule.types import DeltaOutput, Operands
+from pallas_kernels.delta_rule.xla import delta_chunk_xla
+from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, split
+from pallas_kernels.products import nn
+
+_GATES = ("rate", "keep", "erase")
+_COLUMNS = (64, 128)  # of a memory: what a warpgroup's registers hold
+
+
+def delta_rule_pallas_gpu(
+    operands: Operands,
+    *,
+    read: str,
+    chunk_size: int,
+    dtype: Any,
+    every: int | None = None,
+    interpret: Any = False,
+) -> DeltaOutput:
+    """As `delta_rule_xla`, with the memory in registers across all chunks.
+
+    Operands with leading axes of size one are repeated in memory first. Tokens beyond the last
+    whole chunk run in XLA.
+
+    Args:
+      operands: see `Operands`.
+      read: "running_prev", "running" or "anchor".
+      chunk_size: 64.
+      dtype: of the tokens as they were given: bfloat16 is multiplied as it is, float32 in three
+        products of two bfloat16 parts, good to about 2^-16.
+      every: chunks between two states that are stored for the backward pass; None: as many of 4,
+        2 or 1 as divide the chunks and fit.
+      interpret: parameters of Mosaic GPU's interpreter, for tests on a CPU.
+
+    Raises:
+      NotImplementedError: what the kernel does not take, with the reason.
+    """
+    _check(operands, chunk_size, dtype)
+    start, queries = operands.initial, operands.queries
+    batch, length = start.shape[:-2], operands.x.shape[-1]
+    whole = length // ROWS * ROWS
+    if read == "anchor":  # the anchor of the whole call, not of each chunk
+        operands = operands._replace(queries=None)
+    names = ("x", "error", "queries", *_GATES)
+    given = {n: getattr(operands, n) for n in names if getattr(operands, n) is not None}
+    given = {n: a[..., None, :] if n in _GATES else a for n, a in given.items()}
+    given = {n: jnp.broadcast_to(a, (*batch, *a.shape[-2:])) for n, a in given.items()}
+    pieces: list[Any] = []
+    final = start
+    if whole:
+        flat = {n: a[..., :whole].reshape(-1, a.shape[-2], whole) for n, a in given.items()}
+        tokens = {n: _tiles(a, dtype) for n, a in flat.items() if n not in _GATES}
+        gates = {n: a.reshape(-1, whole // ROWS, ROWS) for n, a in flat.items() if n in _GATES}
+        if "keep" in gates:
+            least = jnp.finfo(jnp.float32).tiny  # log 0 would give inf - inf
+            gates["keep"] = jnp.log(jnp.maximum(gates["keep"], least))
+        spec = _spec(operands, read, dtype, whole // ROWS, every, interpret)
+        final, reads = _loop(spec, tokens, gates, start.reshape(-1, *start.shape[-2:]))
+        final = final.reshape(start.shape)
+        if reads is not None:
+            reads = reads.reshape(*batch, whole, -1).astype(start.dtype)
+            pieces.append(jnp.swapaxes(reads, -1, -2))
+    if whole < length:
+        rest = {n: a[..., whole:] for n, a in given.items()}
+        rest = {n: a[..., 0, :] if n in _GATES else a for n, a in rest.items()}
+        after = delta_chunk_xla(Operands(**rest, initial=final), read=read)
+        final = after.final
+        pieces.append(after.reads)
+    found = None
+    if queries is not None:
+        found = nn(start, queries) if read == "anchor" else jnp.concatenate(pieces, axis=-1)
+    return DeltaOutput(found, final, None)
+
+
+def _check(operands: Operands, chunk_size, dtype):
+    m, n = operands.initial.shape[-2:]
+    if dtype not in (jnp.bfloat16, jnp.float32) or operands.initial.dtype != jnp.float32:
+        raise NotImplementedError(
+            f"the GPU kernel takes bfloat16 or float32, not {jnp.dtype(dtype).name} with a "
+            f"{operands.initial.dtype} state: use implementation='xla'"
+        )
+    if operands.momentum is not None:
+        raise NotImplementedError("the GPU kernel has no momentum: use implementation='xla'")
+    if chunk_size != ROWS:
+        raise NotImplementedError(
+            f"the GPU kernel solves chunks of {ROWS} tokens, a warpgroup's tile, not {chunk_size}"
+        )
+    if m % ROWS or n not in _COLUMNS:
+        raise NotImplementedError(
+            f"the GPU kernel takes memories of 64 k x 64 or 64 k x 128, not {m} x {n}: "
+            "pad the features or use implementation='xla'"
+        )
+
+
+def _spec(operands: Operands, read, dtype, chunks, every, interpret) -> Spec:
+    """The largest of 4, 2 and 1 chunks between stored states that divides and fits."""
+    n = operands.initial.shape[-1]
+    reads = None if operands.queries is None else read
+    parts = 1 if dtype == jnp.bfloat16 else 2
+    fields = (parts, operands.keep is not None, operands.erase is not None, reads)
+    choices = [every] if every else [k for k in (4, 2, 1) if chunks % k == 0]
+    for k in choices:
+        spec = Spec(*fields, k, interpret)
+        needed = shared_bytes(spec, n, slots=1, backward=True)
+        if needed <= SMEM_LIMIT:
+            return spec
+    raise NotImplementedError(
+        f"the GPU kernel's backward pass needs {needed} bytes of shared memory for {parts} parts "
+        f"of 64 x {n} tiles where a block has {SMEM_LIMIT}: use bfloat16 or implementation='xla'"
+    )
+
+
+def _tiles(array, dtype):
+    """[S, features, T] -> [S, N, 64, features] in the dtype that it came in."""
+    array = jnp.swapaxes(array, -1, -2).astype(dtype)
+    return array.reshape(array.shape[0], -1, ROWS, array.shape[-1])
+
+
+def _parts(array, parts):
+    return jnp.stack(split(array, parts))
+
+
+def _vectors(gates):
+    """rate, erase and the logs of keep [S, N, 64] as `VECTORS` [S, N, 6, 64]."""
+    rate = gates["rate"]
+    made = {"rate": rate}
+    if "erase" in gates:
+        made["erase"] = gates["erase"]
+    if "keep" in gates:
+        made["at"] = at = jnp.cumsum(gates["keep"], axis=-1)
+        made["before"] = _shifted(at)
+        made["tail"] = at[..., -1:] - at
+        made["total"] = jnp.broadcast_to(at[..., -1:], at.shape)
+    return jnp.stack([made.get(n, jnp.zeros_like(rate)) for n in VECTORS], axis=-2)
+
+
+def _tokens(spec, tokens, gates):
+    return {n: _parts(a, spec.parts) for n, a in tokens.items()} | {"vectors": _vectors(gates)}
+
+
+def _slots(spec, n):
+    return 2 if shared_bytes(spec, n, slots=2, backward=False) <= SMEM_LIMIT else 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loop(spec: Spec, tokens: dict, gates: dict, start: Any):
+    """The final memory and the reads; `gates["keep"]` are logarithms."""
+    return _loop_fwd(spec, tokens, gates, start, keep_states=False)[0]
+
+
+def _loop_fwd(spec, tokens, gates, start, keep_states=True):
+    found = forward(
+        spec,
+        _tokens(spec, tokens, gates),
+        start,
+        slots=_slots(spec, start.shape[-1]),
+        keep_states=keep_states,
+    )
+    return (found["final"], found.get("reads")), (tokens, gates, found.get("starts"))
+
+
+def _loop_bwd(spec, kept, cotangents):
+    tokens, gates, starts = kept
+    of_final, of_reads = cotangents
+    given = _tokens(spec, tokens, gates)
+    if spec.read:
+        given["of_reads"] = _parts(of_reads, spec.parts)
+    found = backward(spec, given, starts, of_final)
+    of_tokens = {"error": found["error"]}
+    for name in ("x", "queries"):
+        if name in tokens:  # summed over the blocks of a memory's rows
+            total = jnp.sum(found[name], axis=0, dtype=jnp.float32)
+            of_tokens[name] = total.astype(tokens[name].dtype)
+    vectors = jnp.sum(found["vectors"], axis=0)
+    of = {name: vectors[..., GRADIENTS.index(name), :] for name in GRADIENTS}
+    of_gates = {name: of[name] for name in ("rate", "erase") if name in gates}
+    if spec.keep:
+        of_gates["keep"] = _of_logs(spec, of)
+    return of_tokens, of_gates, found["start"]
+
+
+def _of_logs(spec, of):
+    """The gradient of the logs of keep from those of their sums, [S, N, 64]."""
+    total = of["pairs"] if spec.read or spec.erase else jnp.zeros_like(of["tail"])
+    total = total + jnp.sum(of["total"], axis=-1, keepdims=True)
+    total = total + _earlier(of["tail"])
+    if spec.read == "running":
+        total = total + _later(of["at"]) + of["at"]
+    if spec.read == "running_prev" or spec.erase:
+        total = total + _later(of["before"])
+    return total
+
+
+def _shifted(array):
+    """Each token's number at the next one, 0 at the first."""
+    return jnp.pad(array[..., :-1], [(0, 0)] * (array.ndim - 1) + [(1, 0)])
+
+
+def _earlier(array):
+    """Sums over the tokens before each."""
+    return _shifted(jnp.cumsum(array, axis=-1))
+
+
+def _later(array):
+    return jnp.flip(_earlier(jnp.flip(array, axis=-1)), axis=-1)
+
+
+_loop.defvjp(_loop_fwd, _loop_bwd)
