@@ -92,6 +92,12 @@ class Warpgroup(NamedTuple):
 
         return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
 
+    def vector(self, ref: Any) -> Any:
+        """A vector [64] in shared memory, as a sum along rows is."""
+        if self.interpret:
+            return ref[...]
+        return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1))
+
     def along_rows(self, ref: Any, columns: int) -> Any:
         """A vector [64] in shared memory as a matrix [64, columns]: one number a row."""
         return self._spread(ref, columns, 0)

@@ -18,7 +18,6 @@ from pallas_kernels.delta_rule.gpu_forward import (
     VECTORS,
     Chunk,
     Sizes,
-    Solved,
     Spec,
     advance,
     chunk_of,
@@ -26,6 +25,7 @@ from pallas_kernels.delta_rule.gpu_forward import (
     fetch_chunk,
     given_dtype,
     launch,
+    overlaps,
     scratch,
     sizes_of,
     solve,
@@ -43,7 +43,7 @@ class _Carried(NamedTuple):
     Attributes:
       state: the memory at the chunk's start, a tile [64, n].
       back: the cotangent of the memory after the chunk, a tile [64, n].
-      work: four tiles [64, 64].
+      work: five tiles [64, 64].
     """
 
     state: Any
@@ -52,49 +52,58 @@ class _Carried(NamedTuple):
 
 
 def _pull_read(chunk: Chunk, held: _Carried, give):
-    """Cotangents through the reads: of Z (to add), and of the logs of pairs.
+    """The cotangent of Z through the reads (to add).
 
     Leaves that of the scores in `work[2]` and takes Z from `work[1]`.
     """
-    on, spec, columns = chunk.on, chunk.spec, held.state.shape[-1]
+    on, spec, work = chunk.on, chunk.spec, held.work
     scores = on.product((chunk.queries, Flipped(chunk.x)))
-    on.put(held.work.at[2], chunk.table(scores, read=spec.read))
-    of_total = -on.product((Flipped(held.work.at[2]), chunk.of_reads))
-    of_scores = -on.product((chunk.of_reads, Flipped(held.work.at[1])))
+    on.put(work.at[2], chunk.table(scores, read=spec.read))
+    of_total = -on.product((Flipped(work.at[2]), chunk.of_reads))
+    of_scores = -on.product((chunk.of_reads, Flipped(work.at[1])))
     of_scores = chunk.table(of_scores, read=spec.read)
-    on.put(held.work.at[2], of_scores)
+    on.put(work.at[2], of_scores)
+    if spec.keep:
+        give("pairs", _pull_pairs(chunk, of_scores * scores, work.at[3], read=spec.read))
     of_queries = on.product((chunk.of_reads, held.state))
     if spec.keep:
-        when = "at" if spec.read == "running" else "before"
+        when, columns = _when(spec), held.state.shape[-1]
         of_queries = chunk.decay(when, columns) * of_queries
         give(when, jnp.sum(on.get(chunk.queries) * of_queries, axis=1))
-    give("queries", of_queries + on.product((held.work.at[2], chunk.x)))
-    return of_total, of_scores * scores
+    give("queries", of_queries + on.product((work.at[2], chunk.x)))
+    return of_total
 
 
-def _pullsolve(chunk: Chunk, held: _Carried, solved: Solved, of_total, give):
-    """Cotangents through the solve: of what is written, and of the logs of pairs.
+def _when(spec):
+    return "at" if spec.read == "running" else "before"
 
-    Leaves that of the overlaps in `work[0]` and that of X W^T in `work[3]`; takes T from `work[0]`
-    and Z from `work[1]`.
+
+def _pull_solve(chunk: Chunk, held: _Carried, of_total, give):
+    """The cotangent of what is written, through the solve.
+
+    Leaves that of the overlaps in `work[0]` and that of X W^T in `work[3]`; takes T from `work[0]`,
+    Z from `work[1]` and X W^T from `work[4]`.
     """
     on, spec, work = chunk.on, chunk.spec, held.work
     on.put(work.at[3], of_total)
     of_written = on.product((Flipped(work.at[0]), work.at[3]))
-    of_lower = on.product((on.split(of_written), Flipped(work.at[1])))
-    of_lower = -on.masked(of_lower, lambda t, i: i < t)
-    erase = chunk.rows("erase")
-    of_erase = of_lower * solved.overlap
     of_seen = of_written
     if spec.keep:
         of_seen = chunk.decay("before") * of_seen
-    of_scale = of_seen * solved.seen
-    give("erase", jnp.sum(of_erase, axis=1) + jnp.sum(of_scale, axis=1))
+    of_scale = jnp.sum(of_seen * on.get(work.at[4]), axis=1)
+    give("erase", of_scale)
+    on.put(work.at[3], chunk.rows("erase") * of_seen)
     if spec.keep:
-        give("before", jnp.sum(erase * of_scale, axis=1))
-    on.put(work.at[3], erase * of_seen)
-    on.put(work.at[0], chunk.table(erase * of_lower))
-    return of_written, erase * of_erase
+        give("before", chunk.vector("erase") * of_scale)
+    of_lower = on.product((on.split(of_written), Flipped(work.at[1])))
+    of_lower = -on.masked(of_lower, lambda t, i: i < t)
+    of_lower_overlaps = of_lower * overlaps(chunk)  # again: cheaper than registers to keep them
+    give("erase", jnp.sum(of_lower_overlaps, axis=1))
+    on.put(work.at[0], chunk.table(chunk.rows("erase") * of_lower))
+    if spec.keep:
+        pairs = chunk.rows("erase") * of_lower_overlaps
+        give("pairs", _pull_pairs(chunk, pairs, work.at[4], read=None))
+    return of_written
 
 
 def _pull_pairs(chunk: Chunk, pairs, work, *, read):
@@ -117,48 +126,38 @@ def _pull(chunk: Chunk, held: _Carried, back, give):
       chunk: tokens.
       held: see `_Carried`.
       back: the cotangent of the memory after the chunk, [64, n].
-      give: a function of a name and a value; what is given twice is added.
+      give: a function of a name and a value; vectors that are given twice are added.
     """
     on, spec, work, columns = chunk.on, chunk.spec, held.work, back.shape[1]
     on.put(held.back, back)
-    solved = solve(chunk, held.state, work)
-    if spec.erase:
-        on.put(work.at[0], solved.inverse)
-    on.put(work.at[1], solved.total)
+    total = solve(chunk, held.state, work, keep=(work.at[0], work.at[4]))
+    on.put(work.at[1], total)
     of_total = -on.product((chunk.x, Flipped(held.back)))
-    tail = solved.total
     if spec.keep:
         of_total = chunk.decay("tail") * of_total
-        give("tail", jnp.sum(of_total * solved.total, axis=1))
-        tail = chunk.decay("tail") * tail
-    pairs = []
+        give("tail", jnp.sum(of_total * on.get(work.at[1]), axis=1))
     if spec.read:
-        added, logs = _pull_read(chunk, held, give)
-        of_total = of_total + added
-        pairs.append((logs, spec.read))
-    of_written = of_total
-    if spec.erase:
-        of_written, logs = _pullsolve(chunk, held, solved, of_total, give)
-        pairs.append((logs, None))
-    give("error", chunk.rows("rate") * of_written)
+        of_total = of_total + _pull_read(chunk, held, give)
+    of_written = _pull_solve(chunk, held, of_total, give) if spec.erase else of_total
     give("rate", jnp.sum(of_written * on.get(chunk.error), axis=1))
-    terms = [(on.split(-tail), held.back)]
+    give("error", chunk.rows("rate") * of_written)
+    total = -on.get(work.at[1])
+    if spec.keep:
+        total = chunk.decay("tail") * total
+    terms = [(on.split(total), held.back)]
     if spec.read:
         terms.append((Flipped(work.at[2]), chunk.queries))
     if spec.erase:
         terms += [(work.at[0], chunk.x), (Flipped(work.at[0]), chunk.x), (work.at[3], held.state)]
     give("x", on.product(*terms))
     if spec.keep:
-        for logs, read in pairs:
-            give("pairs", _pull_pairs(chunk, logs, work.at[0], read=read))
-        total = chunk.decay("total", columns)
-        give("total", jnp.sum(total * back * on.get(held.state), axis=1))
-        back = total * back
+        back = chunk.decay("total", columns) * back
+        give("total", jnp.sum(back * on.get(held.state), axis=1))
     terms = [(Flipped(work.at[3]), chunk.x)] if spec.erase else []
     if spec.read:
         of_reads = on.get(chunk.of_reads)
         if spec.keep:
-            of_reads = chunk.decay("at" if spec.read == "running" else "before") * of_reads
+            of_reads = chunk.decay(_when(spec)) * of_reads
         on.put(work.at[2], of_reads)
         terms.append((Flipped(work.at[2]), chunk.queries))
     return back + on.product(*terms) if terms else back
@@ -210,7 +209,7 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, of_final: Any) -> 
             fetch(smem["again"], here, first + j, 0, again)
             plgpu.barrier_wait(smem["again"].at[0])
             chunk = chunk_of(spec, smem, 0)
-            total = solve(chunk, smem["states"].at[j], smem["work"]).total
+            total = solve(chunk, smem["states"].at[j], smem["work"])
             weight = advance(chunk, weight, total, smem["work"].at[0])
             on.put(smem["states"].at[j + 1], weight)
             return weight
@@ -220,15 +219,14 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, of_final: Any) -> 
             at = first + j
             fetch(smem["arrived"], here, at, 0, names)
             plgpu.barrier_wait(smem["arrived"].at[0])
-            given = {}
-
-            def give(name, value):
-                given[name] = given[name] + value if name in given else value
-
+            vectors = {}
+            give = partial(_give, spec, vectors, outs, smem, (sequence, row_block, at))
             chunk = chunk_of(spec, smem, 0)
-            carried = _Carried(smem["states"].at[j], smem["back"], smem["work"])
-            back = _pull(chunk, carried, back, give)
-            _store(spec, given, outs, smem["out"], (sequence, row_block, at))
+            held = _Carried(smem["states"].at[j], smem["back"], smem["work"])
+            back = _pull(chunk, held, back, give)
+            for i, name in enumerate(GRADIENTS):
+                if name in vectors:
+                    outs["vectors"][row_block, sequence, at, i] = vectors[name]
             return back
 
         def block(i, back):
@@ -258,17 +256,23 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, of_final: Any) -> 
     return found
 
 
-def _store(spec, given, outs, out, where):
-    """Write one chunk's gradients; `where` is (sequence, block of rows, chunk)."""
-    sequence, row_block, at = where
-    for name in ("x", "queries"):
-        if name in given:
-            outs[name][row_block, sequence, at] = given[name].astype(given_dtype(spec))
-    plgpu.wait_smem_to_gmem(0)  # the copy of the chunk before
-    out[...] = given["error"].astype(given_dtype(spec))
+def _give(spec, vectors, outs, smem, here, name, value):
+    """Write a matrix of gradients at once: registers are scarce; add vectors up.
+
+    `here` is (sequence, block of rows, chunk).
+    """
+    sequence, row_block, at = here
+    if value.ndim == 1:
+        vectors[name] = vectors[name] + value if name in vectors else value
+        return
+    # through shared memory: 64 x n addresses of global memory would take the registers
+    plgpu.wait_smem_to_gmem(0)  # the copy before
+    if name == "error":  # some columns of an array that the blocks share
+        out, rows = smem["out"], pl.ds(row_block * ROWS, ROWS)
+        target = outs[name].at[sequence, at, :, rows]
+    else:
+        out = smem.get("wide", smem["out"])
+        target = outs[name].at[row_block, sequence, at]
+    out[...] = value.astype(given_dtype(spec))
     plgpu.commit_smem()
-    rows = pl.ds(row_block * ROWS, ROWS)
-    plgpu.copy_smem_to_gmem(out, outs["error"].at[sequence, at, :, rows])
-    for i, name in enumerate(GRADIENTS):
-        if name in given:
-            outs["vectors"][row_block, sequence, at, i] = given[name]
+    plgpu.copy_smem_to_gmem(out, target)

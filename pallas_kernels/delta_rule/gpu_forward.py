@@ -72,14 +72,16 @@ def scratch(spec: Spec, n: int, *, slots: int, backward: bool) -> dict[str, Any]
     if spec.read:
         made["queries"] = of_tile(slots, ROWS, n)
     if spec.read or backward:
-        made["out"] = output_tile(spec)
+        made["out"] = output_tile(spec, ROWS)
     if not backward:
         made["state"] = of_tile(ROWS, n)
         made["work"] = of_tile(2, ROWS, ROWS)
     else:
         made["states"] = of_tile(spec.save_every, ROWS, n)
         made["back"] = of_tile(ROWS, n)
-        made["work"] = of_tile(4, ROWS, ROWS)
+        if n != ROWS:
+            made["wide"] = output_tile(spec, n)
+        made["work"] = of_tile(5, ROWS, ROWS)
         if spec.read:
             made["of_reads"] = of_tile(slots, ROWS, ROWS)
     return made
@@ -112,6 +114,10 @@ class Chunk(NamedTuple):
         """A vector along the rows of a matrix [64, columns]."""
         return self.on.along_rows(self.vectors.at[VECTORS.index(name)], columns)
 
+    def vector(self, name):
+        """A vector as it comes from sums along rows, [64]."""
+        return self.on.vector(self.vectors.at[VECTORS.index(name)])
+
     def decay(self, name, columns=ROWS):
         """exp of a vector of log sums along the rows."""
         return jnp.exp(self.rows(name, columns))
@@ -131,29 +137,31 @@ class Chunk(NamedTuple):
         return matrix * jnp.exp(self.on.masked(until - since, keep, other=-jnp.inf))
 
 
-class Solved(NamedTuple):
-    """What a chunk writes, and what the backward pass takes of how it was found."""
-
-    total: Any  # Z
-    overlap: Any = None  # A
-    inverse: Any = None  # T
-    seen: Any = None  # X W^T
+def overlaps(chunk: Chunk):
+    """A: the overlaps of the keys times what is left of the earlier one at the later."""
+    return chunk.table(chunk.on.product((chunk.x, Flipped(chunk.x))))
 
 
-def solve(chunk: Chunk, state, work) -> Solved:
-    """Find Z; `work` is two tiles that hold nothing of use afterwards."""
+def solve(chunk: Chunk, state, work, *, keep=None):
+    """Find Z; `work` is two tiles that hold nothing of use afterwards.
+
+    `keep` is two tiles that take T and X W^T for the backward pass. Values are loaded where they
+    are used, not before: registers are what there is least of.
+    """
     on, spec = chunk.on, chunk.spec
-    written = chunk.rows("rate") * on.get(chunk.error)
     if not spec.erase:
-        return Solved(written)
-    overlap = chunk.table(on.product((chunk.x, Flipped(chunk.x))))
-    erase = chunk.rows("erase")
-    inverse = on.inverse(erase * overlap, work.at[0], work.at[1])
+        return chunk.rows("rate") * on.get(chunk.error)
+    inverse = on.inverse(chunk.rows("erase") * overlaps(chunk), work.at[0], work.at[1])
+    if keep:
+        on.put(keep[0], inverse)
     seen = on.product((chunk.x, Flipped(state)))
-    scale = erase * chunk.decay("before") if spec.keep else erase
-    on.put(work.at[1], scale * seen + written)
-    total = on.product((on.split(inverse), work.at[1]))
-    return Solved(total, overlap, inverse, seen)
+    if keep:
+        on.put(keep[1], seen)
+    scale = chunk.rows("erase")
+    if spec.keep:
+        scale = scale * chunk.decay("before")
+    on.put(work.at[1], scale * seen + chunk.rows("rate") * on.get(chunk.error))
+    return on.product((on.split(inverse), work.at[1]))
 
 
 def advance(chunk: Chunk, weight, total, work):
@@ -259,7 +267,7 @@ def forward(spec: Spec, tokens: dict[str, Any], start: Any, *, slots: int, keep_
                 pl.when(lax.rem(at, spec.save_every) == 0)(lambda: store_state(at))
             plgpu.barrier_wait(arrived.at[slot])
             chunk = chunk_of(spec, smem, slot)
-            total = solve(chunk, smem["state"], smem["work"]).total
+            total = solve(chunk, smem["state"], smem["work"])
             if spec.read:
                 smem["out"][...] = _read(chunk, smem["state"], total, smem["work"].at[1]).astype(
                     given_dtype(spec)
@@ -287,12 +295,12 @@ def forward(spec: Spec, tokens: dict[str, Any], start: Any, *, slots: int, keep_
     return found
 
 
-def output_tile(spec):
-    """Shared memory for 64 x 64 numbers on their way out."""
+def output_tile(spec, columns):
+    """Shared memory for [64, columns] on their way out."""
     dtype = given_dtype(spec)
     width = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((ROWS, ROWS), dtype, transforms=transforms)
+    return plgpu.SMEM((ROWS, columns), dtype, transforms=transforms)
 
 
 def _read(chunk: Chunk, state, total, work):
