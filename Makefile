@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 TPU_VENV ?= .venv-tpu
+GPU_VENV ?= .venv-gpu
 BIN = $(VENV)/bin
 
-.PHONY: train test tpu-compile lint types ci clean
+.PHONY: train test tpu-compile gpu-compile gpu-test lint types ci clean
 
 # Two pretended devices use two cores better than two threads of one device do.
 train: $(VENV)/installed
@@ -17,6 +18,14 @@ test: $(VENV)/installed-dev
 # Every TPU kernel, compiled ahead of time for every TPU; no TPU is needed.
 tpu-compile: $(TPU_VENV)/installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -m tpu_compile tests/kernels
+
+# Every GPU kernel, compiled ahead of time for Hopper; no GPU is needed.
+gpu-compile: $(GPU_VENV)/installed
+	JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m pytest -m gpu_compile tests/kernels
+
+# What needs a GPU.
+gpu-test: $(GPU_VENV)/installed
+	JAX_PLATFORMS=cuda,cpu $(GPU_VENV)/bin/python -m pytest -m gpu tests
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -43,5 +52,10 @@ $(TPU_VENV)/installed: pyproject.toml
 	$(TPU_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
 	touch $@
 
+$(GPU_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,cuda]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TPU_VENV) build *.egg-info
+	rm -rf $(VENV) $(TPU_VENV) $(GPU_VENV) build *.egg-info

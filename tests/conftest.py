@@ -16,7 +16,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILE}".s
 
 install_import_hook(["nestedjax", "pallas_kernels"], "beartype.beartype")
 
-jax.config.update("jax_platforms", "cpu")
+# `JAX_PLATFORMS=cuda,cpu pytest -m gpu` is for a machine with a GPU
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

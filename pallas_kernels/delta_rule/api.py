@@ -140,10 +140,10 @@ def _tokens_first(out: DeltaOutput, dtype) -> DeltaOutput:
 
 def _multiplied(*tokens):
     """The dtype of products: bfloat16 if all tokens are, else that of `accumulation_dtype`."""
-    tokens = [a for a in tokens if a is not None]
-    if all(a.dtype == jnp.bfloat16 for a in tokens):
+    given = [a for a in tokens if a is not None]
+    if all(a.dtype == jnp.bfloat16 for a in given):
         return jnp.dtype(jnp.bfloat16)
-    return accumulation_dtype(*tokens)
+    return accumulation_dtype(*given)
 
 
 def _check_choices(read, implementation):

@@ -219,7 +219,7 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, of_final: Any) -> 
             at = first + j
             fetch(smem["arrived"], here, at, 0, names)
             plgpu.barrier_wait(smem["arrived"].at[0])
-            vectors = {}
+            vectors: dict[str, Any] = {}
             give = partial(_give, spec, vectors, outs, smem, (sequence, row_block, at))
             chunk = chunk_of(spec, smem, 0)
             held = _Carried(smem["states"].at[j], smem["back"], smem["work"])

@@ -37,8 +37,8 @@ def delta_rule_pallas_gpu(
       chunk_size: 64.
       dtype: of the tokens as they were given: bfloat16 is multiplied as it is, float32 in three
         products of two bfloat16 parts, good to about 2^-16.
-      every: chunks between two states that are stored for the backward pass; None: as many of 4,
-        2 or 1 as divide the chunks and fit.
+      every: chunks between two states that are stored for the backward pass, in the parts of a
+        product; None: 2, or 1 where 2 does not divide the chunks or does not fit.
       interpret: parameters of Mosaic GPU's interpreter, for tests on a CPU.
 
     Raises:
@@ -102,20 +102,21 @@ def _check(operands: Operands, chunk_size, dtype):
 
 
 def _spec(operands: Operands, read, dtype, chunks, every, interpret) -> Spec:
-    """The largest of 4, 2 and 1 chunks between stored states that divides and fits."""
+    """What the kernels are compiled for; refuses what does not fit a block's shared memory."""
     n = operands.initial.shape[-1]
+    if every is not None and chunks % every:
+        raise ValueError(f"every={every} must divide the {chunks} chunks of 64 tokens")
     reads = None if operands.queries is None else read
     parts = 1 if dtype == jnp.bfloat16 else 2
     fields = (parts, operands.keep is not None, operands.erase is not None, reads)
-    choices = [every] if every else [k for k in (4, 2, 1) if chunks % k == 0]
-    for k in choices:
+    for k in (every,) if every else (2, 1):
         spec = Spec(*fields, k, interpret)
         needed = shared_bytes(spec, n, slots=1, backward=True)
-        if needed <= SMEM_LIMIT:
+        if chunks % k == 0 and needed <= SMEM_LIMIT:
             return spec
     raise NotImplementedError(
-        f"the GPU kernel's backward pass needs {needed} bytes of shared memory for {parts} parts "
-        f"of 64 x {n} tiles where a block has {SMEM_LIMIT}: use bfloat16 or implementation='xla'"
+        f"the GPU kernel's backward pass needs {needed} bytes of shared memory for a {dtype} "
+        f"memory of {n} columns, a block has {SMEM_LIMIT}: use bfloat16 or implementation='xla'"
     )
 
 
@@ -148,7 +149,8 @@ def _tokens(spec, tokens, gates):
 
 
 def _slots(spec, n):
-    return 2 if shared_bytes(spec, n, slots=2, backward=False) <= SMEM_LIMIT else 1
+    """Two, so that copies run ahead, only where an SM still holds two blocks."""
+    return 2 if 2 * shared_bytes(spec, n, slots=2, backward=False) <= SMEM_LIMIT else 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
