@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+DELTA_RULE = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+
 
 class Workload(NamedTuple):
     """One call of an operation.
@@ -61,7 +63,43 @@ def _delta_rule(name: str, batch: int, heads: int, length: int, d: int, chunk: i
 
     # W x, its erasure, the write, S, the read: five of d x d
     flops = 10.0 * batch * heads * length * d * d
-    return Workload("delta_rule", name, make, call, flops, ("reference", "xla", "pallas_tpu"))
+    return Workload("delta_rule", name, make, call, flops, DELTA_RULE)
+
+
+def gated_delta_rule(name: str, batch: int, heads: int, length: int, d: int) -> Workload:
+    """Gated DeltaNet's recurrence with bfloat16 tokens, which all kernels take; chunks of 64."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.delta_rule import delta_rule
+
+    def make(key):
+        keys = jax.random.split(key, 5)
+        lead = (batch, heads, length)
+        x, values, queries = (jax.random.normal(k, (*lead, d)) for k in keys[:3])
+        x, queries = (a / jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (x, queries))
+        tokens = dict(keys=x, values=values, queries=queries)
+        tokens = {name: array.astype(jnp.bfloat16) for name, array in tokens.items()}
+        rate, keep = (jax.nn.sigmoid(jax.random.normal(k, lead)) for k in keys[3:])
+        return dict(**tokens, rate=rate, keep=0.9 + 0.1 * keep)
+
+    def call(arrays, implementation):
+        rate, keep = arrays["rate"], arrays["keep"]
+        return delta_rule(
+            arrays["keys"],
+            -arrays["values"],
+            rate,
+            keep=keep,
+            erase=keep * rate,
+            queries=arrays["queries"],
+            initial=jnp.zeros((batch, heads, d, d)),
+            read="running",
+            implementation=implementation,
+        )
+
+    # W x, its erasure, the write, the read: four of d x d
+    flops = 8.0 * batch * heads * length * d * d
+    return Workload("delta_rule", name, make, call, flops, DELTA_RULE)
 
 
 def _mlp_memory(name: str, batch: int, heads: int, length: int, d: int, f: int, chunk: int):
@@ -136,6 +174,7 @@ def workloads(scale: str) -> list[Workload]:
         made += [_selective_scan("L1024 256 x 16", 4, 1024, 256, 16)]
         return [*made, _newton_schulz("8 x 256 x 256", 8, 256, 256)]
     made = [_delta_rule(f"L{n} d128 chunk 64", 8, 16, n, 128, 64) for n in (4096, 16384)]
+    made += [gated_delta_rule(f"L{n} d128 gated", 8, 16, n, 128) for n in (4096, 16384)]
     made += [_mlp_memory("340m chunk 64", 8, 16, 4096, 64, 64, 64)]
     made += [_mlp_memory("1p3b chunk 64", 8, 16, 4096, 128, 128, 64)]
     made += [_mlp_memory("128-512-128 chunk 64", 8, 16, 4096, 128, 512, 64)]
@@ -191,8 +230,9 @@ def _row(workload, arrays, implementation, direction, repeats) -> dict[str, Any]
 
     function = forward if direction == "forward" else jax.grad(total)
     platform = jax.devices()[0].platform
-    if implementation == "pallas_tpu" and platform != "tpu":
-        return _refused(f"a TPU kernel does not run on a {platform}")
+    for kind in ("tpu", "gpu"):
+        if implementation == f"pallas_{kind}" and platform != kind:
+            return _refused(f"a {kind.upper()} kernel does not run on a {platform}")
     try:
         compiled = jax.jit(function).lower(arrays).compile()
     except NotImplementedError as error:

@@ -14,6 +14,7 @@ EXAMPLE = """example:
   nestedjax bench peers --models hope --cost-at 1024 4096 16384
   nestedjax bench optimizers --names m3 adamuon
   nestedjax bench kernels --ops delta_rule --json kernels.json
+  nestedjax bench kernels --against fla --repeats 20
 
 A row of peers has model, length, batch, parameters, tokens_per_cpu_second (of the median step) and
 peak_rss_mb (of the whole process, compilation included)."""
@@ -58,6 +59,11 @@ def _kernels_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--ops", nargs="+", metavar="OP", default=[], help="default: all")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each row")
+    parser.add_argument(
+        "--against",
+        choices=["fla"],
+        help="only the gated delta rule, against that of flash-linear-attention (needs a GPU)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,6 +100,12 @@ def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ConfigError(f"no operation {op!r} in this benchmark; {', '.join(known)}")
     if args.repeats < 1:
         raise ConfigError(f"--repeats {args.repeats} must be at least 1")
+    if args.against == "fla":
+        from nestedjax.benchmarks import against_fla
+
+        rows = against_fla.measure(repeats=args.repeats)
+        print(against_fla.table(rows))
+        return rows
     rows = kernels.measure(ops=args.ops, repeats=args.repeats)
     print(kernels.table(rows))
     return rows
