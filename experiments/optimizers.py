@@ -7,9 +7,9 @@ Claims under test:
 
 Command:   python experiments/optimizers.py --scale cpu   (parts alone: --parts valley tasks)
 Data:      generated; the text that ships with the package
-Protocol:  study: the rate of each optimizer is the best of the same three on seed 0; then three
+Protocol:  study: the rate of each optimizer is the best of the same five on seed 0; then three
            seeds at that rate, at equal steps, and again at the CPU-seconds that AdamW took
-Hardware:  2 CPU cores, about 830 CPU-seconds; --scale gpu is meant for one H100 or H200
+Hardware:  2 CPU cores, about 950 CPU-seconds; --scale gpu is meant for one H100 or H200
 Output:    tables, `optimizers.json` and a PNG for each part in --out; what was found is in LOG.md
 """
 
@@ -65,7 +65,7 @@ SCALES = {
     "smoke": Scale(50, (3e-3,), (0,), 8, 4, 16, 1, 8, "nano", ("length=32", "batch=2", "layers=1")),
     "cpu": Scale(
         400,
-        (1e-3, 3e-3, 1e-2),
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         (0, 1, 2),
         8,
         2,

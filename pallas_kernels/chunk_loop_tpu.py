@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# (state, tokens) -> (state, outputs): trees of arrays with one leading axis of size one
-Chunk = Callable[[Any, Any], tuple[Any, Any]]
+# (constants, state, tokens) -> (state, outputs): trees of arrays, one leading axis of size one
+Chunk = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 class Options(NamedTuple):
@@ -36,25 +37,28 @@ class Options(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunk_loop(chunk: Chunk, options: Options, state: Any, tokens: Any) -> tuple[Any, Any]:
+def chunk_loop(
+    chunk: Chunk, options: Options, constants: Any, state: Any, tokens: Any
+) -> tuple[Any, Any]:
     """Run `chunk` over the chunks of a stack of sequences.
 
     Args:
       chunk: a hashable function of arrays with a leading axis of size one; it captures no arrays.
       options: see `Options`.
+      constants: a tree of [S, ..., m, n], the same for every chunk of a sequence; None for none.
       state: a tree of [S, ..., m, n] at the start.
       tokens: a tree of [S, N, rows, C], N chunks of C tokens.
 
     Returns:
       The state after the last chunk, and the outputs, a tree of [S, N, rows, C].
     """
-    state, outputs, _ = _forward(chunk, options, state, tokens, keep=False)
+    state, outputs, _ = _forward(chunk, options, constants, state, tokens, keep=False)
     return state, outputs
 
 
-def _loop_fwd(chunk, options, state, tokens):
-    final, outputs, starts = _forward(chunk, options, state, tokens, keep=True)
-    return (final, outputs), (starts, tokens)
+def _loop_fwd(chunk, options, constants, state, tokens):
+    final, outputs, starts = _forward(chunk, options, constants, state, tokens, keep=True)
+    return (final, outputs), (constants, starts, tokens)
 
 
 def _of_state(leaf, **options):
@@ -100,11 +104,17 @@ def _stacked(leaf, count: int, chunks: int):
     return jax.ShapeDtypeStruct((count, chunks, *leaf.shape[1:]), leaf.dtype)
 
 
-def _inside(chunk, state, tokens):
+def _inside(chunk, constants, state, tokens):
     """What a chunk gives, as shapes."""
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), state)
+    one = lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype)  # noqa: E731
+    constants, state = jax.tree.map(one, (constants, state))
     tokens = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[2:]), a.dtype), tokens)
-    return jax.eval_shape(chunk, state, tokens)
+    return jax.eval_shape(chunk, constants, state, tokens)
+
+
+def _all(refs, tree):
+    """A tree of [1, ...]."""
+    return jax.tree.unflatten(tree, [ref[...] for ref in refs])
 
 
 def _load(held, given, begins):
@@ -114,6 +124,15 @@ def _load(held, given, begins):
     def _():
         for ref, value in zip(held, given, strict=True):
             ref[...] = value[...]
+
+
+def _clear(sums, begins):
+    """Start sums at zero at the first block of a sequence."""
+
+    @pl.when(begins)
+    def _():
+        for ref in sums:
+            ref[...] = jnp.zeros_like(ref)
 
 
 def _hold(held, values):
@@ -136,11 +155,12 @@ def _blocks(chunks: int, options: Options) -> int:
     return chunks // options.save_every
 
 
-def _forward(chunk, options, state, tokens, *, keep: bool):
+def _forward(chunk, options, constants, state, tokens, *, keep: bool):
+    fixed, fixed_tree = jax.tree.flatten(constants)
     leaves, tree = jax.tree.flatten(state)
     given, token_tree = jax.tree.flatten(tokens)
     count, chunks = given[0].shape[:2]
-    after, outputs = _inside(chunk, state, tokens)
+    after, outputs = _inside(chunk, constants, state, tokens)
     assert [a.shape[1:] for a in jax.tree.leaves(after)] == [a.shape[1:] for a in leaves]
     made, out_tree = jax.tree.flatten(outputs)
     out_shapes = [_stacked(a, count, chunks) for a in made]
@@ -151,14 +171,14 @@ def _forward(chunk, options, state, tokens, *, keep: bool):
     def kernel(*arguments):
         refs = list(arguments)
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
-        first, token_refs = take(len(leaves)), take(len(given))
+        fixed_refs, first, token_refs = take(len(fixed)), take(len(leaves)), take(len(given))
         final_refs, out_refs = take(len(leaves)), take(len(made))
         start_refs, held = take(len(kept) if keep else 0), refs
         at = pl.program_id(1)
 
         def body(k):
-            state = jax.tree.unflatten(tree, [ref[...] for ref in held])
-            new, out = chunk(state, _at(token_refs, token_tree, k))
+            tokens = _at(token_refs, token_tree, k)
+            new, out = chunk(_all(fixed_refs, fixed_tree), _all(held, tree), tokens)
             _put(out_refs, out, k)
             _hold(held, new)
 
@@ -175,14 +195,18 @@ def _forward(chunk, options, state, tokens, *, keep: bool):
     found = pl.pallas_call(
         kernel,
         grid=(count, blocks),
-        in_specs=[*map(_of_start, leaves), *(_of_chunks(a, order, every) for a in given)],
+        in_specs=[
+            *map(_of_start, fixed),
+            *map(_of_start, leaves),
+            *(_of_chunks(a, order, every) for a in given),
+        ],
         out_specs=specs,
         out_shape=shapes,
         scratch_shapes=[pltpu.VMEM((1, *a.shape[1:]), a.dtype) for a in leaves],
         compiler_params=_compiler(options),
         interpret=options.interpret,
         name=f"{options.name}_forward",
-    )(*leaves, *given)
+    )(*fixed, *leaves, *given)
     n, m = len(leaves), len(leaves) + len(made)
     return (
         jax.tree.unflatten(tree, found[:n]),
@@ -198,8 +222,9 @@ def _compiler(options: Options):
 
 
 def _loop_bwd(chunk, options, residuals, cotangents):
-    starts, tokens = residuals
+    constants, starts, tokens = residuals
     of_final, of_outputs = cotangents
+    fixed, fixed_tree = jax.tree.flatten(constants)
     leaves, tree = jax.tree.flatten(starts)
     given, token_tree = jax.tree.flatten(tokens)
     ends, _ = jax.tree.flatten(of_final)
@@ -211,52 +236,71 @@ def _loop_bwd(chunk, options, residuals, cotangents):
     def kernel(*arguments):
         refs = list(arguments)
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
-        start_refs, token_refs = take(len(leaves)), take(len(given))
+        fixed_refs, start_refs, token_refs = take(len(fixed)), take(len(leaves)), take(len(given))
         end_refs, of_out = take(len(ends)), take(len(outs))
-        first_refs, of_tokens, held = take(len(ends)), take(len(given)), take(len(ends))
+        of_fixed, first_refs, of_tokens = take(len(fixed)), take(len(ends)), take(len(given))
+        sums, held = take(len(fixed)), take(len(ends))
         states = refs or start_refs  # the starts of the block's chunks, [1, every, ...]
         at = pl.program_id(1)
 
+        def inputs(k):
+            state, tokens = _at(states, tree, k), _at(token_refs, token_tree, k)
+            return _all(fixed_refs, fixed_tree), state, tokens
+
         def again(k):
-            new, _ = chunk(_at(states, tree, k), _at(token_refs, token_tree, k))
-            _put(states, new, k + 1)
+            _put(states, chunk(*inputs(k))[0], k + 1)
 
         def back(step):
             k = every - 1 - step
-            _, pull = jax.vjp(chunk, _at(states, tree, k), _at(token_refs, token_tree, k))
-            of_new = jax.tree.unflatten(tree, [ref[...] for ref in held])
-            of_state, found = pull((of_new, _at(of_out, out_tree, k)))
+            _, pull = jax.vjp(chunk, *inputs(k))
+            of_constants, of_state, found = pull((_all(held, tree), _at(of_out, out_tree, k)))
             _put(of_tokens, found, k)
+            for ref, value in zip(sums, jax.tree.leaves(of_constants), strict=True):
+                ref[...] += value
             _hold(held, of_state)
 
         _load(held, end_refs, at == 0)
+        _clear(sums, at == 0)
         if every > 1:
             _put(states, _at(start_refs, tree, 0), 0)
             _repeat(every - 1, again)
         _repeat(every, back)
         _give(first_refs, held, at == blocks - 1)
+        _give(of_fixed, sums, at == blocks - 1)
 
-    def scratch(leading):
-        return [pltpu.VMEM((*leading, *a.shape[1:]), a.dtype) for a in ends]
+    def scratch(leading, of=ends):
+        return [pltpu.VMEM((*leading, *a.shape[1:]), a.dtype) for a in of]
 
     found = pl.pallas_call(
         kernel,
         grid=(count, blocks),
         in_specs=[
+            *map(_of_start, fixed),
             *(_of_chunks(a, order) for a in leaves),
             *(_of_chunks(a, order, every) for a in given),
             *map(_of_start, ends),
             *(_of_chunks(a, order, every) for a in outs),
         ],
-        out_specs=[*map(_of_state, ends), *(_of_chunks(a, order, every) for a in given)],
-        out_shape=[*map(_shape, ends), *map(_shape, given)],
-        scratch_shapes=[*scratch((1,)), *(scratch((1, every)) if every > 1 else [])],
+        out_specs=[
+            *map(_of_state, [*fixed, *ends]),
+            *(_of_chunks(a, order, every) for a in given),
+        ],
+        out_shape=[*map(_shape, [*fixed, *ends, *given])],
+        scratch_shapes=[
+            *scratch((1,), fixed),
+            *scratch((1,)),
+            *(scratch((1, every)) if every > 1 else []),
+        ],
         compiler_params=_compiler(options),
         interpret=options.interpret,
         name=f"{options.name}_backward",
-    )(*leaves, *given, *ends, *outs)
-    n = len(ends)
-    return jax.tree.unflatten(tree, found[:n]), jax.tree.unflatten(token_tree, found[n:])
+    )(*fixed, *leaves, *given, *ends, *outs)
+    n, m = len(fixed), len(fixed) + len(ends)
+    return (
+        jax.tree.unflatten(fixed_tree, found[:n]),
+        jax.tree.unflatten(tree, found[n:m]),
+        jax.tree.unflatten(token_tree, found[m:]),
+    )
 
 
 chunk_loop.defvjp(_loop_fwd, _loop_bwd)

@@ -1,22 +1,23 @@
 """Factorizations of stacks of matrices that do not wait for each other for ever.
 
-Some of XLA's batched routines on a CPU (LU, QR, Cholesky, triangular solves) share out a large
-stack over the thread pool that their caller runs on, and wait. Two such calls at once on two cores
-never end (jaxlib 0.10.2). One matrix a call is not shared out, so a CPU takes one at a time.
+XLA's batched routines on a CPU (LU, QR, Cholesky, triangular solves, eigendecompositions) share out
+a large stack over the thread pool that their caller runs on, and wait. Two such calls at once on
+two cores never end (jaxlib 0.10.2). One matrix a call is not shared out: a CPU takes one at a time.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def stacked(routine: Callable[..., Array], *operands: Array) -> Array:
+def stacked(routine: Callable[..., Any], *operands: Array) -> Any:
     """`routine` of every matrix of stacks of the same leading dimensions.
 
     Args:
-      routine: from matrices to an array; also a batched one is given single matrices on a CPU.
+      routine: from matrices to a tree of arrays; on a CPU it is given single matrices.
       operands: its arguments, [..., m, n].
     """
     single, batch = jax.custom_batching.sequential_vmap(routine), operands[0].ndim - 2
@@ -30,6 +31,11 @@ def stacked(routine: Callable[..., Array], *operands: Array) -> Array:
         return batched(*operands)
 
     return jax.lax.platform_dependent(*operands, cpu=single, default=together)
+
+
+def eigh(a: Float[Array, "*b n n"]) -> tuple[Float[Array, "*b n"], Float[Array, "*b n n"]]:
+    """`jnp.linalg.eigh` of stacks: eigenvalues from the least on, and eigenvectors as columns."""
+    return stacked(lambda matrix: tuple(jnp.linalg.eigh(matrix)), a)
 
 
 def solve(a: Float[Array, "*b n n"], right: Float[Array, "*b n m"]) -> Float[Array, "*b n m"]:

@@ -204,19 +204,7 @@ def text_dataset(
       (4, 64)
     """
     process = _process(process_index, process_count)
-    for name, value in {"length": length, "batch": batch, "align": align}.items():
-        if value < 1:
-            raise DataError(f"{name}={value} must be at least 1")
-    if order not in ORDERS:
-        raise DataError(f"unknown order {order!r}; use one of {', '.join(ORDERS)}")
-    if length % align:
-        nearest = max(align, length // align * align)
-        raise DataError(
-            f"length={length} is not a multiple of the model's largest in-context period {align}; "
-            f"use length={nearest}"
-        )
-    if context_rows is not None and (order == "once" or context_rows < 1):
-        raise DataError(f"context_rows={context_rows} with order={order}: give none, or at least 1")
+    _check_settings(length, batch, align, order, context_rows)
     if batch % process[1]:
         raise DataError(f"batch={batch} does not divide over {process[1]} processes; change batch")
     texts = take_split(read_documents(files), split)
@@ -252,6 +240,22 @@ def text_dataset(
         fingerprint=fingerprint,
         size_bytes=sum(map(len, texts)),
     )
+
+
+def _check_settings(length, batch, align, order, context_rows) -> None:
+    for name, value in {"length": length, "batch": batch, "align": align}.items():
+        if value < 1:
+            raise DataError(f"{name}={value} must be at least 1")
+    if order not in ORDERS:
+        raise DataError(f"unknown order {order!r}; use one of {', '.join(ORDERS)}")
+    if length % align:
+        nearest = max(align, length // align * align)
+        raise DataError(
+            f"length={length} is not a multiple of the model's largest in-context period {align}; "
+            f"use length={nearest}"
+        )
+    if context_rows is not None and (order == "once" or context_rows < 1):
+        raise DataError(f"context_rows={context_rows} with order={order}: give none, or at least 1")
 
 
 def require_fingerprint(saved: Fingerprint, current: Fingerprint) -> None:

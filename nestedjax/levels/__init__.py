@@ -1,13 +1,13 @@
 """Levels: the update clock of the whole library."""
 
 from nestedjax.levels.adapt import Adaptation, Adapting, adapt, adaptive_level
-from nestedjax.levels.boundary import at_boundary, resumed
+from nestedjax.levels.boundary import at_boundary, batch_axes, resumed
 from nestedjax.levels.compose import chain, flow, parallel
 from nestedjax.levels.describe import HasBoxes, describe, table
 from nestedjax.levels.level import Level, due, read_write
 from nestedjax.levels.nested import nested
 from nestedjax.levels.order import TRANSFERS, Box, order
-from nestedjax.levels.run import Carry, batch_axes, reset, run, start, stream
+from nestedjax.levels.run import Carry, reset, run, start, stream
 
 __all__ = [
     "TRANSFERS",

@@ -23,6 +23,9 @@ class Level(NamedTuple):
       token: optional `token(params, state, pending, x) -> y`, the output for one token in O(1)
         while a period is unfinished; `pending[P, ...]` holds the period's earlier tokens, zeros
         beyond them. Without it `step` runs again on the unfinished period and its write is dropped.
+      whole: optional `whole(params, state, x[N * P, ...], begins) -> (state, y)`: N steps in one,
+        for a kernel that keeps the state on chip between periods; those for which `begins` (bool[N]
+        or None) holds start anew from `init`.
       advance: how a composition runs its parts, `advance(params, state, x, reset) -> (y, carry)`;
         None for a plain level. Inside `nested` it is also called with `valid=`, the traced number
         of leading tokens of x that count.
@@ -35,6 +38,7 @@ class Level(NamedTuple):
     init: Callable[..., PyTree]
     step: Callable[..., tuple[PyTree, PyTree]]
     token: Callable[..., PyTree] | None = None
+    whole: Callable[..., tuple[PyTree, PyTree]] | None = None
     advance: Callable[..., tuple[PyTree, PyTree]] | None = None
     parts: tuple["Level", ...] = ()
     about: Mapping[str, str] | None = None

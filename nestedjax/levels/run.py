@@ -151,28 +151,6 @@ def reset(system: Level, params: PyTree, carry: PyTree, where: jax.Array | np.nd
     return jax.tree.map(choose, fresh, carry)
 
 
-def batch_axes(carry: PyTree) -> PyTree:
-    """`in_axes` and `out_axes` for `jax.vmap` over sequences that advance in lockstep.
-
-    With a shared position the write at a period's end stays a real branch; with one position per
-    sequence `vmap` turns it into a select, and every token pays for a write. Not for calls with
-    `reset=`, after which positions differ.
-
-    Args:
-      carry: a `Carry` (batched or not) of the system.
-
-    Returns:
-      The same tree with 0 for every array and None for every position.
-    """
-    if isinstance(carry, Carry):
-        return Carry(batch_axes(carry.state), batch_axes(carry.pending), None)  # type: ignore[arg-type]
-    return jax.tree.map(
-        lambda node: batch_axes(node) if isinstance(node, Carry) else 0,
-        carry,
-        is_leaf=lambda node: isinstance(node, Carry),
-    )
-
-
 # Shared with the compositions.
 
 
@@ -285,7 +263,7 @@ def _run_fresh(system, params, state, x, resets):
         outputs.append(y)
     elif whole:
         flags = None if begins is None else begins[:whole]
-        state, y = _scan_periods(system, params, state, _fold(grid, period), flags)
+        state, y = _many_periods(system, params, state, grid, flags)
         outputs.append(y)
     pending = jax.tree.map(lambda leaf: _pad(leaf, period), tail)
     if rest:
@@ -350,6 +328,13 @@ def _run_token(system, params, carry, x, resets):
     return y, Carry(state, pending, advance_position(carry.position, 1, resets))
 
 
+def _many_periods(system, params, state, x, begins=None):
+    """Whole periods that all count, x[periods * period, ...], by `whole` or step by step."""
+    if system.whole is not None:
+        return system.whole(params, state, x, begins)
+    return _scan_periods(system, params, state, _fold(x, system.period), begins)
+
+
 def _scan_periods(system, params, state, grid, begins=None, commit=None):
     """Scan `step` over x[periods, period, ...]; outputs come back as [periods * period, ...]."""
 
@@ -367,7 +352,7 @@ def scan_whole(system: Level, params: PyTree, state: PyTree, x: PyTree) -> tuple
     """Run a level over a whole number of its periods from a boundary, as `(state, y)`."""
     if system.period is None or token_count(x) == system.period:
         return system.step(params, state, x)
-    return _scan_periods(system, params, state, _fold(x, system.period))
+    return _many_periods(system, params, state, x)
 
 
 def _renew(system, params, state, begin):

@@ -15,6 +15,7 @@ first steps, or in the first long context; (4) several heads;
 
 import dataclasses
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,12 +25,14 @@ from jaxtyping import Array, Float
 from nestedjax.levels import Level, flow
 from pallas_kernels.mlp_memory import (
     CHOICES,
+    Documents,
     FastWeights,
     Readout,
     Rule,
     Tokens,
     generate,
     memory_chunk,
+    mlp_memory,
     recomputed,
     write_chunk,
 )
@@ -154,7 +157,9 @@ def init_params(key: Array, config: SelfModifyingConfig) -> dict:
     return params
 
 
-def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
+def self_modifying(
+    config: SelfModifyingConfig, *, remat: bool = True, implementation: str = "xla"
+) -> Level:
     """The self-modifying memory as a level: `Inputs` in, reads [T, H, d] out.
 
     Its period is the longer of the two chunk sizes and its parameters are those of `init_params`.
@@ -165,6 +170,11 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
       config: see `SelfModifyingConfig`.
       remat: recompute each chunk in the backward pass; what is stored is one state per chunk and
         the largest triangular inverse in it.
+      implementation: "xla" (a scan over chunks) or another one of `pallas_kernels.mlp_memory`,
+        which then runs the whole chunks of a call; unfinished ones are steps in XLA.
+
+    Raises:
+      NotImplementedError: an implementation other than "xla" with two chunk sizes.
 
     Reference: Nested Learning (arXiv 2512.24695), eq. 79-93; spec C6.
     """
@@ -177,6 +187,12 @@ def self_modifying(config: SelfModifyingConfig, *, remat: bool = True) -> Level:
             queried,
             lambda params: _start(params, config, (*generating, "memory")),
             checkpoint(lambda params, state, x: _step(params, state, x, config)),
+            whole=None if implementation == "xla" else partial(_whole, config, implementation),
+        )
+    if implementation != "xla":
+        raise NotImplementedError(
+            f"implementation={implementation!r} takes one chunk size, got {queried} and {others}; "
+            "use implementation='xla'"
         )
     projections = Level(
         "projections",
@@ -224,8 +240,11 @@ def _tokens(params, x: Inputs, config) -> tuple[Tokens, Readout]:
     dtype = accumulation_dtype(params["memory"]["inner"])
     queries, keys, values, momentum = (_columns(a, dtype) for a in x)
     momentum = jax.nn.sigmoid(momentum) if config.momentum else None
-    readout = Readout(**{n: params["readout"][n].astype(dtype) for n in Readout._fields})
-    return Tokens(queries, keys, values, None, None, momentum), readout
+    return Tokens(queries, keys, values, None, None, momentum), _readout(params, dtype)
+
+
+def _readout(params, dtype) -> Readout:
+    return Readout(**{n: params["readout"][n].astype(dtype) for n in Readout._fields})
 
 
 def _step(params, weights, x: Inputs, config):
@@ -234,6 +253,30 @@ def _step(params, weights, x: Inputs, config):
     weights, read = memory_chunk(weights, tokens, readout, _rule(config))
     assert read is not None
     return weights, jnp.moveaxis(read, -1, 0)
+
+
+def _whole(config, implementation, params, weights, x: Inputs, begins):
+    """Many chunks of all memories in one operation, which reads its tokens in their own dtype."""
+    dtype, documents = weights.inner.dtype, None
+    queries, keys, values = (jnp.moveaxis(a, 0, -2) for a in x[:3])
+    momentum = _columns(x.momentum_logits, dtype) if config.momentum else None
+    if begins is not None:
+        start = _start(params, config, (*config.memories[:4], *config.memories[5:], "memory"))
+        begins = jnp.broadcast_to(begins, (weights.inner.shape[0], *begins.shape))
+        documents = Documents(begins, start.inner, start.outer)
+    out = mlp_memory(
+        keys,
+        values,
+        queries=queries,
+        momentum=None if momentum is None else jax.nn.sigmoid(momentum),
+        initial=weights,
+        readout=_readout(params, dtype),
+        documents=documents,
+        rule=_rule(config),
+        chunk_size=config.chunk_size,
+        implementation=implementation,
+    )
+    return out.final, jnp.moveaxis(out.reads, -2, 0).astype(dtype)
 
 
 def _project(params, weights, x: Inputs, config):

@@ -163,6 +163,8 @@ class HopeConfig:
       literal: the printed form: nothing projected but the query, no gate, o added to x.
       dtype: what activations are computed in; weights and memories are at least float32.
       remat: what the backward pass recomputes besides each chunk; see `blocks.scan_blocks`.
+      implementation: how the self-modifying memory runs: "xla", a scan over chunks, or
+        "pallas_tpu", one kernel each way for all chunks of a call (TPU only).
     """
 
     vocab: int
@@ -173,6 +175,16 @@ class HopeConfig:
     literal: bool = False
     dtype: Dtype = "float32"
     remat: Remat = "none"
+    implementation: Literal["xla", "pallas_tpu"] = "xla"
+
+    def __post_init__(self):
+        _choose("implementation", self.implementation, ("xla", "pallas_tpu"))
+        if self.implementation != "xla" and len(set(self.memory.chunk_sizes)) == 2:
+            raise ValueError(
+                f"implementation={self.implementation!r} takes one chunk size, got chunk_size="
+                f"{self.memory.chunk_size} and projection_chunk_size="
+                f"{self.memory.projection_chunk_size}; set them alike, or implementation='xla'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from nestedjax import levels
@@ -23,7 +24,7 @@ from nestedjax.models.layers import (
     weight,
     weight_dtype,
 )
-from nestedjax.sharding import over_batch
+from nestedjax.sharding import each_device, over_batch
 
 _AXES = {
     "inner": ("heads", "hidden", "head_dim"),
@@ -54,6 +55,7 @@ class SelfModifyingLayer(nnx.Module):
             )
         heads, axes = (memory.heads, memory.head_dim), ("embed", "heads", "head_dim")
         self.config, self.dtype, self.remat = memory, dtype, config.remat
+        self.how = config.implementation
         self.norm = RMSNorm((width,), ("embed",), dtype=dtype)
         self.conv = CausalConv(4, width, dtype=dtype)
 
@@ -104,15 +106,32 @@ class SelfModifyingLayer(nnx.Module):
             before, after = _save_products(before), _save_products(after)
         past = state["conv"] if state else self.conv.init_state(x.shape[0])
         inputs, conv = before(x, past, resets)
-        level, params = self_modifying(self.config), self.params()
-
-        def one(carry, x, reset):
-            start = level.init(params) if carry is None else carry
-            return levels.run(level, params, start, x, reset=reset)
-
-        carry = state["memory"] if state else None
-        o, carry = jax.vmap(one)(carry, inputs, resets)
+        o, carry = self._remember(state["memory"] if state else None, inputs, resets)
         return after(x, o.astype(x.dtype)), {"memory": carry, "conv": conv}
+
+    def _remember(self, carry, inputs: Inputs, resets) -> tuple[Array, levels.Carry]:
+        """The memory of every sequence over its tokens."""
+        level = self_modifying(self.config, implementation=self.how)
+
+        def every(params, carry, inputs, resets):
+            def one(carry, x, reset):
+                start = level.init(params) if carry is None else carry
+                return levels.run(level, params, start, x, reset=reset)
+
+            return jax.vmap(one)(carry, inputs, resets)
+
+        args = (self.params(), carry, inputs, resets)
+        if self.how == "xla":
+            return every(*args)
+        weights, tokens = P("batch", "heads"), P("batch", None, "heads")
+        whole = levels.Carry(weights, tokens, P("batch"))
+        axes = (
+            P("heads"),
+            whole if isinstance(carry, levels.Carry) else weights,
+            tokens,
+            P("batch"),
+        )
+        return each_device(every, args, axes, (tokens, whole))
 
     def _inputs(self, x, past, resets) -> tuple[Inputs, Array]:
         """What the memory is given, and the convolution's state."""

@@ -17,6 +17,7 @@ from nestedjax.optim.matrices import (
     unfold,
     widened,
 )
+from pallas_kernels.lapack import stacked
 from pallas_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 
 PyTree = Any
@@ -51,7 +52,7 @@ def matrix_function(name: Orthogonalize, *, steps: Any, eps: Any) -> Callable | 
 
 def polar(x: jax.Array) -> jax.Array:
     """The exact orthogonal factor U V^T of x = U S V^T: what Newton-Schulz approximates."""
-    u, _, vt = jnp.linalg.svd(x, full_matrices=False)
+    u, _, vt = stacked(lambda one: tuple(jnp.linalg.svd(one, full_matrices=False)), x)
     return u @ vt
 
 

@@ -9,6 +9,7 @@ import optax
 from nestedjax.levels import due
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.parts import PyTree, Rate, choice, number, rescaled, with_adamw
+from pallas_kernels.lapack import eigh
 
 
 class ShampooState(NamedTuple):
@@ -193,6 +194,6 @@ def sandwich(m: jax.Array, left: Any, right: Any) -> jax.Array:
 def _root(matrix: Any, power: float, eps: Any) -> Any:
     if isinstance(matrix, optax.MaskedNode):
         return matrix
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     scale = (jnp.maximum(values, 0.0) + eps) ** power
     return (vectors * scale[..., None, :]) @ vectors.mT

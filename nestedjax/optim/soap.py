@@ -11,7 +11,7 @@ from nestedjax.levels.describe import EVERY
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.parts import PyTree, Rate, number, with_adamw
 from nestedjax.optim.shampoo import period, sandwich, side, summed
-from pallas_kernels.lapack import stacked
+from pallas_kernels.lapack import eigh, stacked
 
 
 class BasisState(NamedTuple):
@@ -192,7 +192,7 @@ def _refreshed(
     return jax.lax.switch(
         which,
         [
-            lambda: each(lambda factor, q: jnp.linalg.eigh(factor)[1]),
+            lambda: each(lambda factor, q: eigh(factor)[1]),
             lambda: each(lambda factor, q: stacked(_orthogonal, factor @ q)),
             lambda: held,
         ],

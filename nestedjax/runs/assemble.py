@@ -75,6 +75,10 @@ def new_model(config: RunConfig) -> models.Model:
     Raises:
       ConfigError: its settings do not fit each other.
     """
+    if isinstance(config.model, models.HopeConfig):
+        how, device = config.model.implementation, jax.default_backend()
+        if how == "pallas_tpu" and device != "tpu":
+            raise ConfigError(f"implementation={how} needs a TPU, this is a {device}: use xla")
     try:
         model = models.build(config.model, rngs=nnx.Rngs(config.seed))
     except ValueError as error:

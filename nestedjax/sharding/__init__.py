@@ -1,6 +1,13 @@
 """Where arrays live: mesh axes, one table of logical axes, placements and constraints."""
 
-from nestedjax.sharding.activations import constrain, contract, gathered, lookup, over_batch
+from nestedjax.sharding.activations import (
+    constrain,
+    contract,
+    each_device,
+    gathered,
+    lookup,
+    over_batch,
+)
 from nestedjax.sharding.errors import MeshError
 from nestedjax.sharding.mesh import AXES, make_mesh
 from nestedjax.sharding.placement import (
@@ -21,6 +28,7 @@ __all__ = [
     "check_fits",
     "constrain",
     "contract",
+    "each_device",
     "gathered",
     "like_params",
     "lookup",

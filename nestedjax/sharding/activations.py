@@ -6,7 +6,7 @@ Explicit mesh they change the type, and `contract` and `lookup` say where their 
 is not for JAX to guess.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +79,44 @@ def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     if not _explicit(_mesh()):
         return jnp.take(table, index, axis=0)
     return table.at[index].get(out_sharding=P(*_spec(index), *_spec(table)[1:]))
+
+
+def each_device(
+    function: Callable[..., Any], args: tuple[PyTree, ...], axes: PyTree, out_axes: PyTree
+) -> Any:
+    """`function(*args)` with each device at its own share: for kernels, which no compiler splits.
+
+    Args:
+      function: of arrays, the same for every sequence and head.
+      args: what it is given.
+      axes: a tree prefix of `args` with a `PartitionSpec` of logical names at each part.
+      out_axes: the same for the results; their dimensions are split as those of `args` are.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return function(*args)
+    split: dict[str | None, Any] = {None: None}
+
+    def spec(names, x):
+        found = spec_of(tuple(names), mesh.shape, shape=x.shape[: len(names)])
+        split.update(zip(names, found, strict=True))
+        return found
+
+    def is_names(node):
+        return isinstance(node, P)
+
+    specs = jax.tree.map(
+        lambda names, part: jax.tree.map(lambda x: spec(names, x), part),
+        axes,
+        args,
+        is_leaf=is_names,
+    )
+    out_specs = jax.tree.map(
+        lambda names: P(*(split[n] for n in names)), out_axes, is_leaf=is_names
+    )
+    args = jax.tree.map(lambda x, s: _move(x, s, mesh), args, specs)
+    run = jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)
+    return run(*args)
 
 
 def _mesh():

@@ -58,7 +58,7 @@ def delta_rule_pallas_tpu(
         chunks = {n: _chunks(a[..., :whole], chunk_size) for n, a in given.items()}
         every = every or save_every(flat, whole // chunk_size, vmem_limit)
         options = Options(vmem_limit, interpret, "delta_rule", every)
-        flat, out = chunk_loop(partial(_chunk, read), options, flat, chunks)
+        flat, out = chunk_loop(partial(_chunk, read), options, None, flat, chunks)
         states = {n: a.reshape(*batch, *a.shape[-2:]) for n, a in flat.items()}
         if out:
             reads = jnp.moveaxis(out["reads"], 1, 2)
@@ -81,7 +81,7 @@ def _chunks(array, size):
     return jnp.moveaxis(array, 2, 1)
 
 
-def _chunk(read, states, tokens):
+def _chunk(read, _, states, tokens):
     """One chunk of one sequence, inside the kernel: axes [1, rows, C]."""
     tokens = {n: a[:, 0] if n in _GATES else a for n, a in tokens.items()}
     operands = Operands(**tokens, **states)

@@ -2,11 +2,20 @@
 
 from pallas_kernels.mlp_memory.api import CHOICES, MemoryOutput, mlp_memory
 from pallas_kernels.mlp_memory.chunk import generate, memory_chunk, predict, write_chunk
-from pallas_kernels.mlp_memory.types import FastWeights, Readout, Reads, Rule, Tokens, Written
+from pallas_kernels.mlp_memory.types import (
+    Documents,
+    FastWeights,
+    Readout,
+    Reads,
+    Rule,
+    Tokens,
+    Written,
+)
 from pallas_kernels.mlp_memory.xla import recomputed
 
 __all__ = [
     "CHOICES",
+    "Documents",
     "FastWeights",
     "MemoryOutput",
     "Readout",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
 from pallas_kernels.mlp_memory.reference import mlp_memory_reference
-from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens
+from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
 from pallas_kernels.numerics import accumulation_dtype
 
@@ -49,6 +49,7 @@ def mlp_memory(
     momentum: Float[Array, "..."] | None = None,
     queries: Float[Array, "..."] | None = None,
     readout: Readout | None = None,
+    documents: Documents | None = None,
     rule: Rule | None = None,
     chunk_size: int = 16,
     implementation: str | None = None,
@@ -71,6 +72,8 @@ def mlp_memory(
         chunked forms work with logarithms and give the coefficient no gradient at exactly 0.
       queries: [..., T, d]; None reads nothing.
       readout: how rate and keep are read from the memories that make them.
+      documents: where documents begin and what their memory begins as; None for one sequence that
+        goes on from `initial`.
       rule: see `Rule`; default its defaults.
       chunk_size: tokens between two writes. It changes the result: errors are those of the chunk's
         start. Tokens beyond the last whole chunk are a shorter chunk.
@@ -93,17 +96,23 @@ def mlp_memory(
     implementation = _check(keys, values, initial, gates, queries, readout, rule, implementation)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    if documents is not None:
+        _check_documents(documents, initial, -(-keys.shape[-2] // chunk_size))
     dtype = accumulation_dtype(initial.inner, keys)
     last = partial(jnp.swapaxes, axis1=-1, axis2=-2)
     tokens = Tokens(None if queries is None else last(queries), last(keys), last(values), **gates)
     batch = initial.inner.shape[:-3]
     flat = partial(_flat, lead=len(batch))
-    initial, readout = jax.tree.map(partial(flat, dtype=dtype), (initial, readout))
+    wide = partial(flat, dtype=dtype)
+    initial, readout = jax.tree.map(wide, (initial, readout))
+    if documents is not None:
+        begins = flat(documents.begins, dtype=None)
+        documents = Documents(begins, wide(documents.inner), wide(documents.outer))
     # A kernel reads its tokens as they are.
     kept = None if implementation == "pallas_tpu" else dtype
     tokens = jax.tree.map(partial(flat, dtype=kept), tokens)
     run = _IMPLEMENTATIONS[implementation]
-    reads, final = run(initial, tokens, readout, rule=rule, chunk_size=chunk_size)
+    reads, final = run(initial, tokens, readout, documents, rule=rule, chunk_size=chunk_size)
     final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
     if reads is not None:
         reads = last(reads.reshape(*batch, *reads.shape[1:])).astype(keys.dtype)
@@ -114,6 +123,15 @@ def _flat(array, *, lead: int, dtype):
     """All leading axes as one."""
     array = array.reshape(-1, *array.shape[lead:])
     return array if dtype is None else array.astype(dtype)
+
+
+def _check_documents(documents: Documents, initial: FastWeights, chunks: int) -> None:
+    batch = initial.inner.shape[:-3]
+    expected = {"begins": (*batch, chunks), "inner": initial.inner.shape}
+    for name, shape in (expected | {"outer": initial.outer.shape}).items():
+        found = getattr(documents, name).shape
+        if found != shape:
+            raise ValueError(f"documents.{name} has shape {found}, expected {shape}")
 
 
 def _check(keys, values, initial, gates, queries, readout, rule, implementation) -> str:

@@ -231,6 +231,14 @@ def generate(
     return queries, Written(unit(key), value, rate, keep, x.momentum), reads
 
 
+def restarted(weights: FastWeights, begins, inner, outer) -> FastWeights:
+    """`weights`, or those at a document's start where it `begins` (bool, as wide as they are)."""
+    at_start = (inner, outer, *(None if a is None else jnp.zeros_like(a) for a in weights[2:]))
+    return jax.tree.map(
+        lambda new, old: jnp.where(begins, new, old), FastWeights(*at_start), weights
+    )
+
+
 def memory_chunk(
     weights: FastWeights,
     tokens: Tokens,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chunk_loop_tpu import Options, chunk_loop
-from pallas_kernels.mlp_memory.chunk import memory_chunk
-from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens
+from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
+from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
 from pallas_kernels.vmem import MIB, save_every, state_bytes, vmem_limit_of
 
@@ -18,6 +18,7 @@ def mlp_memory_pallas_tpu(
     start: FastWeights,
     tokens: Tokens,
     readout: Readout | None,
+    documents: Documents | None = None,
     *,
     rule: Rule,
     chunk_size: int,
@@ -51,19 +52,28 @@ def mlp_memory_pallas_tpu(
     whole = length // chunk_size * chunk_size
     state, pieces = start, []
     if whole:
-        # The read-outs ride along as a state that no chunk changes: so their cotangents add up.
         rows = None if readout is None else _as_rows(readout)
+        fresh, begins = None, None
+        if documents is not None:
+            fresh = (documents.inner, documents.outer)
+            begins = documents.begins[:, : whole // chunk_size, None, None].astype(jnp.float32)
         parts = tokens._replace(**{n: _row(getattr(tokens, n)) for n in _GATES})
         parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), parts)
         every = every or save_every(start, whole // chunk_size, vmem_limit)
         options = Options(vmem_limit, interpret, "mlp_memory", every)
-        (state, _), reads = chunk_loop(partial(_chunk, rule), options, (start, rows), parts)
+        state, reads = chunk_loop(
+            partial(_chunk, rule), options, (rows, fresh), start, (parts, begins)
+        )
         if reads is not None:
             reads = jnp.moveaxis(reads, 1, 2)
             pieces.append(reads.reshape(*reads.shape[:2], whole))
     if whole < length:
         rest = jax.tree.map(lambda a: a[..., whole:].astype(start.inner.dtype), tokens)
-        reads, state = mlp_memory_xla(state, rest, readout, rule=rule, chunk_size=chunk_size)
+        if documents is not None:
+            documents = documents._replace(begins=documents.begins[:, -1:])
+        reads, state = mlp_memory_xla(
+            state, rest, readout, documents, rule=rule, chunk_size=chunk_size
+        )
         if reads is not None:
             pieces.append(reads)
     return jnp.concatenate(pieces, axis=-1) if pieces else None, state
@@ -85,14 +95,15 @@ def _chunks(array, *, whole: int, size: int):
     return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, size), -2, 1)
 
 
-def _chunk(rule, state, tokens):
+def _chunk(rule, constants, weights, given):
     """One chunk of one sequence, inside the kernel."""
-    weights, rows = state
+    (rows, fresh), (tokens, begins) = constants, given
+    if fresh is not None:
+        weights = restarted(weights, begins[0, 0, 0] > 0.5, *fresh)
     tokens = jax.tree.map(lambda a: a.astype(weights.inner.dtype), tokens)
     gates = {n: getattr(tokens, n) for n in _GATES}
     tokens = tokens._replace(**{n: None if g is None else g[:, 0] for n, g in gates.items()})
     readout = None
     if rows is not None:
         readout = Readout(*(a[..., 0] for a in rows[:2]), *(a[:, 0, 0] for a in rows[2:]))
-    weights, reads = memory_chunk(weights, tokens, readout, rule, dense=True)
-    return (weights, rows), reads
+    return memory_chunk(weights, tokens, readout, rule, dense=True)

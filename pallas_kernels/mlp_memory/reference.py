@@ -9,29 +9,42 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens
+from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 
 
 def mlp_memory_reference(
-    start: FastWeights, tokens: Tokens, readout: Readout | None, *, rule: Rule, chunk_size: int
+    start: FastWeights,
+    tokens: Tokens,
+    readout: Readout | None,
+    documents: Documents | None = None,
+    *,
+    rule: Rule,
+    chunk_size: int,
 ):
     """Reads [H, d, T] (None without queries) and the fast weights after the last token."""
 
-    def one(start, tokens, readout):
+    def one(start, tokens, readout, documents):
         tokens = jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), tokens)  # tokens first
-        begins = jnp.arange(tokens.keys.shape[0]) % chunk_size == 0
+        index = jnp.arange(tokens.keys.shape[0])
+        begins, anew = index % chunk_size == 0, None
+        if documents is not None:
+            anew = begins & documents.begins[index // chunk_size]
 
         def token(carry, inputs):
             state, anchor = carry
-            x, begins = inputs
+            x, begins, anew = inputs
+            if documents is not None:
+                momenta = (None if a is None else 0 * a for a in start[2:])
+                fresh = FastWeights(documents.inner, documents.outer, *momenta)
+                state = jax.tree.map(lambda new, old: jnp.where(anew, new, old), fresh, state)
             anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
             state, read = _token(state, anchor, x, readout, rule)
             return (state, anchor), read
 
-        (state, _), reads = jax.lax.scan(token, (start, start), (tokens, begins))
+        (state, _), reads = jax.lax.scan(token, (start, start), (tokens, begins, anew))
         return (None if reads is None else reads.T), state
 
-    return jax.vmap(one)(start, tokens, readout)
+    return jax.vmap(one)(start, tokens, readout, documents)
 
 
 def _memory(inner, outer, z):

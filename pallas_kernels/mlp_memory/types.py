@@ -5,7 +5,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class FastWeights(NamedTuple):
@@ -22,6 +22,20 @@ class FastWeights(NamedTuple):
     outer: Float[Array, "*b n d f"]
     inner_momentum: Float[Array, "*b n f d"] | None
     outer_momentum: Float[Array, "*b n d f"] | None
+
+
+class Documents(NamedTuple):
+    """Where documents begin inside a sequence; the momenta begin at zero there.
+
+    Attributes:
+      begins: whether each chunk is the first of a document, [*b, N]; the last one may be short.
+      inner: V at a document's start, [*b, n, f, d].
+      outer: U at a document's start, [*b, n, d, f].
+    """
+
+    begins: Bool[Array, "*b N"]
+    inner: Float[Array, "*b n f d"]
+    outer: Float[Array, "*b n d f"]
 
 
 class Tokens(NamedTuple):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.mlp_memory.chunk import memory_chunk
-from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens
+from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
+from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.products import INVERSE
 
 
@@ -17,24 +17,44 @@ def recomputed(chunk):
 
 
 def mlp_memory_xla(
-    start: FastWeights, tokens: Tokens, readout: Readout | None, *, rule: Rule, chunk_size: int
+    start: FastWeights,
+    tokens: Tokens,
+    readout: Readout | None,
+    documents: Documents | None = None,
+    *,
+    rule: Rule,
+    chunk_size: int,
 ) -> tuple[Float[Array, "H d T"] | None, FastWeights]:
     """A scan over chunks, each recomputed in the backward pass; one leading axis.
 
     The tokens beyond the last whole chunk run as a shorter chunk of their own.
     """
-    chunk = recomputed(partial(memory_chunk, rule=rule))
+
+    @recomputed
+    def chunk(state, part, begins, documents, readout):
+        if documents is not None:
+            begins = begins[:, None, None, None]
+            state = restarted(state, begins, documents.inner, documents.outer)
+        return memory_chunk(state, part, readout, rule)
+
+    begins = None if documents is None else documents.begins.T
     length = tokens.keys.shape[-1]
     whole = length // chunk_size * chunk_size
     state, pieces = start, []
     if whole:
         parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), tokens)
-        state, reads = jax.lax.scan(lambda state, part: chunk(state, part, readout), state, parts)
+        scanned = (parts, None if begins is None else begins[: whole // chunk_size])
+        state, reads = jax.lax.scan(
+            lambda state, x: chunk(state, *x, documents, readout), state, scanned
+        )
         if reads is not None:
             reads = jnp.moveaxis(reads, 0, -2)
             pieces.append(reads.reshape(*reads.shape[:-2], whole))
     if whole < length:
-        state, reads = chunk(state, jax.tree.map(lambda a: a[..., whole:], tokens), readout)
+        part = jax.tree.map(lambda a: a[..., whole:], tokens)
+        state, reads = chunk(
+            state, part, None if begins is None else begins[-1], documents, readout
+        )
         if reads is not None:
             pieces.append(reads)
     return jnp.concatenate(pieces, axis=-1) if pieces else None, state

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.lapack import solve
+from pallas_kernels.lapack import eigh, solve
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 40])
@@ -31,11 +31,21 @@ def test_both_modes_and_both_orders_are_those_of_the_inverse(x64):
         )
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_eigenvectors_diagonalise(shape, x64):
+    a = np.random.default_rng(0).normal(size=(*shape, 5, 5))
+    a = a + a.swapaxes(-1, -2)
+    values, vectors = eigh(jnp.asarray(a))
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(a), atol=1e-12)
+    np.testing.assert_allclose(a @ vectors, vectors * values[..., None, :], atol=1e-12)
+
+
 def test_many_batches_at_once_do_not_wait_for_each_other():
-    """What hangs with `jnp.linalg.solve` on two cores: independent batches in one program."""
+    """What hangs with `jnp.linalg` on two cores: independent batches in one program."""
     noise = jax.random.normal(jax.random.key(0), (6, 64, 32, 32))
     a = jnp.broadcast_to(jnp.eye(32), noise.shape) + noise / 64
-    apart = jax.jit(lambda a: [solve(x, x) for x in a])
+    apart = jax.jit(lambda a: [(solve(x, x), eigh(x @ x.mT)[0]) for x in a])
     for _ in range(5):
-        for x in jax.block_until_ready(apart(a)):
+        for x, values in jax.block_until_ready(apart(a)):
             np.testing.assert_allclose(x, np.broadcast_to(np.eye(32), x.shape), atol=1e-5)
+            assert float(jnp.min(values)) > 0

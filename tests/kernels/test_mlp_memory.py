@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import vmem
-from pallas_kernels.mlp_memory import FastWeights, Readout, Rule, Tokens, mlp_memory
+from pallas_kernels.mlp_memory import (
+    Documents,
+    FastWeights,
+    Readout,
+    Rule,
+    Tokens,
+    mlp_memory,
+)
 from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
 from pallas_kernels.vmem import vmem_limit_of
 from tests.kernels import tpu
@@ -21,7 +28,10 @@ CASES = {
         memories=6, momentum=False, rule=Rule(adaptive_query=True, dgd="input_only", max_rate=0.5)
     ),
     "given context": dict(
-        readout=False, memories=2, rule=Rule("dot", erase="implicit", read="running")
+        readout=False,
+        documents=True,
+        memories=2,
+        rule=Rule("dot", erase="implicit", read="running"),
     ),
     "one memory": dict(
         readout=False,
@@ -55,12 +65,17 @@ def operands(dtype, *, batch=(2,), memories=5, length=LENGTH, momentum=True, rea
         given["readout"] = Readout(of_rate, of_keep, normal(*batch) - 2, normal(*batch) + 3)
     else:
         given |= dict(rate=0.3 * gate(0.1), keep=gate(0.5))
+    if more.get("documents"):  # the second chunk begins one in one sequence, the rest in the other
+        begins = jnp.array([[False, True, False], [False, False, True]])
+        given["documents"] = Documents(begins, 0.5 * outer.swapaxes(-1, -2), 2 * outer)
     return given | dict(rule=rule)
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "how"))
-def _results(arrays, rule, how):
+def _results(arrays, begins, rule, how):
     def total(arrays):
+        if begins is not None:
+            arrays = arrays | dict(documents=arrays["documents"]._replace(begins=begins))
         out = mlp_memory(**arrays, rule=rule, chunk_size=CHUNK, implementation=how)
         leaves = (leaf.astype(out.final.inner.dtype) for leaf in jax.tree.leaves(out))
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in leaves), out
@@ -70,8 +85,11 @@ def _results(arrays, rule, how):
 
 def results(given, how):
     """The gradient with respect to every array, and the outputs."""
-    arrays = {name: value for name, value in given.items() if name != "rule"}
-    return _results(arrays, given["rule"], how)
+    arrays, begins = {name: value for name, value in given.items() if name != "rule"}, None
+    if "documents" in given:
+        begins = given["documents"].begins
+        arrays["documents"] = given["documents"]._replace(begins=None)
+    return _results(arrays, begins, given["rule"], how)
 
 
 def close(found, expected, tolerance, atol=None):
@@ -193,6 +211,10 @@ def test_mistakes_are_named(x64):
         (given | dict(queries=None), "5 memories and queries, got 5 memories and queries=None"),
         (given | dict(momentum=None), "momentum and the momenta of `initial` together"),
         (given | dict(values=given["values"][:, :3]), "values has shape"),
+        (
+            given | dict(documents=Documents(jnp.zeros((2, 2), bool), *given["initial"][:2])),
+            r"documents.begins has shape \(2, 2\), expected \(2, 1\)",
+        ),
     ]
     for arguments, message in refused:
         with pytest.raises(ValueError, match=message):

@@ -44,6 +44,33 @@ def test_fresh_path_has_no_masked_step():
     assert "scan[" not in str(jax.make_jaxpr(run)(jnp.zeros((3, SIZE))))
 
 
+def test_whole_periods_may_be_one_call():
+    """`whole` is used where it is given, is told where documents begin, and gives what steps do."""
+    level, calls = running_level("level", 4), []
+
+    def whole(params, state, x, begins):
+        calls.append((x.shape, begins))
+        outputs = []
+        for at in range(0, x.shape[0], 4):
+            if begins is not None:
+                state = levels.reset(level, params, state, begins[at // 4])
+            state, y = level.step(params, state, x[at : at + 4])
+            outputs.append(y)
+        return state, jnp.concatenate(outputs)
+
+    rng = np.random.default_rng(0)
+    params, x = make_params(rng, "running", SIZE), tokens(rng, 14)
+    in_one = level._replace(whole=whole)
+    for reset in (None, np.arange(14) == 8):
+        found, expected = (
+            levels.run(system, params, level.init(params), x, reset=reset)
+            for system in (in_one, level)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+    assert [shape for shape, _ in calls] == [(12, SIZE)] * 2
+    assert calls[0][1] is None and calls[1][1].tolist() == [False, False, True]
+
+
 def test_stream_yields_what_run_returns():
     rng = np.random.default_rng(1)
     params, x = make_params(rng, "running", SIZE), tokens(rng, 9)

@@ -172,6 +172,29 @@ def test_any_split_equals_one_call(x64, variant):
     np.testing.assert_allclose(jnp.concatenate(pieces), whole, atol=1e-10)
 
 
+@pytest.mark.parametrize("variant", ["default", "adaptive query"])
+def test_whole_chunks_in_one_operation(x64, variant):
+    """Another implementation of the operation than the scan, with documents and a rest."""
+    config, params, x = make(variant, length=14)
+
+    def run(params, x, implementation):
+        level = self_modifying(config, implementation=implementation)
+        reset = jnp.arange(14) == 8
+        y, carry = levels.run(level, params, level.init(params), x, reset=reset)
+        return jnp.sum(jnp.sin(3 * y)), (y, carry)
+
+    found, expected = (
+        jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True), static_argnums=2)(params, x, how)
+        for how in ("reference", "xla")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, expected)
+
+
+def test_another_implementation_takes_one_chunk_size():
+    with pytest.raises(NotImplementedError, match="takes one chunk size, got 8 and 4"):
+        self_modifying(make("slow memory")[0], implementation="pallas_tpu")
+
+
 def test_causal_and_isolated_exactly():
     config, params, x = make("default")
     x = jax.tree.map(lambda a: a.astype(jnp.float32), x)

@@ -1,14 +1,19 @@
 """HOPE: first loss and sizes; what all models share is in `test_contract.py`."""
 
 import dataclasses
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from nestedjax import configs, models
+from nestedjax import configs, models, sharding
+from nestedjax.mixers.self_modifying import SelfModifyingConfig
+from nestedjax.models import CMSConfig, HopeConfig
+from pallas_kernels.mlp_memory import api, pallas_tpu
 from tests.models.families import built, token_losses, tokens_of
 
 
@@ -20,6 +25,46 @@ def test_first_loss_is_ln_vocab(name):
     model, tokens = nnx.merge(graphdef, weights), tokens_of(32, 4)
     loss = float(token_losses(jax.jit(model)(tokens)[0], tokens).mean())
     assert abs(loss / math.log(32) - 1) < 0.01
+
+
+@pytest.mark.parametrize("explicit", [None, True])
+def test_the_kernel_is_the_scan(explicit, monkeypatch):
+    """Logits, state and every gradient; packed documents; whole chunks and a rest; on a mesh."""
+    kernel = functools.partial(pallas_tpu.mlp_memory_pallas_tpu, interpret=True)
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_tpu", kernel)
+    memory = SelfModifyingConfig(heads=2, head_dim=4, hidden=6, chunk_size=4)
+    config = HopeConfig(16, 8, 1, memory, CMSConfig((None,), 8))
+    graphdef, weights = built(config)
+    other = nnx.split(
+        nnx.eval_shape(
+            lambda: models.build(
+                dataclasses.replace(config, implementation="pallas_tpu"), rngs=nnx.Rngs(0)
+            )
+        )
+    )[0]
+    tokens, resets = tokens_of(11), jnp.arange(11) == 8
+    resets = jnp.broadcast_to(resets, (2, 11))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(graphdef, weights):
+        def total(weights):
+            logits, state = nnx.merge(graphdef, weights)(tokens, resets=resets)
+            return jnp.sum(jnp.sin(logits)), (logits, state)
+
+        return jax.grad(total, has_aux=True)(weights)
+
+    expected = results(graphdef, weights)
+    if explicit is None:
+        found = results(other, weights)
+        text = str(jax.make_jaxpr(results, static_argnums=0)(other, weights))
+        assert "mlp_memory_forward" in text and "mlp_memory_backward" in text
+    else:
+        mesh = sharding.make_mesh("data=2,tensor=2", explicit=explicit, devices=jax.devices()[:4])
+        axes = models.logical_axes(weights)
+        with jax.set_mesh(mesh):
+            placed = sharding.place(weights, sharding.shardings_of(weights, axes, mesh))
+            found = results(other, placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found, expected)
 
 
 SIZES = ("nano", "micro", "mini", "340m", "760m", "1p3b")
