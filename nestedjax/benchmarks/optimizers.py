@@ -9,7 +9,7 @@ written once in a while.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 STEPS = 20  # one period of M3, two of SOAP
@@ -31,8 +31,8 @@ def optimizers(axes: Any) -> dict[str, Any]:
 
 def measure(
     preset: str = "transformer_micro", *, batch: int = 4, length: int = 256, names: Sequence = ()
-) -> list[dict[str, Any]]:
-    """One row an optimizer.
+) -> Iterator[dict[str, Any]]:
+    """One row an optimizer, AdamW's first; each as soon as it is measured.
 
     Args:
       preset: of the model.
@@ -40,7 +40,7 @@ def measure(
       length: tokens of a row.
       names: which optimizers; none for all.
 
-    Returns:
+    Yields:
       Rows of `optimizer`, `update_seconds`, `step_seconds`, `step_ratio` and `state_ratio` to
       AdamW's, `state_bytes`, `parameters`.
     """
@@ -51,7 +51,7 @@ def measure(
 
     config = configs.change(configs.run_preset(preset), [f"batch={batch}", f"length={length}"])
     model = models.build(config.model, rngs=nnx.Rngs(0))
-    axes, rows = models.matrix_axes(model), []
+    axes, base = models.matrix_axes(model), None
     forward = _forward(model, config, runs)
     for name, tx in optimizers(axes).items():
         if names and name not in (*names, "adamw"):
@@ -65,31 +65,28 @@ def measure(
         grads = jax.tree.map(lambda p: p * 1e-3 + 1e-4, params)
         seconds = _seconds(jax.jit(tx.update), grads, state, params, SLOW.get(name, STEPS))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        rows.append(
-            {
-                "optimizer": name,
-                "parameters": models.parameter_count(model),
-                "state_bytes": size,
-                "update_seconds": seconds,
-                "step_seconds": seconds + passes,
-            }
-        )
-    base = rows[0]
-    for row in rows:
+        row = {
+            "optimizer": name,
+            "parameters": models.parameter_count(model),
+            "state_bytes": size,
+            "update_seconds": seconds,
+            "step_seconds": seconds + passes,
+        }
+        base = base or row
         row["step_ratio"] = row["step_seconds"] / base["step_seconds"]
-        row["state_ratio"] = row["state_bytes"] / base["state_bytes"]
-    return rows
+        row["state_ratio"] = size / base["state_bytes"]
+        yield row
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| optimizer | update, ms | step / AdamW | state / AdamW |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(
-            f"| {row['optimizer']} | {1e3 * row['update_seconds']:.0f} |"
-            f" {row['step_ratio']:.2f} | {row['state_ratio']:.2f} |"
-        )
-    return "\n".join(lines)
+HEAD = "| optimizer | update, ms | step / AdamW | state / AdamW |\n|---|---|---|---|"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the Markdown table under `HEAD`."""
+    return (
+        f"| {row['optimizer']} | {1e3 * row['update_seconds']:.0f} |"
+        f" {row['step_ratio']:.2f} | {row['state_ratio']:.2f} |"
+    )
 
 
 def _clock() -> Callable[[], float]:

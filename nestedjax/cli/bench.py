@@ -69,9 +69,13 @@ def _kernels_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure every row; returns the exit code."""
     rows = {"peers": _peers, "optimizers": _optimizers, "kernels": _kernels}[args.what](args)
+    _write(args, rows)
+    return 0
+
+
+def _write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
 
 
 def _optimizers(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -83,10 +87,14 @@ def _optimizers(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.names:
         if name not in known:
             raise ConfigError(f"no optimizer {name!r} in this benchmark; {', '.join(known)}")
-    rows = optimizers.measure(
+    rows: list[dict[str, Any]] = []
+    print(optimizers.HEAD)
+    for row in optimizers.measure(
         args.preset, batch=args.batch, length=args.length, names=tuple(args.names)
-    )
-    print(optimizers.table(rows))
+    ):
+        print(optimizers.line(row), flush=True)
+        rows.append(row)
+        _write(args, rows)
     return rows
 
 

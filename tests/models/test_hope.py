@@ -27,13 +27,12 @@ def test_first_loss_is_ln_vocab(name):
     assert abs(loss / math.log(32) - 1) < 0.01
 
 
-@pytest.mark.parametrize("explicit", [None, True])
-def test_the_kernel_is_the_scan(explicit, monkeypatch):
-    """Logits, state and every gradient; packed documents; whole chunks and a rest; on a mesh."""
+def test_the_kernel_is_the_scan(monkeypatch):
+    """Logits, state and every gradient; packed documents, whole chunks and a rest; on a mesh."""
     kernel = functools.partial(pallas_tpu.mlp_memory_pallas_tpu, interpret=True)
     monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_tpu", kernel)
     memory = SelfModifyingConfig(heads=2, head_dim=4, hidden=6, chunk_size=4)
-    config = HopeConfig(16, 8, 1, memory, CMSConfig((None,), 8))
+    config = HopeConfig(24, 8, 1, memory, CMSConfig((None,), 8))
     graphdef, weights = built(config)
     other = nnx.split(
         nnx.eval_shape(
@@ -54,17 +53,17 @@ def test_the_kernel_is_the_scan(explicit, monkeypatch):
         return jax.grad(total, has_aux=True)(weights)
 
     expected = results(graphdef, weights)
-    if explicit is None:
-        found = results(other, weights)
-        text = str(jax.make_jaxpr(results, static_argnums=0)(other, weights))
-        assert "mlp_memory_forward" in text and "mlp_memory_backward" in text
-    else:
-        mesh = sharding.make_mesh("data=2,tensor=2", explicit=explicit, devices=jax.devices()[:4])
-        axes = models.logical_axes(weights)
-        with jax.set_mesh(mesh):
-            placed = sharding.place(weights, sharding.shardings_of(weights, axes, mesh))
-            found = results(other, placed)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found, expected)
+    text = str(jax.make_jaxpr(results, static_argnums=0)(other, weights))
+    assert "mlp_memory_forward" in text and "mlp_memory_backward" in text
+    mesh = sharding.make_mesh("data=2,tensor=2", explicit=True, devices=jax.devices()[:4])
+    axes = models.logical_axes(weights)
+    with jax.set_mesh(mesh):
+        placed = sharding.place(weights, sharding.shardings_of(weights, axes, mesh))
+        found = results(other, placed)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), found, expected
+    )
 
 
 SIZES = ("nano", "micro", "mini", "340m", "760m", "1p3b")
