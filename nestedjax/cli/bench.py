@@ -1,7 +1,8 @@
 """Measure what things cost. `peers`: training speed and peak memory of HOPE and its peers at one
 size (vocab 512, width 256, 4 layers, 4 heads, chunks of 64), each in a process of its own on one
 core. `optimizers`: step time and state of every optimizer, relative to AdamW, on one model.
-`kernels`: every operation of `pallas_kernels` on this device."""
+`kernels`: every operation of `pallas_kernels` on this device. `memory`: what a longer text costs
+HOPE in memory."""
 
 import argparse
 import json
@@ -15,6 +16,7 @@ EXAMPLE = """example:
   nestedjax bench optimizers --names m3 adamuon
   nestedjax bench kernels --ops delta_rule --json kernels.json
   nestedjax bench kernels --against fla --repeats 20
+  nestedjax bench memory --lengths 4096 16384
 
 A row of peers has model, length, batch, parameters, tokens_per_cpu_second (of the median step) and
 peak_rss_mb (of the whole process, compilation included)."""
@@ -28,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _peers_arguments(what.add_parser("peers", help="HOPE and its peers"))
     _optimizers_arguments(what.add_parser("optimizers", help="every optimizer"))
     _kernels_arguments(what.add_parser("kernels", help="every operation"))
+    memory = what.add_parser("memory", help="what a longer text costs")
+    memory.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    memory.add_argument("--lengths", nargs=2, type=int, default=[4096, 16384], help="tokens")
 
 
 def _peers_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +73,8 @@ def _kernels_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every row; returns the exit code."""
-    rows = {"peers": _peers, "optimizers": _optimizers, "kernels": _kernels}[args.what](args)
+    commands = {"peers": _peers, "optimizers": _optimizers, "kernels": _kernels, "memory": _memory}
+    rows = commands[args.what](args)
     _write(args, rows)
     return 0
 
@@ -116,6 +122,20 @@ def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
         return rows
     rows = kernels.measure(ops=args.ops, repeats=args.repeats)
     print(kernels.table(rows))
+    return rows
+
+
+def _memory(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from nestedjax.benchmarks import memory, peers
+    from nestedjax.overrides import ConfigError
+
+    first, second = args.lengths
+    if first < 1 or second <= first or first % peers.CHUNK or second % peers.CHUNK:
+        raise ConfigError(
+            f"--lengths {first} {second}: give two multiples of {peers.CHUNK}, the longer one last"
+        )
+    rows = memory.measure(args.lengths)
+    print(memory.table(rows))
     return rows
 
 
