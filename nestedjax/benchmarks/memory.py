@@ -67,7 +67,9 @@ def _temporaries(graphdef, weights, length: int) -> int:
     tokens, mask = (jax.ShapeDtypeStruct((1, length), dtype) for dtype in (jnp.int32, bool))
     batch = {"tokens": tokens, "targets": tokens, "mask": mask, "resets": None}
     gradient = jax.jit(jax.grad(lambda weights, batch: loss(weights, batch, None)[0]))
-    return gradient.lower(weights, batch).compile().memory_analysis().temp_size_in_bytes
+    memory = gradient.lower(weights, batch).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -276,6 +276,7 @@ def _whole(config, implementation, params, weights, x: Inputs, begins):
         chunk_size=config.chunk_size,
         implementation=implementation,
     )
+    assert out.reads is not None
     return out.final, jnp.moveaxis(out.reads, -2, 0).astype(dtype)
 
 

@@ -124,7 +124,7 @@ class SelfModifyingLayer(nnx.Module):
         if self.how == "xla":
             return every(*args)
         weights, tokens = P("batch", "heads"), P("batch", None, "heads")
-        whole = levels.Carry(weights, tokens, P("batch"))
+        whole = levels.Carry(weights, tokens, P("batch"))  # type: ignore[arg-type]
         axes = (
             P("heads"),
             whole if isinstance(carry, levels.Carry) else weights,
