@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from pallas_kernels.selective_scan.reference import selective_scan_reference
 from pallas_kernels.selective_scan.xla import selective_scan_xla
 
-_IMPLEMENTATIONS = ("reference", "xla")
+_IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 class ScanOutput(NamedTuple):
@@ -52,10 +53,14 @@ def selective_scan(
       skip: D of the paper, [D]; None adds nothing.
       initial: the state before the first token, [..., D, N]; zeros when None.
       chunk_size: tokens solved in parallel; changes the speed, not the result.
-      implementation: "reference" (token by token), "xla" (chunk-parallel) or None to choose.
+      implementation: "reference" (token by token), "xla" (chunk by chunk; inside a chunk in
+        parallel, on a CPU token by token), "pallas_tpu" (one kernel each way; on a mesh only inside
+        `jax.shard_map`) or None, which is "xla": the kernel has been compiled for TPUs and checked
+        in interpret mode, not timed on one.
 
     Raises:
       ValueError: a shape, chunk size or implementation that does not fit, with its value.
+      NotImplementedError: "pallas_tpu" in float64, or with a chunk that does not fit in VMEM.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,14 +82,21 @@ def selective_scan(
     dtype = accumulation_dtype(x, decay)
     if initial is None:
         initial = jnp.zeros((*x.shape[:-2], *decay.shape), dtype)
-    form = selective_scan_reference
-    if implementation == "xla":
-        form = partial(selective_scan_xla, chunk_size=chunk_size)
+    if implementation == "reference":
+        form = selective_scan_reference
+    elif implementation == "xla":
+        form = partial(selective_scan_xla, chunk_size=chunk_size, sequential=_on_cpu())
+    else:
+        form = partial(selective_scan_pallas_tpu, chunk_size=chunk_size)
     operands = jax.tree.map(lambda a: a.astype(dtype), (x, step, decay, write, read, initial))
     y, final = form(*operands)
     if skip is not None:
         y = y + skip.astype(dtype).reshape((1,) * (x.ndim - 1) + skip.shape) * operands[0]
     return ScanOutput(y.astype(x.dtype), final)
+
+
+def _on_cpu() -> bool:
+    return jax.devices()[0].platform == "cpu"
 
 
 def _check_shapes(x, step, decay, write, read, skip, initial) -> None:

@@ -1,9 +1,11 @@
-"""Chunk by chunk: an associative scan inside, one state kept between; each chunk is redone in the
-backward pass, so that what is stored grows with the number of chunks and not of tokens."""
+"""Chunk by chunk, with one state kept between; each chunk is redone in the backward pass, so that
+what is stored grows with the number of chunks and not of tokens."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pallas_kernels.selective_scan.reference import selective_scan_reference
 
 
 def selective_scan_xla(
@@ -15,8 +17,15 @@ def selective_scan_xla(
     initial: Float[Array, "*b D N"],
     *,
     chunk_size: int,
+    sequential: bool = False,
 ) -> tuple[Float[Array, "*b T D"], Float[Array, "*b D N"]]:
-    """As the reference. A last chunk is filled up with steps of zero, which change nothing."""
+    """As the reference. A last chunk is filled up with steps of zero, which change nothing.
+
+    Args:
+      chunk_size: tokens between two stored states.
+      sequential: go through a chunk token by token. A CPU gains nothing from the associative scan,
+        which writes the states of a chunk to memory 2 log2(chunk_size) times.
+    """
     length = x.shape[-2]
     size = min(chunk_size, max(length, 1))
     chunks = -(-length // size)
@@ -29,6 +38,9 @@ def selective_scan_xla(
     @jax.checkpoint
     def chunk(h, tokens):
         x, step, write, read = tokens
+        if sequential:
+            y, h = selective_scan_reference(x, step, decay, write, read, h)
+            return h, y
         exponent = step[..., None] * decay.reshape((1,) * (step.ndim - 1) + decay.shape)
         added = (step * x)[..., None] * write[..., None, :]
         kept, added = jax.lax.associative_scan(_joined, (jnp.exp(exponent), added), axis=x.ndim - 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.selective_scan import api, selective_scan
 
 BATCH, LENGTH, CHANNELS, STATES = 2, 13, 3, 4
 
@@ -40,6 +40,13 @@ def loop(x, step, decay, write, read, skip, initial):
     return y, h
 
 
+@pytest.fixture(params=["token by token", "in parallel"])
+def inside(request, monkeypatch):
+    """How a chunk is gone through: on a CPU, and on everything else."""
+    monkeypatch.setattr(api, "_on_cpu", lambda: request.param == "token by token")
+    return request.param
+
+
 FORMS = {
     "reference": {"implementation": "reference"},
     "xla in ones": {"chunk_size": 1},
@@ -49,7 +56,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_matches_numpy(x64, form):
+def test_matches_numpy(x64, inside, form):
     arrays = draw()
     got = selective_scan(**arrays, **FORMS[form])
     for a, b in zip(got, loop(**{n: np.asarray(a) for n, a in arrays.items()}), strict=True):
@@ -57,7 +64,7 @@ def test_matches_numpy(x64, form):
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
-def test_gradients_match_the_recurrence(x64, chunk):
+def test_gradients_match_the_recurrence(x64, inside, chunk):
     arrays = draw()
 
     def total(form, arrays):
@@ -68,7 +75,7 @@ def test_gradients_match_the_recurrence(x64, chunk):
         functools.partial(selective_scan, implementation="reference"),
         functools.partial(selective_scan, chunk_size=chunk),
     )
-    expected, got = (jax.grad(functools.partial(total, form))(arrays) for form in forms)
+    expected, got = (jax.jit(jax.grad(functools.partial(total, form)))(arrays) for form in forms)
     for name in arrays:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-9, atol=1e-10, err_msg=name)
 
@@ -86,7 +93,7 @@ def test_any_split_equals_one_call(x64):
     np.testing.assert_allclose(state, whole.final, rtol=1e-12, atol=1e-12)
 
 
-def test_causal_and_isolated_exactly():
+def test_causal_and_isolated_exactly(inside):
     arrays = draw(dtype=np.float32)
     base = selective_scan(**arrays, chunk_size=4)
     other = selective_scan(**{**arrays, "x": arrays["x"].at[1, 6].add(1.0)}, chunk_size=4)
@@ -95,8 +102,19 @@ def test_causal_and_isolated_exactly():
     assert bool(jnp.all(base.outputs[1, 6:] != other.outputs[1, 6:]))
 
 
+@functools.cache
+def with_gradients(inside):
+    """Compiled once for each way through a chunk, which is chosen when it is traced."""
+
+    def total(arrays):
+        out = selective_scan(**arrays, chunk_size=32)
+        return jnp.sum(out.outputs), out
+
+    return jax.jit(jax.grad(total, has_aux=True))
+
+
 @pytest.mark.parametrize("case", ["no step", "long step", "no decay"])
-def test_hard_inputs_in_float32(case):
+def test_hard_inputs_in_float32(inside, case):
     arrays = draw(length=300, dtype=np.float32)
     if case == "no step":
         arrays["step"] = jnp.zeros_like(arrays["step"])
@@ -104,13 +122,11 @@ def test_hard_inputs_in_float32(case):
         arrays["step"] = arrays["step"] * 1e3
     if case == "no decay":
         arrays["decay"] = jnp.zeros_like(arrays["decay"])
-    run = functools.partial(selective_scan, chunk_size=32)
-    out, final = run(**arrays)
+    grads, (out, final) = with_gradients(inside)(arrays)
     wide = {n: np.asarray(a, np.float64) for n, a in arrays.items()}
     expected = loop(**wide)
     scale = max(1.0, float(np.abs(expected[0]).max()))
     np.testing.assert_allclose(out, expected[0], rtol=1e-4, atol=1e-5 * scale)
-    grads = jax.grad(lambda a: jnp.sum(run(**a).outputs))(arrays)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
     if case == "no step":
         np.testing.assert_array_equal(final, arrays["initial"])
