@@ -1,1 +1,1 @@
-"""Kernels for the memory updates: jax only, one folder per operation."""
+"""Kernels for the memory updates, and attention: jax only, one folder per operation."""

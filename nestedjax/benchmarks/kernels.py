@@ -147,7 +147,7 @@ def _selective_scan(name: str, batch: int, length: int, channels: int, states: i
         return selective_scan(**arrays, implementation=implementation)
 
     flops = 7.0 * batch * length * channels * states
-    return Workload("selective_scan", name, make, call, flops, ("reference", "xla"))
+    return Workload("selective_scan", name, make, call, flops, ("reference", "xla", "pallas_tpu"))
 
 
 def _newton_schulz(name: str, stack: int, rows: int, columns: int) -> Workload:
@@ -166,12 +166,34 @@ def _newton_schulz(name: str, stack: int, rows: int, columns: int) -> Workload:
     return Workload("newton_schulz", name, make, call, flops, ("reference", "xla", "pallas_tpu"))
 
 
+def _attention(
+    name: str, batch: int, heads: int, length: int, d: int, dtype: str, window: int | None = None
+) -> Workload:
+    import jax
+
+    from pallas_kernels.attention import attention
+
+    def make(key):
+        drawn = jax.random.normal(key, (3, batch, length, heads, d), dtype)
+        return dict(zip(("queries", "keys", "values"), drawn, strict=True))
+
+    def call(arrays, implementation):
+        return attention(**arrays, window=window, implementation=implementation)
+
+    # two products for each query and key that it sees
+    near = min(window or length, length)
+    pairs = near * length - near * (near - 1) // 2
+    implementations = ("reference", "xla", "cudnn", "pallas_tpu")
+    return Workload("attention", name, make, call, 4.0 * batch * heads * pairs * d, implementations)
+
+
 def workloads(scale: str) -> list[Workload]:
     """The named workloads: "cpu" (seconds on a core) or "accelerator" (of the larger presets)."""
     if scale == "cpu":
         made = [_delta_rule(f"L4096 chunk {c}", 4, 4, 4096, 64, c) for c in (16, 32, 64, 128)]
         made += [_mlp_memory("L1024 64-64-64 chunk 32", 1, 4, 1024, 64, 64, 32)]
         made += [_selective_scan("L1024 256 x 16", 4, 1024, 256, 16)]
+        made += [_attention("L1024 d64", 4, 4, 1024, 64, "float32")]
         return [*made, _newton_schulz("8 x 256 x 256", 8, 256, 256)]
     made = [_delta_rule(f"L{n} d128 chunk 64", 8, 16, n, 128, 64) for n in (4096, 16384)]
     made += [gated_delta_rule(f"L{n} d128 gated", 8, 16, n, 128) for n in (4096, 16384)]
@@ -179,6 +201,8 @@ def workloads(scale: str) -> list[Workload]:
     made += [_mlp_memory("1p3b chunk 64", 8, 16, 4096, 128, 128, 64)]
     made += [_mlp_memory("128-512-128 chunk 64", 8, 16, 4096, 128, 512, 64)]
     made += [_selective_scan("L4096 2048 x 16", 8, 4096, 2048, 16)]
+    made += [_attention("L4096 d64 bfloat16", 8, 16, 4096, 64, "bfloat16")]
+    made += [_attention("L16384 d128 window 2048", 1, 16, 16384, 128, "bfloat16", 2048)]
     return [*made, _newton_schulz("16 x 1024 x 1024", 16, 1024, 1024)]
 
 

@@ -31,11 +31,11 @@ def test_rows_of_one_workload():
 def test_every_operation_has_a_workload_for_every_device():
     for scale in ("cpu", "accelerator"):
         names = {workload.op for workload in kernels.workloads(scale)}
-        assert names == {"delta_rule", "mlp_memory", "selective_scan", "newton_schulz"}
+        assert names == {"delta_rule", "mlp_memory", "selective_scan", "newton_schulz", "attention"}
 
 
 def test_mistakes_are_named(capsys):
-    assert "no operation 'attention'" in refused(capsys, "bench", "kernels", "--ops", "attention")
+    assert "no operation 'gather'" in refused(capsys, "bench", "kernels", "--ops", "gather")
     assert "--repeats 0" in refused(capsys, "bench", "kernels", "--repeats", "0")
     code, out, _ = command(capsys, "bench", "kernels", "--ops", "newton_schulz", "--repeats", "1")
     assert code == 0 and "newton_schulz" in out
