@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nestedjax.sharding import constrain
+from pallas_kernels.attention import attention as softmax_attention
+from pallas_kernels.attention import default_implementation
 from pallas_kernels.numerics import accumulation_dtype
 
 
@@ -72,24 +74,11 @@ def positions(
     return jnp.where(last_reset >= 0, index - last_reset, since_start)
 
 
-def _attend(queries, keys, values, reach):
-    """Softmax over the keys at most `reach` [B, T] places behind each query; keys end with them."""
-    length, total = queries.shape[1], keys.shape[1]
-    wide = accumulation_dtype(queries)
-    scores = jnp.einsum("bthk,bshk->bhts", queries, keys, preferred_element_type=wide)
-    query_index = jnp.arange(total - length, total, dtype=jnp.int32)
-    distance = query_index[:, None] - jnp.arange(total, dtype=jnp.int32)[None]
-    seen = (distance >= 0)[None] & (distance[None] <= reach[..., None])
-    scores = scores * (queries.shape[-1] ** -0.5)
-    scores = jnp.where(seen[:, None], scores, float(jnp.finfo(jnp.float32).min))
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bhts,bshk->bthk", weights, values)
+def _attend_in_blocks(queries, keys, values, documents, window):
+    """For many tokens in O(T * window): each block sees itself and the one before.
 
-
-def _attend_in_blocks(queries, keys, values, reach, window):
-    """The same for many tokens in O(T * window): each block sees itself and the one before.
-
-    `keys` and `values` begin with the `window` tokens before the first query.
+    `keys`, `values` and their document numbers begin with the `window` tokens before the first
+    query.
     """
     length = queries.shape[1]
     blocks = -(-length // window)
@@ -102,19 +91,47 @@ def _attend_in_blocks(queries, keys, values, reach, window):
         parts = padded(x).reshape(x.shape[0], blocks, window, *x.shape[2:])
         return jnp.moveaxis(parts, 1, 0)
 
-    keys, values = padded(keys), padded(values)
+    keys, values, of_keys = (padded(x) for x in (keys, values, documents[1]))
 
     @jax.checkpoint
     def block(_, inputs):
-        index, query, behind = inputs
-        near_keys = jax.lax.dynamic_slice_in_dim(keys, index, 2 * window, 1)
-        near_values = jax.lax.dynamic_slice_in_dim(values, index, 2 * window, 1)
-        return None, _attend(query, near_keys, near_values, behind)
+        index, query, of_query = inputs
+        near = [
+            jax.lax.dynamic_slice_in_dim(x, index, 2 * window, 1) for x in (keys, values, of_keys)
+        ]
+        pair = (of_query, near[2])
+        return None, softmax_attention(query, *near[:2], window=window, documents=pair)
 
     starts = jnp.arange(blocks, dtype=jnp.int32) * window
-    _, outputs = jax.lax.scan(block, None, (starts, split(queries), split(reach)))
+    _, outputs = jax.lax.scan(block, None, (starts, split(queries), split(documents[0])))
     outputs = jnp.moveaxis(outputs, 0, 1)
     return outputs.reshape(queries.shape[0], blocks * window, *queries.shape[2:])[:, :length]
+
+
+def _in_one_kernel(queries, keys, values, window, documents) -> bool:
+    """Whether a kernel attends to more tokens than the window at the cost of the window.
+
+    cuDNN takes documents only as a mask of T x T numbers, and then computes them all.
+    """
+    how = default_implementation(queries, keys, values, window=window, documents=documents)
+    return how == "pallas_tpu" or (how == "cudnn" and documents is None)
+
+
+def _documents(
+    position: Int[Array, " B"], length: int, window: int, resets: Bool[Array, "B T"] | None
+) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """Numbers of the documents of the queries, and of the `window` cached keys and theirs.
+
+    The ongoing document is 0, what the cache holds from before it, or not at all yet, is -1.
+    """
+    age = jnp.arange(window, 0, -1, dtype=jnp.int32)[None]
+    cached = jnp.where(age <= position[:, None], 0, -1)
+    if resets is None:
+        queries = jnp.zeros((cached.shape[0], length), jnp.int32)
+        queries = constrain(queries, "batch", None)
+    else:
+        queries = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
+    return queries, jnp.concatenate([cached, queries], axis=1)
 
 
 def attention(
@@ -150,14 +167,17 @@ def attention(
     position = positions(state.position, length, resets)
     queries = rotary(queries, position, theta=theta)
     keys = rotary(keys, position, theta=theta)
-    reach = jnp.minimum(position, window - 1)
     all_keys = jnp.concatenate([state.keys, keys], axis=1)
     all_values = jnp.concatenate([state.values, values], axis=1)
-    if length > window:
-        outputs = _attend_in_blocks(queries, all_keys, all_values, reach, window)
-    elif fresh:
-        outputs = _attend(queries, keys, values, reach)
+    documents = _documents(state.position, length, window, resets)
+    packed = None if resets is None else documents[0]
+    if fresh and (length <= window or _in_one_kernel(queries, keys, values, window, packed)):
+        outputs = softmax_attention(queries, keys, values, window=window, documents=packed)
+    elif length > window:
+        outputs = _attend_in_blocks(queries, all_keys, all_values, documents, window)
     else:
-        outputs = _attend(queries, all_keys, all_values, reach)
+        outputs = softmax_attention(
+            queries, all_keys, all_values, window=window, documents=documents
+        )
     after = AttentionState(all_keys[:, -window:], all_values[:, -window:], position[:, -1] + 1)
     return outputs, after

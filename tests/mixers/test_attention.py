@@ -1,11 +1,15 @@
 """Sliding-window attention against a numpy loop, in every way of cutting and packing a sequence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nestedjax.mixers.attention import attention, init_attention
+from pallas_kernels.attention import api
+from pallas_kernels.attention.pallas_tpu import attention_pallas_tpu
 
 BATCH, LENGTH, HEADS, DIM, WINDOW = 2, 14, 2, 4, 5
 JITTED = jax.jit(attention, static_argnames=("window", "theta"))
@@ -138,3 +142,35 @@ def test_dtypes_are_kept():
     assert state.position.dtype == jnp.int32
     wide = numpy_attention(*(np.asarray(x, np.float32) for x in (q, k, v)), WINDOW)
     np.testing.assert_allclose(np.asarray(y, np.float32), wide, atol=0.05)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_on_a_tpu_a_long_fresh_sequence_is_one_kernel(monkeypatch, packed):
+    """Instead of blocks of the window; interpreted here, and the choice of device pretended."""
+    q, k, v = make(length=140, dtype=np.float32)
+    resets = jnp.zeros((BATCH, 140), bool).at[0, 9].set(True) if packed else None
+    in_blocks, state = JITTED(q, k, v, window=20, resets=resets)
+    interpreted = functools.partial(attention_pallas_tpu, interpret=True)
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_tpu", interpreted)
+    monkeypatch.setattr(api, "_platform", lambda: "tpu")
+    there = jax.jit(functools.partial(attention, window=20))
+    text = str(jax.make_jaxpr(there)(q, k, v, resets=resets))
+    assert "splash_mha_fwd" in text and "dynamic_slice" not in text
+    y, after = there(q, k, v, resets=resets)
+    np.testing.assert_allclose(y, in_blocks, atol=2e-6)
+    jax.tree.map(np.testing.assert_array_equal, state, after)
+
+
+def test_on_a_gpu_documents_stay_in_blocks(monkeypatch):
+    """cuDNN would take them as a mask of all pairs of tokens."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in make(length=40, dtype=np.float32))
+    monkeypatch.setattr(api, "_platform", lambda: "cuda")
+    asked = []
+    cudnn = lambda q, k, v, masks, scale: asked.append((masks, k.shape[1])) or q  # noqa: E731
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "cudnn", cudnn)
+    monkeypatch.setattr(api.cudnn, "refusal", lambda *_: None)
+    attention(q, k, v, window=8)
+    attention(q, k, v, window=8, resets=jnp.zeros((BATCH, 40), bool))
+    (whole, tokens), (block, near) = asked
+    assert (whole.window, whole.documents, tokens) == (8, None, 40)
+    assert (block.window, near) == (8, 16) and block.documents is not None
