@@ -163,7 +163,7 @@ def tasks(out: Path) -> dict:
                     f" {statistics.mean(row['before']):.2e} before,"
                     f" {statistics.mean(row['after']):.2e} after task 2"
                 )
-            axis.set(title=f"loss on task 1; task 2 from step {steps}, cos {cosine}")
+            axis.set(xlabel="step", title=f"loss on task 1; task 2 from step {steps}, cos {cosine}")
     axes[0, 0].legend(fontsize=7)
     figure.savefig(out / "tasks.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
