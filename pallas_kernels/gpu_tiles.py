@@ -8,6 +8,7 @@ Mosaic GPU's interpreter has no product with an operand in registers or transpos
 no run of a vector along a tile: there the same operands are multiplied by jnp (`interpret`).
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROWS = 64  # of a tile: what one warpgroup multiplies at once
 SMEM_LIMIT = 227 * 1024  # bytes of shared memory that a block may have on Hopper (sm90)
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def _load(ref: Any, **options: Any) -> jax.Array:
+    """All of a reference; up to jax 0.10 an index comes with it."""
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, **options)
 
 
 class Flipped(NamedTuple):
@@ -96,7 +103,7 @@ class Warpgroup(NamedTuple):
         """A vector [64] in shared memory, as a sum along rows is."""
         if self.interpret:
             return ref[...]
-        return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1))
+        return _load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
 
     def along_rows(self, ref: Any, columns: int) -> Any:
         """A vector [64] in shared memory as a matrix [64, columns]: one number a row."""
@@ -110,14 +117,14 @@ class Warpgroup(NamedTuple):
         shape = (ROWS, columns)
         if self.interpret:
             return lax.broadcast_in_dim(ref[...], shape, (axis,))
-        vector = plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+        vector = _load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
         return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), plgpu.Layout.WGMMA)
 
     def load(self, ref: Any) -> Any:
         """A float32 matrix of global memory."""
         if self.interpret:
             return ref[...]
-        return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA, optimized=False)
+        return _load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
     def full(self, number: float, columns: int) -> Any:
         """A matrix [64, columns] of one number."""
@@ -181,7 +188,7 @@ def _part_shape(operand):
 
 def _flip(operand):
     if isinstance(operand, Flipped):
-        return plgpu.transpose_ref(operand.ref, (1, 0))
+        return operand.ref.transpose((1, 0))
     return operand
 
 
