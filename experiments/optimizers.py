@@ -9,7 +9,7 @@ Command:   python experiments/optimizers.py --scale cpu   (parts alone: --parts 
 Data:      generated; the text that ships with the package
 Protocol:  study: the rate of each optimizer is the best of the same five on seed 0; then three
            seeds at that rate, at equal steps, and again at the CPU-seconds that AdamW took
-Hardware:  2 CPU cores, about 950 CPU-seconds; --scale gpu is meant for one H100 or H200
+Hardware:  2 CPU cores, 9 minutes; --scale gpu is meant for one H100 or H200
 Output:    tables, `optimizers.json` and a PNG for each part in --out; what was found is in LOG.md
 """
 
