@@ -1,11 +1,13 @@
 """The delta rule chunk by chunk in plain jnp: matrix products and one triangular inverse (C6.8)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.chunk_scan import chunk_scan
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.products import gram, nn, nt, scaled_nn, solve_unit_lower, tn
 from pallas_kernels.triangular import masked
@@ -234,16 +236,13 @@ def delta_rule_xla(operands: Operands, *, read: str, chunk_size: int) -> DeltaOu
     whole = length // chunk_size * chunk_size
     carry, pieces = (start, operands.initial_momentum), []
     if whole:
-
-        def chunk(carry, part):
-            out = delta_chunk_xla(_with_states(part, carry), read=read)
-            return (out.final, out.final_momentum), out.reads
-
-        parts = _over_tokens(operands, lambda a: _chunks(a[..., :whole], chunk_size))
-        carry, reads = jax.lax.scan(jax.checkpoint(chunk), carry, parts)
+        batch = start.shape[:-2]
+        tokens = _over_tokens(operands, lambda a: a[..., :whole])
+        # Rows of tokens, as the caller had them: slices of them are whole runs of memory.
+        tokens = {n: _turned(a) if n in _MATRICES else a for n, a in tokens.items()}
+        carry, reads = chunk_scan(partial(_scanned, read), chunk_size, len(batch), carry, tokens)
         if reads is not None:
-            reads = jnp.moveaxis(reads, 0, -2)
-            pieces.append(reads.reshape(*reads.shape[:-2], whole))
+            pieces.append(_turned(reads))
     if whole < length:
         rest = _over_tokens(operands, lambda a: a[..., whole:])
         out = delta_chunk_xla(_with_states(rest, carry), read=read)
@@ -259,6 +258,20 @@ def delta_rule_xla(operands: Operands, *, read: str, chunk_size: int) -> DeltaOu
     return DeltaOutput(reads, *carry)
 
 
+_MATRICES = ("x", "error", "queries")
+
+
+def _turned(array):
+    return None if array is None else jnp.swapaxes(array, -1, -2)
+
+
+def _scanned(read, carry, part):
+    """One chunk of a scan: tokens are rows there, and columns here."""
+    part = {n: _turned(a) if n in _MATRICES else a for n, a in part.items()}
+    out = delta_chunk_xla(_with_states(part, carry), read=read)
+    return (out.final, out.final_momentum), _turned(out.reads)
+
+
 def _with_states(tokens, carry) -> Operands:
     return Operands(**tokens, initial=carry[0], initial_momentum=carry[1])
 
@@ -268,7 +281,3 @@ def _over_tokens(operands: Operands, function) -> dict:
     names = ("x", "error", "rate", "keep", "erase", "momentum", "queries")
     arrays = {name: getattr(operands, name) for name in names}
     return {name: None if a is None else function(a) for name, a in arrays.items()}
-
-
-def _chunks(array, size):
-    return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, size), -2, 0)

@@ -1,0 +1,90 @@
+"""A scan over the chunks of sequences that reads and writes tokens where they lie.
+
+`jax.lax.scan` wants the chunks first and its outputs come chunks first: with [..., T, d] that is a
+transposed copy of every array, each way, and on a CPU as dear as the products of a chunk of 32.
+Here each step slices its tokens out, and puts its outputs and, going back, its gradients into
+arrays of the whole length. The state of every chunk's start is kept, and nothing for a token.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# (state, tokens of a chunk) -> (state, outputs): trees of arrays; it captures no arrays
+Chunk = Callable[[Any, Any], tuple[Any, Any]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def chunk_scan(chunk: Chunk, size: int, axis: int, state: Any, tokens: Any) -> tuple[Any, Any]:
+    """Run `chunk` over chunks of `size` tokens, each recomputed in the backward pass.
+
+    Args:
+      chunk: a hashable function; see `Chunk`.
+      size: tokens of a chunk; divides T.
+      axis: of the tokens, counted from the front, in every array of `tokens` and of the outputs.
+      state: a tree at the start.
+      tokens: a tree of arrays of T tokens.
+
+    Returns:
+      The state after the last chunk, and the outputs, a tree of arrays of T tokens.
+    """
+    return _forward(chunk, size, axis, state, tokens, keep=False)[0]
+
+
+def _slice(tree, index, size, axis):
+    return jax.tree.map(
+        lambda a: jax.lax.dynamic_slice_in_dim(a, index * size, size, axis=axis), tree
+    )
+
+
+def _put(into, tree, index, size, axis):
+    return jax.tree.map(
+        lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, index * size, axis=axis),
+        into,
+        jax.lax.optimization_barrier(tree),
+    )
+
+
+def _forward(chunk, size, axis, state, tokens, *, keep):
+    count = jax.tree.leaves(tokens)[0].shape[axis] // size
+    _, out = jax.eval_shape(lambda s, t: chunk(s, _slice(t, 0, size, axis)), state, tokens)
+
+    def whole(leaf):
+        shape = (*leaf.shape[:axis], count * size, *leaf.shape[axis + 1 :])
+        return jnp.zeros(shape, leaf.dtype, device=leaf.sharding)
+
+    def step(carry, index):
+        state, outputs = carry
+        new, out = chunk(state, _slice(tokens, index, size, axis))
+        return (new, _put(outputs, out, index, size, axis)), (state if keep else None)
+
+    carry, starts = jax.lax.scan(step, (state, jax.tree.map(whole, out)), jnp.arange(count))
+    return carry, starts
+
+
+def _scan_fwd(chunk, size, axis, state, tokens):
+    found, starts = _forward(chunk, size, axis, state, tokens, keep=True)
+    return found, (starts, tokens)
+
+
+def _scan_bwd(chunk, size, axis, kept, cotangents):
+    starts, tokens = kept
+    of_state, of_outputs = cotangents
+    count = jax.tree.leaves(tokens)[0].shape[axis] // size
+
+    def step(carry, given):
+        of_state, of_tokens = carry
+        index, start = given
+        _, pull = jax.vjp(chunk, start, _slice(tokens, index, size, axis))
+        of_state, found = pull((of_state, _slice(of_outputs, index, size, axis)))
+        return (of_state, _put(of_tokens, found, index, size, axis)), None
+
+    begin = (of_state, jax.tree.map(jnp.zeros_like, tokens))
+    (of_state, of_tokens), _ = jax.lax.scan(step, begin, (jnp.arange(count), starts), reverse=True)
+    return of_state, of_tokens
+
+
+chunk_scan.defvjp(_scan_fwd, _scan_bwd)
