@@ -79,25 +79,31 @@ def valley(out: Path, steps: int = 20_000) -> dict:
             below = np.flatnonzero(values < 1e-4)
             count = int(below[0]) + 1 if below.size and np.isfinite(values).all() else None
             if count is not None and (best is None or count < best["steps"]):
-                best = {"steps": count, "rate": rate, "path": path[: min(count, 400)].tolist()}
-        found[name] = best or {"steps": None, "rate": None, "path": []}
+                best = {"steps": count, "rate": rate, "path": path[:400], "psi": values[:count]}
+        found[name] = best or {"steps": None, "rate": None, "path": None, "psi": None}
         print(f"valley  {name:24} {found[name]['steps']} steps at rate {found[name]['rate']}")
     _plot_valley(found, psi, out / "valley.png")
     return {name: {"steps": row["steps"], "rate": row["rate"]} for name, row in found.items()}
 
 
 def _plot_valley(found: dict, psi: Callable, path: Path) -> None:
-    r, theta = np.meshgrid(np.linspace(-4.5, 2, 200), np.linspace(-6, 4, 200))
+    """The first 400 steps of each on the map, and psi by step until it is below 1e-4."""
+    r, theta = np.meshgrid(np.linspace(-11, 2, 300), np.linspace(-10, 4, 300))
     height = np.asarray(jax.vmap(psi, 1)(jnp.asarray(np.stack([r.ravel(), theta.ravel()]))))
-    figure, axis = plt.subplots(figsize=(7, 5))
-    axis.contourf(r, theta, np.log10(height.reshape(r.shape) + 1e-4), levels=20, cmap="Greys")
+    figure, (map_axis, axis) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    map_axis.contourf(r, theta, np.log10(height.reshape(r.shape) + 1e-4), levels=20, cmap="Greys")
     for name, row in found.items():
-        if row["path"]:
-            track = np.array([[-3.5, 2.0], *row["path"]])
-            axis.plot(*track.T, lw=1.2, label=f"{name}: {row['steps']} steps")
-    axis.set(xlabel="r", ylabel="theta", title="steps to psi < 1e-4, best rate of each")
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+        if row["path"] is None:
+            axis.plot([], [], " ", label=f"{name}: never")
+            continue
+        track = np.array([[-3.5, 2.0], *row["path"]])
+        (line,) = map_axis.plot(*track.T, lw=1.0)
+        steps = np.arange(1, row["steps"] + 1)
+        axis.loglog(steps, row["psi"], color=line.get_color(), label=f"{name}: {row['steps']:,}")
+    map_axis.set(xlabel="r", ylabel="theta", title="the valley (light), first 400 steps")
+    axis.set(xlabel="step", ylabel="psi", title="until psi < 1e-4, best rate of each: steps")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -149,7 +155,7 @@ def tasks(out: Path) -> dict:
         return jax.jit(run)
 
     found = {}
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7))
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for row_axes, steps in zip(axes, (15, 200), strict=True):
         functions = {name: compiled(make, steps) for name, make in methods.items()}
         for axis, cosine in zip(row_axes, (0.0, 0.3), strict=True):
@@ -165,7 +171,7 @@ def tasks(out: Path) -> dict:
                 )
             axis.set(xlabel="step", title=f"loss on task 1; task 2 from step {steps}, cos {cosine}")
     axes[0, 0].legend(fontsize=7)
-    figure.savefig(out / "tasks.png", dpi=120, bbox_inches="tight")
+    figure.savefig(out / "tasks.png", dpi=120)
     plt.close(figure)
     return found
 
