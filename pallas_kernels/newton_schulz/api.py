@@ -49,7 +49,8 @@ def newton_schulz(
 
     Raises:
       ValueError: x without two axes, an unknown variant or implementation, fewer than 0 steps.
-      NotImplementedError: "pallas_tpu" with matrices that do not fit in VMEM, or in float64.
+      NotImplementedError: "pallas_tpu" with matrices that do not fit in VMEM, or in float64;
+        "pallas_gpu", which is not written.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,6 +71,10 @@ def newton_schulz(
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps={steps!r} must be an integer >= 0, known when compiling")
     implementation = "xla" if implementation is None else implementation
+    if implementation == "pallas_gpu":
+        raise NotImplementedError(
+            "newton_schulz has no implementation='pallas_gpu': use 'xla', whose products are cuBLAS's"
+        )
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r} is not one of {known}")

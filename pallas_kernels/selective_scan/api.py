@@ -60,7 +60,8 @@ def selective_scan(
 
     Raises:
       ValueError: a shape, chunk size or implementation that does not fit, with its value.
-      NotImplementedError: "pallas_tpu" in float64, or with a chunk that does not fit in VMEM.
+      NotImplementedError: "pallas_tpu" in float64, or with a chunk that does not fit in VMEM;
+        "pallas_gpu", which is not written.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,6 +74,8 @@ def selective_scan(
       Mamba (arXiv 2312.00752), algorithm 2: the decay is discretised exactly, the input by Euler.
     """
     implementation = "xla" if implementation is None else implementation
+    if implementation == "pallas_gpu":
+        raise NotImplementedError("selective_scan has no implementation='pallas_gpu': use 'xla'")
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r} is not one of {known}")

@@ -96,3 +96,8 @@ def test_dtypes():
 def test_bad_input_says_what(change, message):
     with pytest.raises(ValueError, match=message):
         newton_schulz(**{"x": jnp.zeros((2, 2)), **change})
+
+
+def test_what_is_not_written_says_so():
+    with pytest.raises(NotImplementedError, match="no implementation='pallas_gpu': use 'xla'"):
+        newton_schulz(jnp.eye(2), implementation="pallas_gpu")

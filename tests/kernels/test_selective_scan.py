@@ -151,3 +151,8 @@ def test_states_stay_float32_under_bfloat16():
 def test_bad_input_says_what(change, message):
     with pytest.raises(ValueError, match=message):
         selective_scan(**{**draw(dtype=np.float32), **change})
+
+
+def test_what_is_not_written_says_so():
+    with pytest.raises(NotImplementedError, match="no implementation='pallas_gpu': use 'xla'"):
+        selective_scan(**draw(dtype=np.float32), implementation="pallas_gpu")
