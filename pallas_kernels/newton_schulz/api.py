@@ -73,7 +73,7 @@ def newton_schulz(
     implementation = "xla" if implementation is None else implementation
     if implementation == "pallas_gpu":
         raise NotImplementedError(
-            "newton_schulz has no implementation='pallas_gpu': use 'xla', whose products are cuBLAS's"
+            "newton_schulz has no implementation='pallas_gpu': use 'xla' (cuBLAS products)"
         )
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)
