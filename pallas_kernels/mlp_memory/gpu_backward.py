@@ -1,0 +1,263 @@
+"""The backward pass of `gpu_forward`, as one Mosaic GPU kernel.
+
+A block goes through its memory's chunks from the last to the first with the cotangents of V and U
+in registers; it runs each chunk again from the stored start, then pulls back through the outer
+delta rule, the inner one and the errors of both. Shared memory is short: a tile holds one thing
+after another, and tokens are copied again where they are needed again.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.delta_rule import gpu_chunk
+from pallas_kernels.gpu_tiles import ROWS, Flipped, Warpgroup, launch, where
+from pallas_kernels.mlp_memory.gpu_cell import (
+    GRADIENTS,
+    Cell,
+    Norms,
+    Pulled,
+    clip_of,
+    gelu,
+    gelu_and_slope,
+    pull_clip,
+    pull_erase,
+    pull_write,
+)
+from pallas_kernels.mlp_memory.gpu_forward import Spec, cell_of, copies, fetch, scratch, send
+
+
+class _Step(NamedTuple):
+    """One chunk of one memory, backward.
+
+    Attributes:
+      spec: see `Spec`.
+      cell: with its tiles.
+      smem: all of shared memory by name.
+      get: `get(name, tile)` copies a matrix of global memory into a tile and waits for it.
+      out: `out(name, tile)` starts copying a gradient out of a tile.
+      vectors: gradients so far, by name; added up.
+    """
+
+    spec: Spec
+    cell: Cell
+    smem: Any
+    get: Any
+    out: Any
+    vectors: dict[str, Any]
+
+    def give(self, name, value):
+        """Add a gradient of `VECTORS`."""
+        self.vectors[name] = self.vectors[name] + value if name in self.vectors else value
+
+
+def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> dict[str, Any]:
+    """Pull cotangents back through `forward`, from the last chunk to the first.
+
+    Args:
+      spec: see `Spec`.
+      tokens: those of `forward` and, where there are reads, of_reads [P, S, N, 64, 64].
+      starts: inners and outers of `forward`.
+      of_inner: of V after the last token, [S, M, 64, 64], float32.
+      of_outer: of U.
+
+    Returns:
+      A dict of keys, values, queries [P, S, M, N, 64, 64], in parts, and vectors [S, M, N, 8, 64]
+      (see `GRADIENTS`), to be summed over the M memories, inner and outer [S, M, 64, 64]. The read
+      M(q) = q + ... is pulled back but for its first term.
+    """
+    (sequences, memories), chunks = of_inner.shape[:2], tokens["vectors"].shape[1]
+    given = {"inner": starts[0], "outer": starts[1], **tokens}
+    shape = (sequences, memories, chunks)
+    made = {n: jax.ShapeDtypeStruct(of_inner.shape, jnp.float32) for n in ("inner", "outer")}
+    made["vectors"] = jax.ShapeDtypeStruct((*shape, len(GRADIENTS), ROWS), jnp.float32)
+    for name in ("keys", "values", *(("queries",) if spec.read else ())):
+        made[name] = jax.ShapeDtypeStruct((spec.parts, *shape, ROWS, ROWS), jnp.bfloat16)
+    running = spec.read not in (None, "anchor")
+    first = {"keys": "keys", "values": "third", "vectors": "vectors"}
+    first |= {"inner": "inner", "outer": "outer"} | ({"queries": "first"} if running else {})
+
+    def body(*arguments, **smem):
+        names = (*given, "last_inner", "last_outer")
+        refs = dict(zip(names, arguments[: len(names)], strict=True))
+        outs = dict(zip(made, arguments[len(names) :], strict=True))
+        sequence, memory = where()
+        on = Warpgroup(spec.parts, bool(spec.interpret))
+
+        def step(i, backs):
+            at = chunks - 1 - i
+            here = (sequence, memory, at)
+
+            def get(name, tile):
+                plgpu.commit_smem()  # every warp is done with the tile
+                fetch(spec, refs, smem, here, {name: tile}, smem["again"])
+                plgpu.barrier_wait(smem["again"])
+
+            plgpu.wait_smem_to_gmem(0)  # the gradients of the chunk before
+            fetch(spec, refs, smem, here, first, smem["arrived"])
+            plgpu.barrier_wait(smem["arrived"])
+            cell = cell_of(spec, smem, steep="second")
+            out = lambda name, tile: send(spec, smem[tile], outs[name], here)  # noqa: E731
+            chunk = _Step(spec, cell, smem, get, out, {})
+            backs = _pull(chunk, backs)
+            for j, name in enumerate(GRADIENTS):
+                if name in chunk.vectors:
+                    outs["vectors"][sequence, memory, at, j] = chunk.vectors[name]
+            return backs
+
+        last = tuple(on.load(refs[n].at[sequence, memory]) for n in ("last_inner", "last_outer"))
+        backs = lax.fori_loop(0, chunks, step, last)
+        for name, back in zip(("inner", "outer"), backs, strict=True):
+            outs[name][sequence, memory] = back
+        plgpu.wait_smem_to_gmem(0)
+
+    barriers = {
+        "arrived": plgpu.Barrier(num_arrivals=copies(spec, first)),
+        "again": plgpu.Barrier(num_arrivals=spec.parts),
+    }
+    kernel = launch(
+        body,
+        (sequences, memories),
+        [*made.values()],
+        scratch(spec, backward=True) | barriers,
+        name="mlp_memory_backward",
+        interpret=spec.interpret,
+    )
+    return dict(zip(made, kernel(*given.values(), of_inner, of_outer), strict=True))
+
+
+def _pull(step: _Step, backs):
+    """One chunk backward: gives the gradients of its tokens, returns those of V and U before it.
+
+    Tiles: "first" holds the queries, H, the queries again, at last the values; "second" G, the
+    cotangent of the reads, G again and its cotangent; "third" the values, s(V q), the cotangent of
+    V and that of the keys; "fourth" that of U and that of H; "fifth" s'(V q), the cotangent of V q
+    and the keys' gradient on its way out.
+    """
+    cell, smem = step.cell, step.smem
+    on, (of_inner, of_outer) = cell.on, backs
+    work = tuple(smem[f"work{i}"] for i in range(4))
+    norms = cell.write(smem["third"], work[2])
+    inner, outer = cell.chunks(norms, smem["first"], read=step.spec.read)
+    if inner.read:
+        inner = inner._replace(queries=smem["first"])
+        total = gpu_chunk.solve(inner, cell.inner, work)
+        seen, slope = gelu_and_slope(gpu_chunk.read(inner, cell.inner, total, work[1]))
+        on.put(smem["third"], seen)
+        on.put(smem["fifth"], slope)
+        step.get("of_reads", "second")
+        outer = outer._replace(queries=smem["third"], of_reads=smem["second"])
+    on.put(smem["first"], gelu(cell.before()))
+    held = gpu_chunk.Carried(cell.outer, smem["fourth"], work)
+    of_outer = gpu_chunk.pull(outer, held, of_outer, _outer_gradients(step, norms))
+    if inner.read:
+        step.get("queries", "first")
+        cell.fill_steep()
+        inner = inner._replace(of_reads=smem["fifth"])
+    held = gpu_chunk.Carried(cell.inner, smem["third"], work)
+    of_inner = gpu_chunk.pull(inner, held, of_inner, _inner_gradients(step, norms))
+    if step.spec.read == "anchor":
+        of_inner, of_outer = _pull_anchor(step, of_inner, of_outer, work)
+    if cell.rule.values == "self":
+        step.get("values", "first")
+    of = Pulled(smem["of_error"], cell.steep, smem["fourth"], smem["third"])
+
+    def give(name, value):
+        target = {"keys": "fifth", "values": "work0"}[name]
+        on.put(smem[target], value)
+        step.out(name, target)
+
+    return pull_write(cell, norms, of, (of_inner, of_outer), smem["first"], work, give)
+
+
+def _pull_anchor(step: _Step, of_inner, of_outer, work):
+    """The cotangents of V and U through reads at the chunk's start; gives that of the queries."""
+    cell, smem = step.cell, step.smem
+    on, queries = cell.on, smem["first"]
+    step.get("queries", "first")
+    step.get("of_reads", "fifth")
+    seen, slope = gelu_and_slope(on.product((queries, Flipped(cell.inner))))
+    on.put(work[0], seen)
+    of_outer = of_outer + on.product((Flipped(smem["fifth"]), work[0]))
+    on.put(work[1], on.product((smem["fifth"], cell.outer)) * slope)
+    of_inner = of_inner + on.product((Flipped(work[1]), queries))
+    on.put(work[2], on.product((work[1], cell.inner)))
+    step.out("queries", "work2")
+    plgpu.wait_smem_to_gmem(0)
+    return of_inner, of_outer
+
+
+def _outer_gradients(step: _Step, norms: Norms):
+    """What takes the gradients of U's delta rule: those of E, of H and of V q go into tiles."""
+    cell, smem = step.cell, step.smem
+    of: dict[str, Any] = {}
+    on, rule, rate = cell.on, cell.rule, cell.vectors["rate"]
+
+    def give(name, value):
+        if name in ("rate", "erase"):
+            of[name] = of[name] + value if name in of else value
+        elif name == "queries":  # of s(V q)
+            on.put(smem["fifth"], value * on.get(smem["fifth"]))
+        elif name == "error":
+            of_error, of["hidden"] = _pull_rate(step, of["rate"], norms.error, norms.hidden)
+            on.put(smem["of_error"], _with_norm(cell, value, of_error, cell.error))
+        elif name == "x":
+            if "erase" in of:
+                of_rate, of_hidden = pull_erase(on.vector(rate), norms.hidden, rule, of["erase"])
+                step.give("rate", of_rate)
+                of["hidden"] = of_hidden if of["hidden"] is None else of["hidden"] + of_hidden
+            on.put(smem["fourth"], _with_norm(cell, value, of["hidden"], smem["first"]))
+        else:
+            step.give(name, value)
+
+    return give
+
+
+def _inner_gradients(step: _Step, norms: Norms):
+    """What takes the gradients of V's delta rule: those of G and of K go into tiles."""
+    cell, smem = step.cell, step.smem
+    of: dict[str, Any] = {}
+    on, work = cell.on, smem["work3"]
+
+    def give(name, value):
+        if name == "rate":
+            of[name] = value
+        elif name == "queries":
+            on.put(work, value)
+            step.out("queries", "work3")
+            plgpu.wait_smem_to_gmem(0)
+        elif name == "error":
+            size = on.vector(cell.vectors["size"])
+            of_error, of_size = _pull_rate(step, of["rate"], norms.steep, size)
+            if of_size is not None:
+                step.give("size", of_size)
+            on.put(cell.steep, _with_norm(cell, value, of_error, cell.steep))
+        elif name == "x":
+            on.put(smem["third"], value)
+        else:
+            step.give(name, value)
+
+    return give
+
+
+def _pull_rate(step: _Step, of_rate, error, of_input):
+    """Through a rate that is clipped by squared norms; gives that of the rate, returns theirs."""
+    cell = step.cell
+    clip = clip_of(error * of_input, cell.rule)
+    if clip is None:
+        step.give("rate", of_rate)
+        return None, None
+    step.give("rate", clip * of_rate)
+    of_clip = cell.on.vector(cell.vectors["rate"]) * of_rate
+    of_product = pull_clip(error * of_input, cell.rule, of_clip)
+    return of_product * of_input, of_product * error
+
+
+def _with_norm(cell: Cell, value, of_norm, tile):
+    """A cotangent with that of the squared norms of the rows of a tile."""
+    if of_norm is None:
+        return value
+    return value + cell.scaled(2.0 * of_norm, cell.on.get(tile))

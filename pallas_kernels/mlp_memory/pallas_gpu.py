@@ -1,0 +1,175 @@
+"""The deep memory as one Mosaic GPU kernel each way; see `gpu_forward`."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.delta_rule.gpu_vectors import log_sums, logs_of, of_logs, stacked
+from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles
+from pallas_kernels.mlp_memory.gpu_backward import backward
+from pallas_kernels.mlp_memory.gpu_cell import GRADIENTS, VECTORS, erase_of, erases_of
+from pallas_kernels.mlp_memory.gpu_forward import Spec, forward, shared_bytes
+from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
+from pallas_kernels.mlp_memory.xla import mlp_memory_xla
+
+
+def mlp_memory_pallas_gpu(
+    start: FastWeights,
+    tokens: Tokens,
+    readout: Readout | None,
+    documents: Documents | None = None,
+    *,
+    rule: Rule,
+    chunk_size: int,
+    interpret: Any = False,
+) -> tuple[Float[Array, "H d T"] | None, FastWeights]:
+    """As `mlp_memory_xla`, with the fast weights in registers across all chunks.
+
+    Tokens are read in the dtype they come in: bfloat16 is multiplied as it is, float32 in three
+    products of two bfloat16 parts, good to about 2^-16. Every memory of a group is a block of
+    threads of its own; those beyond the last whole chunk run in XLA. The forward pass stores the
+    start of each chunk for the backward one, in the parts of a product.
+
+    Args:
+      start: see `FastWeights`.
+      tokens: see `Tokens`.
+      readout: None; memories that make their context are refused.
+      documents: None; documents are refused.
+      rule: see `Rule`.
+      chunk_size: 64.
+      interpret: parameters of Mosaic GPU's interpreter, for tests on a CPU.
+
+    Raises:
+      NotImplementedError: what the kernel does not take, with the reason.
+    """
+    parts = _check(start, tokens, readout, documents, chunk_size)
+    length = tokens.keys.shape[-1]
+    whole = length // ROWS * ROWS
+    last, reads = FastWeights(start.inner, start.outer, None, None), None
+    if whole:
+        last, reads = _whole_chunks(parts, last, tokens, whole, rule, interpret)
+    if whole == length:
+        return reads, last
+    rest = jax.tree.map(lambda a: a[..., whole:].astype(jnp.float32), tokens)
+    after, last = mlp_memory_xla(last, rest, None, rule=rule, chunk_size=ROWS)
+    if reads is not None and after is not None:
+        after = jnp.concatenate([reads, after], axis=-1)
+    return after, last
+
+
+def _check(start: FastWeights, tokens: Tokens, readout, documents, chunk_size: int) -> int:
+    """The bfloat16 parts of a matrix, if the kernel takes the call."""
+    *_, f, d = start.inner.shape
+    other = "use implementation='xla'"
+    given = {a.dtype for a in (tokens.queries, tokens.keys, tokens.values) if a is not None}
+    if start.inner.dtype != jnp.float32 or not given <= {jnp.dtype("bfloat16"), jnp.dtype("f4")}:
+        names = ", ".join(sorted(dtype.name for dtype in given))
+        raise NotImplementedError(
+            f"the GPU kernel takes bfloat16 or float32, not {names} with a {start.inner.dtype} "
+            f"state: {other}"
+        )
+    if readout is not None:
+        raise NotImplementedError(
+            "the GPU kernel holds one memory of a group in a block, and with a readout five make "
+            f"each chunk's context together, which would take a cluster of blocks: {other}"
+        )
+    for name, array in (("momentum", start.inner_momentum), ("documents", documents)):
+        if array is not None:
+            raise NotImplementedError(f"the GPU kernel has no {name}: {other}")
+    if chunk_size != ROWS:
+        raise NotImplementedError(
+            f"the GPU kernel solves chunks of {ROWS} tokens, a warpgroup's tile, not {chunk_size}"
+        )
+    parts = 1 if given == {jnp.dtype("bfloat16")} else 2
+    if (f, d) != (ROWS, ROWS):
+        needed = shared_bytes(Spec(parts, Rule(), "running", False), backward=True)
+        raise NotImplementedError(
+            f"the GPU kernel takes memories of {ROWS} x {ROWS}, not {f} x {d}: one of "
+            f"{ROWS} x {ROWS} fills {needed} of the {SMEM_LIMIT} bytes of shared memory; {other}"
+        )
+    return parts
+
+
+def _whole_chunks(parts: int, start: FastWeights, tokens: Tokens, whole: int, rule, interpret):
+    """The fast weights after the whole chunks and the reads, [H, d, whole]."""
+    dtype = jnp.float32 if parts == 2 else jnp.bfloat16
+    tiles = {n: getattr(tokens, n) for n in ("keys", "values", "queries")}
+    tiles = {n: as_tiles(a[..., :whole], dtype) for n, a in tiles.items() if a is not None}
+    queries = tiles.pop("queries", None)
+    vectors = _vectors(tiles["keys"], tokens.rate, tokens.keep, whole, rule)
+    spec = Spec(parts, rule, None, interpret)
+    read = 0 if queries is None else 1
+    unread, reads, pieces = start.inner.shape[1] - read, None, []
+    if unread:
+        some = start.inner[:, :unread], start.outer[:, :unread]
+        pieces.append(_loop(spec, tiles, vectors, *some)[:2])
+    if queries is not None:
+        spec, tiles = spec._replace(read=rule.read), tiles | {"queries": queries}
+        *last, reads = _loop(spec, tiles, vectors, start.inner[:, -1:], start.outer[:, -1:])
+        pieces.append(last)
+        reads = jnp.swapaxes(reads.reshape(reads.shape[0], whole, ROWS), -1, -2)
+    inner, outer = (jnp.concatenate(a, axis=1) for a in zip(*pieces, strict=True))
+    return FastWeights(inner, outer, None, None), reads
+
+
+def _vectors(keys, rate, keep, whole: int, rule: Rule):
+    """Numbers of tokens, each [H, N, 64]; those that only keys and gates make, JAX pulls back."""
+    rate, keep = (
+        a[:, :whole].astype(jnp.float32).reshape(-1, whole // ROWS, ROWS) for a in (rate, keep)
+    )
+    size = jnp.sum(keys.astype(jnp.float32) ** 2, axis=-1)
+    made = {"rate": rate, "keep": logs_of(keep)}
+    if rule.inner_clip is not None:
+        made["size"] = size
+    if erases_of(rule)[0]:
+        made["erase"] = erase_of(rate, size, rule)
+    return made
+
+
+def _tokens(spec: Spec, tiles: dict, vectors: dict):
+    made = {n: as_parts(a, spec.parts) for n, a in tiles.items()}
+    numbers = {n: a for n, a in vectors.items() if n != "keep"} | log_sums(vectors["keep"])
+    return made | {"vectors": stacked(numbers, VECTORS)}
+
+
+def _sum(parts, dtype):
+    return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loop(spec: Spec, tiles: dict, vectors: dict, inner: Any, outer: Any):
+    """V and U after the last token and the reads; `vectors["keep"]` are logarithms."""
+    return _loop_fwd(spec, tiles, vectors, inner, outer, keep_states=False)[0]
+
+
+def _loop_fwd(spec, tiles, vectors, inner, outer, keep_states=True):
+    found = forward(spec, _tokens(spec, tiles, vectors), inner, outer, keep_states=keep_states)
+    reads = _sum(found["reads"], tiles["keys"].dtype) if spec.read else None
+    starts = (found["inners"], found["outers"]) if keep_states else None
+    return (found["inner"], found["outer"], reads), (tiles, vectors, starts)
+
+
+def _loop_bwd(spec, kept, cotangents):
+    tiles, vectors, starts = kept
+    of_inner, of_outer, of_reads = cotangents
+    given = _tokens(spec, tiles, vectors)
+    if spec.read:
+        given["of_reads"] = as_parts(of_reads, spec.parts)
+    found = backward(spec, given, starts, of_inner, of_outer)
+    # over the parts and the memories
+    wide = {n: jnp.sum(found[n], axis=(0, 2), dtype=jnp.float32) for n in tiles}
+    if spec.read:  # of q + U s(V q) the kernel pulls back the second term
+        wide["queries"] = wide["queries"] + of_reads.astype(jnp.float32)
+    of_tiles = {n: wide[n].astype(a.dtype) for n, a in tiles.items()}
+    summed = jnp.sum(found["vectors"], axis=1)
+    of = {name: summed[..., i, :] for i, name in enumerate(GRADIENTS)}
+    of_vectors = {n: of[n] for n in ("rate", "size", "erase") if n in vectors}
+    running = None if spec.read == "anchor" else spec.read
+    of_vectors["keep"] = of_logs(of, erase="erase" in vectors, read=running)
+    return of_tiles, of_vectors, found["inner"], found["outer"]
+
+
+_loop.defvjp(_loop_fwd, _loop_bwd)

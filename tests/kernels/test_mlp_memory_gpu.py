@@ -1,0 +1,220 @@
+"""The GPU kernel of the deep memory: interpreted on the CPU, lowered and compiled for Hopper.
+
+See `test_delta_rule_gpu` for what the interpreter shows. What needs a GPU is marked `gpu`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels.gpu_tiles import SMEM_LIMIT
+from pallas_kernels.mlp_memory import Rule, api, mlp_memory
+from pallas_kernels.mlp_memory.gpu_forward import Spec, shared_bytes
+from pallas_kernels.mlp_memory.pallas_gpu import mlp_memory_pallas_gpu
+from tests.kernels import gpu
+from tests.kernels.test_mlp_memory import operands
+
+D = 64  # features and hidden units
+
+
+def given_context(*, dtype="float32", queries=True, **more):
+    """Keyword arguments of `mlp_memory`, and the rule; the memory outlives a chunk."""
+    sizes = {"batch": (1,), "memories": 1, "length": D, "d": D, "f": D} | more
+    given = operands(jnp.float32, momentum=False, readout=False, **sizes)
+    given["keep"] = 0.95 + 0.05 * given["keep"]
+    for name in ("keys", "values", "queries"):
+        given[name] = given[name].astype(dtype)
+    return {name: a for name, a in given.items() if queries or name != "queries"}
+
+
+def _weighted(array):
+    """A sum whose cotangents do not depend on what is summed, which may be large."""
+    weights = jnp.sin(jnp.arange(array.size, dtype=jnp.float32))
+    return jnp.vdot(weights, array.astype(jnp.float32).ravel())
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "how"))
+def _results(arrays, rule, how):
+    def total(arrays):
+        out = mlp_memory(**arrays, rule=rule, chunk_size=D, implementation=how)
+        return sum(_weighted(a) for a in jax.tree.leaves(out)), out
+
+    with jax.default_matmul_precision("highest"):
+        gradient, out = jax.grad(total, has_aux=True)(arrays)
+    return jax.tree.map(lambda a: a.astype(jnp.float32), (out, gradient))
+
+
+def results(given, how):
+    """The outputs, and the gradient with respect to every array."""
+    arrays = {name: value for name, value in given.items() if name != "rule"}
+    return _results(arrays, given["rule"], how)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`implementation="pallas_gpu"` on a CPU."""
+    kernel = functools.partial(mlp_memory_pallas_gpu, interpret=InterpretGPUParams())
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_gpu", kernel)
+
+
+CASES = {
+    "two memories, a chunk and three tokens": {"memories": 2, "length": 67},
+    "two chunks": {
+        "rule": Rule(dgd="input_only", erase="implicit", inner_clip=0.3, read="running"),
+        "length": 128,
+        "dtype": "bfloat16",
+    },
+    "at the anchor": {
+        "rule": Rule("dot", "shared", erase="implicit", read="anchor"),
+        "length": 128,
+    },
+    "nothing erased, clipped or read": {
+        "rule": Rule(dgd="functional", inner_clip=None),
+        "queries": False,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_backward_are_the_recurrence(case, interpreted):
+    given = given_context(**CASES[case])
+    found, expected = results(given, "pallas_gpu"), results(given, "reference")
+    gpu.assert_close(found, expected, gpu.TOLERANCE[CASES[case].get("dtype", "float32")])
+    assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(found))
+
+
+HARD = {
+    "keep 1e-4": lambda given: {"keep": jnp.full_like(given["keep"], 1e-4)},
+    "keep 1, rate 0, zero keys": lambda given: {
+        "keep": jnp.ones_like(given["keep"]),
+        "rate": jnp.zeros_like(given["rate"]),
+        "keys": jnp.zeros_like(given["keys"]),
+    },
+    "repeated keys, rate 1": lambda given: {
+        "keys": jnp.broadcast_to(given["keys"][:, :1], given["keys"].shape),
+        "rate": jnp.ones_like(given["rate"]),
+    },
+    "a large memory": lambda given: {"initial": jax.tree.map(lambda a: 100 * a, given["initial"])},
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_inputs(case, interpreted):
+    given = given_context()
+    given |= HARD[case](given)
+    found, expected = results(given, "pallas_gpu"), results(given, "reference")
+    gpu.assert_close(found, expected, 1e-4)
+
+
+def test_no_races(monkeypatch):
+    interpreter.reset_gpu_interpret_mode_state()
+    options = InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(mlp_memory_pallas_gpu, interpret=options)
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_gpu", kernel)
+    given = given_context(length=128, rule=Rule(read="running"))
+    gpu.assert_close(results(given, "pallas_gpu"), results(given, "reference"), 1e-4)
+    assert not interpreter.get_races().races_found
+
+
+def test_less_than_a_chunk_is_left_to_xla():
+    given = given_context(length=3)
+    gpu.assert_close(results(given, "pallas_gpu"), results(given, "xla"), 1e-6)
+
+
+def api_call(arrays, rule=Rule(), chunk_size=D):  # noqa: B008
+    """A scalar of what a model calls."""
+    out = mlp_memory(**arrays, rule=rule, chunk_size=chunk_size, implementation="pallas_gpu")
+    assert out.reads.dtype == arrays["keys"].dtype and out.final.inner.dtype == jnp.float32
+    return sum(_weighted(leaf) for leaf in jax.tree.leaves(out))
+
+
+def shapes(**more):
+    """Shapes of the arrays of a call."""
+    given = jax.eval_shape(lambda: given_context(**more) | {"rule": None})
+    return {name: a for name, a in given.items() if name != "rule"}
+
+
+def test_a_state_is_stored_for_every_chunk_and_only_for_a_gradient():
+    arrays = shapes(batch=(3,), length=384, dtype="bfloat16", memories=2)
+    stored = ("bf16[1,3,1,6,64,64]", "mlp_memory_forward")
+    text = str(jax.make_jaxpr(jax.grad(api_call))(arrays))
+    assert all(name in text for name in (*stored, "mlp_memory_backward"))
+    assert stored[0] not in str(jax.make_jaxpr(api_call)(arrays))
+
+
+def refusal(**changes):
+    """Evaluate the shapes of a call that is refused."""
+    options = {name: changes.pop(name) for name in ("chunk_size",) if name in changes}
+    given = operands(jnp.float32, **{"momentum": False, "readout": False, "d": D, "f": D} | changes)
+    rule = given.pop("rule")
+    jax.eval_shape(functools.partial(api_call, rule=rule, **options), given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"readout": True}, "one memory of a group in a block, and with a readout five make"),
+        ({"momentum": True}, "the GPU kernel has no momentum"),
+        ({"documents": True, "chunk_size": 4}, "the GPU kernel has no documents"),
+        ({"chunk_size": 32}, "solves chunks of 64 tokens, a warpgroup's tile, not 32"),
+        ({"f": 128}, r"takes memories of 64 x 64, not 128 x 64: one of 64 x 64 fills 232448 of"),
+    ],
+)
+def test_what_the_kernel_does_not_take(changes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        refusal(**changes)
+
+
+def test_float64_is_refused(x64):
+    given = operands(jnp.float64, momentum=False, readout=False, d=D, f=D)
+    with pytest.raises(NotImplementedError, match="takes bfloat16 or float32, not float64"):
+        mlp_memory(**given, chunk_size=D, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize(("parts", "needed"), [(1, 117_760), (2, SMEM_LIMIT)])
+def test_shared_memory_is_estimated(parts, needed):
+    """In float32 nothing is left of it."""
+    assert shared_bytes(Spec(parts, Rule(), "running"), backward=True) == needed
+    assert 2 * shared_bytes(Spec(1, Rule(), "running"), backward=False) <= SMEM_LIMIT
+
+
+def workload(dtype):
+    """One layer: batch 8, 16 heads."""
+    return shapes(batch=(8, 16), length=512, dtype=dtype)
+
+
+def test_lowers_for_cuda():
+    """The forward pass; `test_compiles_ahead_of_time` has the backward one."""
+    text = gpu.lowered(api_call, workload("bfloat16"))
+    assert "mlp_memory_forward" in text and text.count("custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiles_ahead_of_time(dtype, capfd, monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    text = gpu.compiled(jax.grad(api_call), workload(dtype)).as_text()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 2
+    found = gpu.assembled("".join(capfd.readouterr()))
+    # so that a kernel that outgrows the registers further is noticed
+    limits = {"bfloat16": (700, 2800), "float32": (1500, 4200)}[dtype]
+    names = ("mlp_memory_forward", "mlp_memory_backward")
+    assert set(found) == set(names)
+    assert all(found[n]["spilled"] <= most for n, most in zip(names, limits, strict=True)), found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["plain", *CASES, *HARD])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu(case, dtype):
+    """2,048 tokens, forward and backward, against the recurrence."""
+    gpu.required()
+    given = given_context(**CASES.get(case, {}) | {"batch": (2,), "length": 2048, "dtype": dtype})
+    given |= HARD.get(case, lambda given: {})(given)
+    found, expected = results(given, "pallas_gpu"), results(given, "reference")
+    gpu.assert_close(found[0], expected[0], gpu.TOLERANCE[dtype])
+    gpu.assert_close(found[1], expected[1], 3 * gpu.TOLERANCE[dtype])
