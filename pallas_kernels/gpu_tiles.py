@@ -63,6 +63,11 @@ def as_parts(array: Any, parts: int) -> Any:
     return jnp.stack(split(array, parts))
 
 
+def summed(parts: Any, dtype: Any) -> Any:
+    """What `as_parts` made parts of."""
+    return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(dtype)
+
+
 def scratch_bytes(scratch: dict[str, Any]) -> int:
     """Bytes of shared memory of a block: its scratch, aligned, and the compiler's own."""
     sizes = (math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in scratch.values())
@@ -150,10 +155,15 @@ class Warpgroup(NamedTuple):
         """A vector [64] in shared memory as a matrix [64, 64]: one number a column."""
         return self._spread(ref, ROWS, 1)
 
+    def sums(self, value: Any, held: Any, keep: Callable) -> Any:
+        """Of a vector [64] the sums over j with `keep(i, j)`; `held`, 64 floats, holds it."""
+        held[...] = value
+        return jnp.sum(self.masked(self.along_columns(held), keep), axis=1)
+
     def _vector(self, given, axis):
         if self.interpret or isinstance(given, jax.Array):
             return given[...]
-        return _load(given, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+        return _load(given, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
     def _spread(self, given, columns, axis):
         value = lax.broadcast_in_dim(self._vector(given, axis), (ROWS, columns), (axis,))

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.delta_rule import gpu_chunk
-from pallas_kernels.gpu_tiles import ROWS, Flipped, Warpgroup, launch, where
+from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, where
 from pallas_kernels.mlp_memory.gpu_cell import (
     GRADIENTS,
     Cell,
@@ -25,12 +25,13 @@ from pallas_kernels.mlp_memory.gpu_cell import (
     gelu_and_slope,
     pull_clip,
     pull_erase,
+    pull_predict,
     pull_write,
 )
 from pallas_kernels.mlp_memory.gpu_forward import Spec, cell_of, copies, fetch, scratch, send
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """One chunk of one memory, backward.
 
     Attributes:
@@ -38,7 +39,7 @@ class _Step(NamedTuple):
       cell: with its tiles.
       smem: all of shared memory by name.
       get: `get(name, tile)` copies a matrix of global memory into a tile and waits for it.
-      out: `out(name, tile)` starts copying a gradient out of a tile.
+      out: `out(name, value, tile)` takes the gradient of a matrix, and may use a tile of that name.
       vectors: gradients so far, by name; added up.
     """
 
@@ -100,9 +101,13 @@ def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> 
             fetch(spec, refs, smem, here, first, smem["arrived"])
             plgpu.barrier_wait(smem["arrived"])
             cell = cell_of(spec, smem, steep="second")
-            out = lambda name, tile: send(spec, smem[tile], outs[name], here)  # noqa: E731
-            chunk = _Step(spec, cell, smem, get, out, {})
-            backs = _pull(chunk, backs)
+
+            def out(name, value, tile):
+                on.put(smem[tile], value)
+                send(spec, smem[tile], outs[name], here)
+
+            chunk = Step(spec, cell, smem, get, out, {})
+            backs = pull(chunk, backs)
             for j, name in enumerate(GRADIENTS):
                 if name in chunk.vectors:
                     outs["vectors"][sequence, memory, at, j] = chunk.vectors[name]
@@ -129,7 +134,7 @@ def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> 
     return dict(zip(made, kernel(*given.values(), of_inner, of_outer), strict=True))
 
 
-def _pull(step: _Step, backs):
+def pull(step: Step, backs):
     """One chunk backward: gives the gradients of its tokens, returns those of V and U before it.
 
     Tiles: "first" holds the queries, H, the queries again, at last the values; "second" G, the
@@ -167,30 +172,25 @@ def _pull(step: _Step, backs):
 
     def give(name, value):
         target = {"keys": "fifth", "values": "work0"}[name]
-        on.put(smem[target], value)
-        step.out(name, target)
+        step.out(name, value, target)
 
     return pull_write(cell, norms, of, (of_inner, of_outer), smem["first"], work, give)
 
 
-def _pull_anchor(step: _Step, of_inner, of_outer, work):
+def _pull_anchor(step: Step, of_inner, of_outer, work):
     """The cotangents of V and U through reads at the chunk's start; gives that of the queries."""
     cell, smem = step.cell, step.smem
-    on, queries = cell.on, smem["first"]
     step.get("queries", "first")
     step.get("of_reads", "fifth")
-    seen, slope = gelu_and_slope(on.product((queries, Flipped(cell.inner))))
-    on.put(work[0], seen)
-    of_outer = of_outer + on.product((Flipped(smem["fifth"]), work[0]))
-    on.put(work[1], on.product((smem["fifth"], cell.outer)) * slope)
-    of_inner = of_inner + on.product((Flipped(work[1]), queries))
-    on.put(work[2], on.product((work[1], cell.inner)))
-    step.out("queries", "work2")
+    more = pull_predict(
+        cell.on, smem["first"], (cell.inner, cell.outer), smem["fifth"], (work[0], work[1])
+    )
+    step.out("queries", more[2], "work2")
     plgpu.wait_smem_to_gmem(0)
-    return of_inner, of_outer
+    return of_inner + more[0], of_outer + more[1]
 
 
-def _outer_gradients(step: _Step, norms: Norms):
+def _outer_gradients(step: Step, norms: Norms):
     """What takes the gradients of U's delta rule: those of E, of H and of V q go into tiles."""
     cell, smem = step.cell, step.smem
     of: dict[str, Any] = {}
@@ -216,18 +216,17 @@ def _outer_gradients(step: _Step, norms: Norms):
     return give
 
 
-def _inner_gradients(step: _Step, norms: Norms):
+def _inner_gradients(step: Step, norms: Norms):
     """What takes the gradients of V's delta rule: those of G and of K go into tiles."""
     cell, smem = step.cell, step.smem
     of: dict[str, Any] = {}
-    on, work = cell.on, smem["work3"]
+    on = cell.on
 
     def give(name, value):
         if name == "rate":
             of[name] = value
         elif name == "queries":
-            on.put(work, value)
-            step.out("queries", "work3")
+            step.out("queries", value, "work3")
             plgpu.wait_smem_to_gmem(0)
         elif name == "error":
             size = on.vector(cell.vectors["size"])
@@ -243,7 +242,7 @@ def _inner_gradients(step: _Step, norms: Norms):
     return give
 
 
-def _pull_rate(step: _Step, of_rate, error, of_input):
+def _pull_rate(step: Step, of_rate, error, of_input):
     """Through a rate that is clipped by squared norms; gives that of the rate, returns theirs."""
     cell = step.cell
     clip = clip_of(error * of_input, cell.rule)

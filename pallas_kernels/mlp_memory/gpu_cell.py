@@ -194,6 +194,26 @@ def erases_of(rule: Rule) -> tuple[bool, bool]:
     return rule.dgd in ("layerwise", "input_only"), rule.dgd == "layerwise"
 
 
+def predict(on: Warpgroup, z, matrices):
+    """M(z) = z + U s(V z) of a tile; `matrices` are V and U, tiles."""
+    inner, outer = matrices
+    hidden = gelu(on.product((z, Flipped(inner))))
+    return on.get(z) + on.product((on.split(hidden), Flipped(outer)))
+
+
+def pull_predict(on: Warpgroup, z, matrices, of_out, work):
+    """The cotangents of V, of U, and of z through U s(V z), given that of the output in a tile.
+
+    `work` is two tiles.
+    """
+    inner, outer = matrices
+    hidden, slope = gelu_and_slope(on.product((z, Flipped(inner))))
+    on.put(work[0], hidden)
+    of_outer = on.product((Flipped(of_out), work[0]))
+    on.put(work[1], on.product((of_out, outer)) * slope)
+    return on.product((Flipped(work[1]), z)), of_outer, on.product((work[1], inner))
+
+
 class Pulled(NamedTuple):
     """Cotangents that the two delta rules gave, in tiles: of E, of G, of H and of K."""
 

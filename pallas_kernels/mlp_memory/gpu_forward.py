@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.delta_rule import gpu_chunk
-from pallas_kernels.gpu_tiles import ROWS, Flipped, Warpgroup, launch, scratch_bytes, tile, where
-from pallas_kernels.mlp_memory.gpu_cell import VECTORS, Cell, gelu
+from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, scratch_bytes, tile, where
+from pallas_kernels.mlp_memory.gpu_cell import VECTORS, Cell, gelu, predict
 from pallas_kernels.mlp_memory.types import Rule
 
 _WORK = ("work0", "work1", "work2", "work3")
@@ -42,6 +42,11 @@ class Spec(NamedTuple):
     rule: Rule
     read: str | None
     interpret: Any = False
+
+    @property
+    def dtype(self) -> Any:
+        """Of the tokens as they came in."""
+        return jnp.float32 if self.parts == 2 else jnp.bfloat16
 
 
 def scratch(spec: Spec, *, backward: bool) -> dict[str, Any]:
@@ -125,7 +130,7 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
         arrived, (sequence, memory) = smem.pop("arrived"), where()
         on = Warpgroup(spec.parts, bool(spec.interpret))
 
-        def step(at, weights):
+        def one_chunk(at, weights):
             plgpu.wait_smem_to_gmem(0)  # the copies of the chunk before
             fetch(spec, refs, smem, (sequence, memory, at), names, arrived)
             for name, weight in zip(("inner", "outer"), weights, strict=True):
@@ -133,14 +138,14 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
                 if keep_states:
                     send(spec, smem[name], refs[f"{name}s"], (sequence, memory, at))
             plgpu.barrier_wait(arrived)
-            weights, found = _step(spec, smem, weights)
+            weights, found = step(spec, smem, weights)
             if found is not None:
-                on.put(smem["out"], on.get(smem["queries"]) + found)
+                on.put(smem["out"], found)
                 send(spec, smem["out"], refs["reads"], (sequence, at))
             return weights
 
         first = tuple(on.load(refs[n].at[sequence, memory]) for n in ("first_inner", "first_outer"))
-        last = lax.fori_loop(0, chunks, step, first)
+        last = lax.fori_loop(0, chunks, one_chunk, first)
         for name, weight in zip(("inner", "outer"), last, strict=True):
             refs[name][sequence, memory] = weight
         plgpu.wait_smem_to_gmem(0)
@@ -157,8 +162,8 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
     return dict(zip(made, kernel(*(tokens[n] for n in names), inner, outer), strict=True))
 
 
-def _step(spec: Spec, smem, weights):
-    """V and U after a chunk, and U s(V q), or None."""
+def step(spec: Spec, smem, weights):
+    """V and U after a chunk, and M(q), or None."""
     cell = cell_of(spec, smem, steep="steep")
     on, work, found = cell.on, (smem["work0"], smem["work1"]), None
     norms = cell.write(smem["values"], smem["hidden"])
@@ -167,13 +172,12 @@ def _step(spec: Spec, smem, weights):
         inner = inner._replace(queries=smem["queries"])
         outer = outer._replace(queries=smem["values"])
     elif spec.read:  # at the anchor
-        seen = gelu(on.product((smem["queries"], Flipped(cell.inner))))
-        found = on.product((on.split(seen), Flipped(cell.outer)))
+        found = predict(on, smem["queries"], (cell.inner, cell.outer))
     total = gpu_chunk.solve(inner, cell.inner, work)
     if inner.read:  # the values are written by now
         on.put(smem["values"], gelu(gpu_chunk.read(inner, cell.inner, total, work[1])))
     of_inner = gpu_chunk.advance(inner, weights[0], total, work[0])
     total = gpu_chunk.solve(outer, cell.outer, work)
     if outer.read:
-        found = gpu_chunk.read(outer, cell.outer, total, work[1])
+        found = on.get(smem["queries"]) + gpu_chunk.read(outer, cell.outer, total, work[1])
     return (of_inner, gpu_chunk.advance(outer, weights[1], total, work[0])), found

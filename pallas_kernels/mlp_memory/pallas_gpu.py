@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.delta_rule.gpu_vectors import log_sums, logs_of, of_logs, stacked
-from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles
+from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles, summed
 from pallas_kernels.mlp_memory.gpu_backward import backward
 from pallas_kernels.mlp_memory.gpu_cell import GRADIENTS, VECTORS, erase_of, erases_of
 from pallas_kernels.mlp_memory.gpu_forward import Spec, forward, shared_bytes
+from pallas_kernels.mlp_memory.gpu_self_modifying import self_modifying
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
 
@@ -29,14 +30,15 @@ def mlp_memory_pallas_gpu(
     """As `mlp_memory_xla`, with the fast weights in registers across all chunks.
 
     Tokens are read in the dtype they come in: bfloat16 is multiplied as it is, float32 in three
-    products of two bfloat16 parts, good to about 2^-16. Every memory of a group is a block of
-    threads of its own; those beyond the last whole chunk run in XLA. The forward pass stores the
-    start of each chunk for the backward one, in the parts of a product.
+    products of two bfloat16 parts, good to about 2^-16. Memories that learn a given context are
+    each a block of threads of their own, memories that make their context one block together (see
+    `gpu_self`). Tokens beyond the last whole chunk run in XLA. The forward pass stores the start of
+    each chunk for the backward one, in the parts of a product.
 
     Args:
       start: see `FastWeights`.
       tokens: see `Tokens`.
-      readout: None; memories that make their context are refused.
+      readout: see `Readout`, or None.
       documents: None; documents are refused.
       rule: see `Rule`.
       chunk_size: 64.
@@ -45,22 +47,26 @@ def mlp_memory_pallas_gpu(
     Raises:
       NotImplementedError: what the kernel does not take, with the reason.
     """
-    parts = _check(start, tokens, readout, documents, chunk_size)
+    parts = _check(start, tokens, rule, documents, chunk_size)
     length = tokens.keys.shape[-1]
     whole = length // ROWS * ROWS
     last, reads = FastWeights(start.inner, start.outer, None, None), None
     if whole:
-        last, reads = _whole_chunks(parts, last, tokens, whole, rule, interpret)
+        spec = Spec(parts, rule, None, interpret)
+        if readout is not None:
+            last, reads = self_modifying(spec, last, tokens, readout, whole)
+        else:
+            last, reads = _whole_chunks(spec, last, tokens, whole)
     if whole == length:
         return reads, last
     rest = jax.tree.map(lambda a: a[..., whole:].astype(jnp.float32), tokens)
-    after, last = mlp_memory_xla(last, rest, None, rule=rule, chunk_size=ROWS)
+    after, last = mlp_memory_xla(last, rest, readout, rule=rule, chunk_size=ROWS)
     if reads is not None and after is not None:
         after = jnp.concatenate([reads, after], axis=-1)
     return after, last
 
 
-def _check(start: FastWeights, tokens: Tokens, readout, documents, chunk_size: int) -> int:
+def _check(start: FastWeights, tokens: Tokens, rule: Rule, documents, chunk_size: int) -> int:
     """The bfloat16 parts of a matrix, if the kernel takes the call."""
     *_, f, d = start.inner.shape
     other = "use implementation='xla'"
@@ -71,11 +77,8 @@ def _check(start: FastWeights, tokens: Tokens, readout, documents, chunk_size: i
             f"the GPU kernel takes bfloat16 or float32, not {names} with a {start.inner.dtype} "
             f"state: {other}"
         )
-    if readout is not None:
-        raise NotImplementedError(
-            "the GPU kernel holds one memory of a group in a block, and with a readout five make "
-            f"each chunk's context together, which would take a cluster of blocks: {other}"
-        )
+    if rule.adaptive_query:
+        raise NotImplementedError(f"the GPU kernel generates no queries (adaptive_query): {other}")
     for name, array in (("momentum", start.inner_momentum), ("documents", documents)):
         if array is not None:
             raise NotImplementedError(f"the GPU kernel has no {name}: {other}")
@@ -93,14 +96,13 @@ def _check(start: FastWeights, tokens: Tokens, readout, documents, chunk_size: i
     return parts
 
 
-def _whole_chunks(parts: int, start: FastWeights, tokens: Tokens, whole: int, rule, interpret):
-    """The fast weights after the whole chunks and the reads, [H, d, whole]."""
-    dtype = jnp.float32 if parts == 2 else jnp.bfloat16
+def _whole_chunks(spec: Spec, start: FastWeights, tokens: Tokens, whole: int):
+    """The fast weights after the whole chunks of a given context and the reads, [H, d, whole]."""
+    rule = spec.rule
     tiles = {n: getattr(tokens, n) for n in ("keys", "values", "queries")}
-    tiles = {n: as_tiles(a[..., :whole], dtype) for n, a in tiles.items() if a is not None}
+    tiles = {n: as_tiles(a[..., :whole], spec.dtype) for n, a in tiles.items() if a is not None}
     queries = tiles.pop("queries", None)
     vectors = _vectors(tiles["keys"], tokens.rate, tokens.keep, whole, rule)
-    spec = Spec(parts, rule, None, interpret)
     read = 0 if queries is None else 1
     unread, reads, pieces = start.inner.shape[1] - read, None, []
     if unread:
@@ -135,10 +137,6 @@ def _tokens(spec: Spec, tiles: dict, vectors: dict):
     return made | {"vectors": stacked(numbers, VECTORS)}
 
 
-def _sum(parts, dtype):
-    return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(dtype)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loop(spec: Spec, tiles: dict, vectors: dict, inner: Any, outer: Any):
     """V and U after the last token and the reads; `vectors["keep"]` are logarithms."""
@@ -147,7 +145,7 @@ def _loop(spec: Spec, tiles: dict, vectors: dict, inner: Any, outer: Any):
 
 def _loop_fwd(spec, tiles, vectors, inner, outer, keep_states=True):
     found = forward(spec, _tokens(spec, tiles, vectors), inner, outer, keep_states=keep_states)
-    reads = _sum(found["reads"], tiles["keys"].dtype) if spec.read else None
+    reads = summed(found["reads"], spec.dtype) if spec.read else None
     starts = (found["inners"], found["outers"]) if keep_states else None
     return (found["inner"], found["outer"], reads), (tiles, vectors, starts)
 

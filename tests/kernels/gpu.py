@@ -40,12 +40,12 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest number of an array
 
 
-def assert_close(found, expected, tolerance):
-    """Every array within a tolerance of its largest number, or of one."""
+def assert_close(found, expected, tolerance, *, least=1.0):
+    """Every array within a tolerance of its largest number, or of `least`."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, a), b in pairs:
-        scale, name = max(1.0, float(jnp.max(jnp.abs(b)))), jax.tree_util.keystr(path)
+        scale, name = max(least, float(jnp.max(jnp.abs(b)))), jax.tree_util.keystr(path)
         np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=name)
 
 

@@ -21,11 +21,15 @@ from tests.kernels.test_mlp_memory import operands
 D = 64  # features and hidden units
 
 
-def given_context(*, dtype="float32", queries=True, **more):
+def arguments(*, dtype="float32", queries=True, readout=False, **more):
     """Keyword arguments of `mlp_memory`, and the rule; the memory outlives a chunk."""
-    sizes = {"batch": (1,), "memories": 1, "length": D, "d": D, "f": D} | more
-    given = operands(jnp.float32, momentum=False, readout=False, **sizes)
-    given["keep"] = 0.95 + 0.05 * given["keep"]
+    sizes = {"batch": (1,), "memories": 5 if readout else 1, "length": D, "d": D, "f": D} | more
+    given = operands(jnp.float32, momentum=False, readout=readout, **sizes)
+    if readout:
+        biases = given["readout"].keep_bias + 2
+        given["readout"] = given["readout"]._replace(keep_bias=biases)
+    else:
+        given["keep"] = 0.95 + 0.05 * given["keep"]
     for name in ("keys", "values", "queries"):
         given[name] = given[name].astype(dtype)
     return {name: a for name, a in given.items() if queries or name != "queries"}
@@ -56,34 +60,44 @@ def results(given, how):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """`implementation="pallas_gpu"` on a CPU."""
-    kernel = functools.partial(mlp_memory_pallas_gpu, interpret=InterpretGPUParams())
+    """`implementation="pallas_gpu"` on a CPU; copies must not race."""
+    options = InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(mlp_memory_pallas_gpu, interpret=options)
     monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_gpu", kernel)
+    interpreter.reset_gpu_interpret_mode_state()
+    yield
+    assert not interpreter.get_races().races_found
 
 
 CASES = {
-    "two memories, a chunk and three tokens": {"memories": 2, "length": 67},
     "two chunks": {
         "rule": Rule(dgd="input_only", erase="implicit", inner_clip=0.3, read="running"),
         "length": 128,
         "dtype": "bfloat16",
     },
-    "at the anchor": {
+    "two memories at the anchor, two chunks and three tokens": {
         "rule": Rule("dot", "shared", erase="implicit", read="anchor"),
-        "length": 128,
+        "length": 131,
+        "memories": 2,
     },
     "nothing erased, clipped or read": {
         "rule": Rule(dgd="functional", inner_clip=None),
         "queries": False,
+    },
+    "self-modifying, two chunks and three tokens": {
+        "rule": Rule(erase="implicit", read="running", max_rate=0.5),
+        "length": 131,
+        "readout": True,
     },
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward_are_the_recurrence(case, interpreted):
-    given = given_context(**CASES[case])
+    given = arguments(**CASES[case])
     found, expected = results(given, "pallas_gpu"), results(given, "reference")
-    gpu.assert_close(found, expected, gpu.TOLERANCE[CASES[case].get("dtype", "float32")])
+    tolerance = gpu.TOLERANCE[CASES[case].get("dtype", "float32")]
+    gpu.assert_close(found, expected, tolerance, least=1e-3)
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(found))
 
 
@@ -104,24 +118,14 @@ HARD = {
 
 @pytest.mark.parametrize("case", HARD)
 def test_hard_inputs(case, interpreted):
-    given = given_context()
+    given = arguments()
     given |= HARD[case](given)
     found, expected = results(given, "pallas_gpu"), results(given, "reference")
-    gpu.assert_close(found, expected, 1e-4)
-
-
-def test_no_races(monkeypatch):
-    interpreter.reset_gpu_interpret_mode_state()
-    options = InterpretGPUParams(detect_races=True)
-    kernel = functools.partial(mlp_memory_pallas_gpu, interpret=options)
-    monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_gpu", kernel)
-    given = given_context(length=128, rule=Rule(read="running"))
-    gpu.assert_close(results(given, "pallas_gpu"), results(given, "reference"), 1e-4)
-    assert not interpreter.get_races().races_found
+    gpu.assert_close(found, expected, 1e-4, least=1e-2)
 
 
 def test_less_than_a_chunk_is_left_to_xla():
-    given = given_context(length=3)
+    given = arguments(length=3)
     gpu.assert_close(results(given, "pallas_gpu"), results(given, "xla"), 1e-6)
 
 
@@ -134,7 +138,7 @@ def api_call(arrays, rule=Rule(), chunk_size=D):  # noqa: B008
 
 def shapes(**more):
     """Shapes of the arrays of a call."""
-    given = jax.eval_shape(lambda: given_context(**more) | {"rule": None})
+    given = jax.eval_shape(lambda: arguments(**more) | {"rule": None})
     return {name: a for name, a in given.items() if name != "rule"}
 
 
@@ -157,7 +161,7 @@ def refusal(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"readout": True}, "one memory of a group in a block, and with a readout five make"),
+        ({"readout": True, "memories": 6, "rule": Rule(adaptive_query=True)}, "no queries"),
         ({"momentum": True}, "the GPU kernel has no momentum"),
         ({"documents": True, "chunk_size": 4}, "the GPU kernel has no documents"),
         ({"chunk_size": 32}, "solves chunks of 64 tokens, a warpgroup's tile, not 32"),
@@ -182,9 +186,9 @@ def test_shared_memory_is_estimated(parts, needed):
     assert 2 * shared_bytes(Spec(1, Rule(), "running"), backward=False) <= SMEM_LIMIT
 
 
-def workload(dtype):
+def workload(dtype, **more):
     """One layer: batch 8, 16 heads."""
-    return shapes(batch=(8, 16), length=512, dtype=dtype)
+    return shapes(batch=(8, 16), length=512, dtype=dtype, **more)
 
 
 def test_lowers_for_cuda():
@@ -193,18 +197,28 @@ def test_lowers_for_cuda():
     assert "mlp_memory_forward" in text and text.count("custom_call @mosaic_gpu_v2") == 1
 
 
+# bytes that the forward and the backward kernel spill, and some more: to notice one that outgrows
+# the registers further
+SPILLED = {
+    ("mlp_memory", "bfloat16"): (700, 2800),
+    ("mlp_memory", "float32"): (1500, 4200),
+    ("self_modifying", "bfloat16"): (1100, 4000),
+    ("self_modifying", "float32"): (1900, 5000),
+}
+
+
 @pytest.mark.gpu_compile
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compiles_ahead_of_time(dtype, capfd, monkeypatch):
+@pytest.mark.parametrize(("kernel", "dtype"), SPILLED)
+def test_compiles_ahead_of_time(kernel, dtype, capfd, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    text = gpu.compiled(jax.grad(api_call), workload(dtype)).as_text()
+    given = workload(dtype, readout=kernel == "self_modifying")
+    text = gpu.compiled(jax.grad(api_call), given).as_text()
     assert text.count('custom_call_target="mosaic_gpu_v2"') == 2
     found = gpu.assembled("".join(capfd.readouterr()))
-    # so that a kernel that outgrows the registers further is noticed
-    limits = {"bfloat16": (700, 2800), "float32": (1500, 4200)}[dtype]
-    names = ("mlp_memory_forward", "mlp_memory_backward")
+    names = (f"{kernel}_forward", f"{kernel}_backward")
     assert set(found) == set(names)
-    assert all(found[n]["spilled"] <= most for n, most in zip(names, limits, strict=True)), found
+    limits = zip(names, SPILLED[kernel, dtype], strict=True)
+    assert all(found[name]["spilled"] <= most for name, most in limits), found
 
 
 @pytest.mark.gpu
@@ -213,7 +227,7 @@ def test_compiles_ahead_of_time(dtype, capfd, monkeypatch):
 def test_on_a_gpu(case, dtype):
     """2,048 tokens, forward and backward, against the recurrence."""
     gpu.required()
-    given = given_context(**CASES.get(case, {}) | {"batch": (2,), "length": 2048, "dtype": dtype})
+    given = arguments(**CASES.get(case, {}) | {"batch": (2,), "length": 2048, "dtype": dtype})
     given |= HARD.get(case, lambda given: {})(given)
     found, expected = results(given, "pallas_gpu"), results(given, "reference")
     gpu.assert_close(found[0], expected[0], gpu.TOLERANCE[dtype])

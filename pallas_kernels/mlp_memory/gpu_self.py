@@ -1,0 +1,269 @@
+"""Self-modifying memories as one Mosaic GPU kernel each way: a block takes a whole group.
+
+Five memories make each chunk's context together. One block goes through them in turn, chunk by
+chunk: their float32 fast weights (or cotangents) stay in global memory, 160 KiB a sequence that the
+L2 cache holds, and are loaded into registers for their turn; every thread reads what it wrote.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, where
+from pallas_kernels.mlp_memory import gpu_backward, gpu_forward
+from pallas_kernels.mlp_memory.gpu_cell import VECTORS, pull_predict
+from pallas_kernels.mlp_memory.gpu_context import (
+    READ,
+    READOUT,
+    VALUE,
+    Context,
+    Cotangents,
+    generate,
+    pull_generate,
+)
+from pallas_kernels.mlp_memory.gpu_forward import Spec, cell_of, copies, fetch, send
+
+_MATRICES = ("inner", "outer")
+
+
+def scratch(spec: Spec, *, backward: bool) -> dict[str, Any]:
+    """As that of a single memory, and a vector more."""
+    made = gpu_forward.scratch(spec, backward=backward)
+    return made | {"vectors": plgpu.SMEM((len(VECTORS) + 1, ROWS), jnp.float32)}
+
+
+def _context(spec: Spec, on, smem, refs, sequence, begin, values):
+    """The context whose inputs are in the tiles "keys" and `values`."""
+    readout = {n: refs["readout"].at[sequence, i] for i, n in enumerate(READOUT)}
+    matrices, held = (smem["inner"], smem["outer"]), smem["vectors"].at[len(VECTORS)]
+    return Context(on, spec.rule, smem["keys"], smem[values], matrices, readout, held, begin)
+
+
+def _load(on, refs, names, index):
+    return tuple(on.load(refs[name].at[index]) for name in names)
+
+
+def _store(refs, names, index, values):
+    for name, value in zip(names, values, strict=True):
+        refs[name][index] = value
+
+
+def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_states: bool):
+    """Run the chunks of every sequence.
+
+    Args:
+      spec: see `Spec`; it reads.
+      tokens: x_keys, x_values and queries [P, S, N, 64, 64] in P parts, readout [S, 4, 64].
+      inner: V [S, 5, 64, 64], float32.
+      outer: U [S, 5, 64, 64], float32.
+      keep_states: whether to give what the backward pass needs.
+
+    Returns:
+      A dict of inner and outer, those after the last token, reads [P, S, N, 64, 64], and for the
+      backward pass the chunks' starts inners and outers [P, S, 5, N, 64, 64] and their context:
+      keys and values, as the reads are, and vectors [S, N, 7, 64].
+    """
+    (sequences, memories), shape = inner.shape[:2], tokens["x_keys"].shape
+    made = {n: jax.ShapeDtypeStruct(inner.shape, jnp.float32) for n in _MATRICES}
+    made["reads"] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    if keep_states:
+        stored = (spec.parts, sequences, memories, *shape[2:])
+        made |= {n: jax.ShapeDtypeStruct(stored, jnp.bfloat16) for n in ("inners", "outers")}
+        made |= {n: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n in ("keys", "values")}
+        numbers = (sequences, shape[2], len(VECTORS) + 1, ROWS)
+        made["vectors"] = jax.ShapeDtypeStruct(numbers, jnp.float32)
+    inputs = {"x_keys": "keys", "x_values": "values", "queries": "queries"}
+
+    def body(*arguments, **smem):
+        names = (*tokens, "first_inner", "first_outer", *made)
+        refs = dict(zip(names, arguments, strict=True))
+        arrived, (sequence, _) = smem.pop("arrived"), where()
+        on = Warpgroup(spec.parts, bool(spec.interpret))
+
+        def begin(memory, at):
+            weights = _load(on, refs, _MATRICES, (sequence, memory))
+            if keep_states:
+                plgpu.wait_smem_to_gmem(0)  # the copies of the memory before
+            for name, weight in zip(_MATRICES, weights, strict=True):
+                on.put(smem[name], weight)
+            return weights
+
+        def write(memory, at, read):
+            weights = begin(memory, at)
+            if keep_states:
+                for name in _MATRICES:
+                    send(spec, smem[name], refs[f"{name}s"], (sequence, memory, at))
+            weights, found = gpu_forward.step(spec._replace(read=read), smem, weights)
+            _store(refs, _MATRICES, (sequence, memory), weights)
+            return found
+
+        def one_chunk(at, nothing):
+            plgpu.wait_smem_to_gmem(0)
+            fetch(spec, refs, smem, (sequence, 0, at), inputs, arrived)
+            plgpu.barrier_wait(arrived)
+            vectors = {name: smem["vectors"].at[i] for i, name in enumerate(VECTORS)}
+            context = _context(spec, on, smem, refs, sequence, partial(begin, at=at), "values")
+            generate(context, smem["keys"], smem["values"], vectors)
+            plgpu.commit_smem()
+            if keep_states:
+                for name in ("keys", "values"):
+                    send(spec, smem[name], refs[name], (sequence, at))
+                plgpu.copy_smem_to_gmem(smem["vectors"], refs["vectors"].at[sequence, at])
+            lax.fori_loop(0, READ, lambda i, c: (write(i, at, None), c)[1], 0)
+            on.put(smem["out"], write(READ, at, spec.read))
+            send(spec, smem["out"], refs["reads"], (sequence, at))
+            return nothing
+
+        def copy(memory, nothing):
+            first = _load(on, refs, ("first_inner", "first_outer"), (sequence, memory))
+            _store(refs, _MATRICES, (sequence, memory), first)
+            return nothing
+
+        lax.fori_loop(0, memories, copy, 0)
+        lax.fori_loop(0, shape[2], one_chunk, 0)
+        plgpu.wait_smem_to_gmem(0)
+
+    kernel = launch(
+        body,
+        (sequences, 1),
+        [*made.values()],
+        scratch(spec, backward=False)
+        | {"arrived": plgpu.Barrier(num_arrivals=copies(spec, inputs))},
+        name="self_modifying_forward",
+        interpret=spec.interpret,
+    )
+    return dict(zip(made, kernel(*tokens.values(), inner, outer), strict=True))
+
+
+def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner, of_outer):
+    """Pull cotangents back through `forward`, from the last chunk to the first.
+
+    Args:
+      spec: see `Spec`.
+      tokens: those of `forward` and of_reads [P, S, N, 64, 64].
+      kept: of `forward`: inners, outers, keys, values and vectors.
+      of_inner: of V after the last token, [S, 5, 64, 64], float32.
+      of_outer: of U.
+
+    Returns:
+      A dict of x_keys, x_values and queries (but for the first term of the reads), in parts
+      [P, S, N, 64, 64]; of rate and keep, in parts, whose sums over tokens are the gradients of the
+      readout's weights, gates [S, N, 2, 64], whose sums are those of its biases; inner, outer.
+    """
+    sequences, shape = of_inner.shape[0], tokens["x_keys"].shape
+    given = {"inner": kept["inners"], "outer": kept["outers"], **tokens}
+    given |= {name: kept[name] for name in ("keys", "values", "vectors")}
+    made = {n: jax.ShapeDtypeStruct(of_inner.shape, jnp.float32) for n in _MATRICES}
+    square = jax.ShapeDtypeStruct((sequences, ROWS, ROWS), jnp.float32)
+    made |= {"of_keys": square, "of_values": square}  # of the chunk that is being pulled
+    for name in ("x_keys", "x_values", "queries", "rate", "keep"):
+        made[name] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    made["gates"] = jax.ShapeDtypeStruct((sequences, shape[2], 2, ROWS), jnp.float32)
+    first = {"keys": "keys", "values": "third", "vectors": "vectors"}
+    first |= {"inner": "inner", "outer": "outer", "queries": "first"}
+
+    def body(*arguments, **smem):
+        names = (*given, "last_inner", "last_outer")
+        refs = dict(zip(names, arguments[: len(names)], strict=True))
+        outs = dict(zip(made, arguments[len(names) :], strict=True))
+        on, (sequence, _) = Warpgroup(spec.parts, bool(spec.interpret)), where()
+
+        def get(name, tile, memory, at):
+            plgpu.commit_smem()  # every warp is done with the tile
+            fetch(spec, refs, smem, (sequence, memory, at), {name: tile}, smem["again"])
+            plgpu.barrier_wait(smem["again"])
+
+        def out(name, value, tile, at, add):
+            if name in ("keys", "values"):
+                target = f"of_{name}"
+                if add:
+                    value = value + on.load(outs[target].at[sequence])
+                outs[target][sequence] = value
+                return
+            on.put(smem[tile], value)
+            send(spec, smem[tile], outs[name], (sequence, at))
+
+        def written(memory, at, read):
+            plgpu.wait_smem_to_gmem(0)
+            fetch(spec, refs, smem, (sequence, memory, at), first, smem["arrived"])
+            plgpu.barrier_wait(smem["arrived"])
+            step = gpu_backward.Step(
+                spec._replace(read=read),
+                cell_of(spec, smem, steep="second"),
+                smem,
+                partial(get, memory=memory, at=at),
+                partial(out, at=at, add=read is None),
+                {},
+            )
+            backs = gpu_backward.pull(step, _load(on, outs, _MATRICES, (sequence, memory)))
+            _store(outs, _MATRICES, (sequence, memory), backs)
+            return step.vectors
+
+        def generated(at, vectors):
+            get("keys", "third", 0, at)
+            get("x_keys", "keys", 0, at)
+            get("x_values", "first", 0, at)
+
+            def begin(memory):
+                for name in _MATRICES:
+                    get(name, name, memory, at)
+
+            def pull(memory, of_said):
+                tile = smem["first" if memory == VALUE else "keys"]
+                on.put(smem["second"], of_said)
+                matrices, work = (smem["inner"], smem["outer"]), (smem["work0"], smem["work1"])
+                *more, of_input = pull_predict(on, tile, matrices, smem["second"], work)
+                backs = _load(on, outs, _MATRICES, (sequence, memory))
+                backs = tuple(a + b for a, b in zip(backs, more, strict=True))
+                _store(outs, _MATRICES, (sequence, memory), backs)
+                return of_input + on.get(smem["second"])
+
+            def give(name, value, of_logit=None):
+                tile = {"rate": "work2", "keep": "work3", "x_keys": "fifth"}.get(name, "fourth")
+                out(name, value, tile, at, False)
+                if of_logit is not None:
+                    outs["gates"][sequence, at, ("rate", "keep").index(name)] = of_logit
+
+            numbers = {name: smem["vectors"].at[i] for i, name in enumerate(VECTORS)}
+            context = _context(spec, on, smem, refs, sequence, begin, "first")
+            of_keys, of_values = _load(on, outs, ("of_keys", "of_values"), sequence)
+            of = Cotangents(of_keys, of_values, vectors)
+            pull_generate(context, of, smem["third"], numbers, pull, give)
+
+        def one_chunk(i, nothing):
+            at = shape[2] - 1 - i
+
+            def more(memory, vectors):
+                new = written(memory, at, None)
+                return {n: v + new[n] if n in new else v for n, v in vectors.items()}
+
+            vectors = written(READ, at, spec.read)
+            generated(at, lax.fori_loop(0, READ, more, vectors))
+            return nothing
+
+        def copy(memory, nothing):
+            last = _load(on, refs, ("last_inner", "last_outer"), (sequence, memory))
+            _store(outs, _MATRICES, (sequence, memory), last)
+            return nothing
+
+        lax.fori_loop(0, of_inner.shape[1], copy, 0)
+        lax.fori_loop(0, shape[2], one_chunk, 0)
+        plgpu.wait_smem_to_gmem(0)
+
+    barriers = {
+        "arrived": plgpu.Barrier(num_arrivals=copies(spec, first)),
+        "again": plgpu.Barrier(num_arrivals=spec.parts),
+    }
+    kernel = launch(
+        body,
+        (sequences, 1),
+        [*made.values()],
+        scratch(spec, backward=True) | barriers,
+        name="self_modifying_backward",
+        interpret=spec.interpret,
+    )
+    return dict(zip(made, kernel(*given.values(), of_inner, of_outer), strict=True))
