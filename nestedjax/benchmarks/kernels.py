@@ -130,33 +130,43 @@ def _mlp_memory(name: str, batch: int, heads: int, length: int, d: int, f: int, 
     return Workload("mlp_memory", name, make, call, flops, MLP_MEMORY)
 
 
-def given_context(name: str, batch: int, heads: int, length: int, d: int) -> Workload:
-    """One memory a head that learns bfloat16 tokens, which all kernels take; chunks of 64."""
+def without_momentum(
+    name: str, batch: int, heads: int, length: int, d: int, *, given: bool = False
+) -> Workload:
+    """bfloat16 tokens in chunks of 64, which all kernels take: self-modifying, or one memory.
+
+    Args:
+      name: of the workload.
+      batch: sequences.
+      heads: of each.
+      length: tokens of each.
+      d: features and hidden units.
+      given: whether one memory a head learns a context that is given.
+    """
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.mlp_memory import FastWeights, mlp_memory
+    from pallas_kernels.mlp_memory import mlp_memory
+
+    whole = _mlp_memory(name, batch, heads, length, d, d, 64)
 
     def make(key):
-        keys = jax.random.split(key, 7)
-        lead = (batch, heads)
-        inner, outer = (jax.random.normal(k, (*lead, 1, d, d)) * d**-0.5 for k in keys[:2])
-        tokens = (jax.random.normal(k, (*lead, length, d)) * d**-0.5 for k in keys[2:5])
-        tokens = (a.astype(jnp.bfloat16) for a in tokens)
-        rate, keep = (jax.nn.sigmoid(jax.random.normal(k, (*lead, length))) for k in keys[5:])
-        return dict(
-            zip(("keys", "values", "queries"), tokens, strict=True),
-            rate=rate / 16,
-            keep=0.99 + 0.01 * keep,
-            initial=FastWeights(inner, 0.3 * outer, None, None),
-        )
+        arrays = whole.make(key)
+        weights, gate = arrays["initial"], arrays.pop("momentum")
+        weights = weights._replace(inner_momentum=None, outer_momentum=None)
+        if given:
+            del arrays["readout"]
+            weights = jax.tree.map(lambda a: a[..., :1, :, :], weights)
+            arrays |= dict(rate=gate / 16, keep=0.99 + 0.01 * gate)
+        tokens = {n: arrays[n].astype(jnp.bfloat16) for n in ("keys", "values", "queries")}
+        return arrays | tokens | dict(initial=weights)
 
     def call(arrays, implementation):
         return mlp_memory(**arrays, chunk_size=64, implementation=implementation)
 
-    # of two matrices: key, value, error back (one), erasure, write, read
-    flops = 2.0 * batch * heads * length * d * d * (2 * 5 + 1)
-    return Workload("mlp_memory", name, make, call, flops, MLP_MEMORY)
+    # of two matrices: (key,) value, own input, error back (one), erasure, write
+    flops = 2.0 * (1 if given else 5) * batch * heads * length * d * d * (2 * 5 + 1)
+    return whole._replace(make=make, call=call, flops=flops)
 
 
 def _selective_scan(name: str, batch: int, length: int, channels: int, states: int) -> Workload:
@@ -226,7 +236,8 @@ def workloads(scale: str) -> list[Workload]:
     made = [_delta_rule(f"L{n} d128 chunk 64", 8, 16, n, 128, 64) for n in (4096, 16384)]
     made += [gated_delta_rule(f"L{n} d128 gated", 8, 16, n, 128) for n in (4096, 16384)]
     made += [_mlp_memory("340m chunk 64", 8, 16, 4096, 64, 64, 64)]
-    made += [given_context("L4096 64-64-64 given", 8, 16, 4096, 64)]
+    made += [without_momentum("340m no momentum", 8, 16, 4096, 64)]
+    made += [without_momentum("340m given context", 8, 16, 4096, 64, given=True)]
     made += [_mlp_memory("1p3b chunk 64", 8, 16, 4096, 128, 128, 64)]
     made += [_mlp_memory("128-512-128 chunk 64", 8, 16, 4096, 128, 512, 64)]
     made += [_selective_scan("L4096 2048 x 16", 8, 4096, 2048, 16)]

@@ -42,7 +42,14 @@ def test_mistakes_are_named(capsys):
     assert code == 0 and "newton_schulz" in out
 
 
-@pytest.mark.parametrize("make", [kernels.gated_delta_rule, kernels.given_context])
+@pytest.mark.parametrize(
+    "make",
+    [
+        kernels.gated_delta_rule,
+        kernels.without_momentum,
+        functools.partial(kernels.without_momentum, given=True),
+    ],
+)
 def test_a_workload_that_every_implementation_takes(make):
     """What `--against fla` and a GPU time, at a size that the GPU kernels take."""
     workload = make("tiny", 1, 2, 64, 64)
