@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.delta_rule import gpu_chunk
@@ -28,7 +29,17 @@ from pallas_kernels.mlp_memory.gpu_cell import (
     pull_predict,
     pull_write,
 )
-from pallas_kernels.mlp_memory.gpu_forward import Spec, cell_of, copies, fetch, scratch, send
+from pallas_kernels.mlp_memory.gpu_forward import (
+    FRESH,
+    Spec,
+    begins,
+    cell_of,
+    copies,
+    fetch,
+    load,
+    scratch,
+    send,
+)
 
 
 class Step(NamedTuple):
@@ -68,12 +79,15 @@ def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> 
     Returns:
       A dict of keys, values, queries [P, S, M, N, 64, 64], in parts, and vectors [S, M, N, 8, 64]
       (see `GRADIENTS`), to be summed over the M memories, inner and outer [S, M, 64, 64]. The read
-      M(q) = q + ... is pulled back but for its first term.
+      M(q) = q + ... is pulled back but for its first term. With documents fresh_inner and
+      fresh_outer, too.
     """
     (sequences, memories), chunks = of_inner.shape[:2], tokens["vectors"].shape[1]
     given = {"inner": starts[0], "outer": starts[1], **tokens}
     shape = (sequences, memories, chunks)
     made = {n: jax.ShapeDtypeStruct(of_inner.shape, jnp.float32) for n in ("inner", "outer")}
+    if "begins" in tokens:
+        made |= {n: made["inner"] for n in FRESH}
     made["vectors"] = jax.ShapeDtypeStruct((*shape, len(GRADIENTS), ROWS), jnp.float32)
     for name in ("keys", "values", *(("queries",) if spec.read else ())):
         made[name] = jax.ShapeDtypeStruct((spec.parts, *shape, ROWS, ROWS), jnp.bfloat16)
@@ -111,9 +125,12 @@ def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> 
             for j, name in enumerate(GRADIENTS):
                 if name in chunk.vectors:
                     outs["vectors"][sequence, memory, at, j] = chunk.vectors[name]
-            return backs
+            return before_start(on, refs, outs, (sequence, memory), at, backs)
 
-        last = tuple(on.load(refs[n].at[sequence, memory]) for n in ("last_inner", "last_outer"))
+        for name in FRESH:
+            if name in outs:
+                outs[name][sequence, memory] = on.full(0.0, ROWS)
+        last = load(on, refs, ("last_inner", "last_outer"), (sequence, memory))
         backs = lax.fori_loop(0, chunks, step, last)
         for name, back in zip(("inner", "outer"), backs, strict=True):
             outs[name][sequence, memory] = back
@@ -132,6 +149,21 @@ def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> 
         interpret=spec.interpret,
     )
     return dict(zip(made, kernel(*given.values(), of_inner, of_outer), strict=True))
+
+
+def before_start(on: Warpgroup, refs, outs, index, at, backs):
+    """The cotangents of V and U before a chunk, which may be the first of a document."""
+    begin = begins(refs, index[0], at)
+    if begin is None:
+        return backs
+
+    @pl.when(begin)
+    def _():
+        for name, back in zip(FRESH, backs, strict=True):
+            outs[name][index] = on.load(outs[name].at[index]) + back
+
+    zero = on.full(0.0, ROWS)
+    return lax.cond(begin, lambda: (zero, zero), lambda: backs)
 
 
 def pull(step: Step, backs):

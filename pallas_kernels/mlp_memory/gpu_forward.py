@@ -17,6 +17,7 @@ from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, scratch_bytes, til
 from pallas_kernels.mlp_memory.gpu_cell import VECTORS, Cell, gelu, predict
 from pallas_kernels.mlp_memory.types import Rule
 
+FRESH = ("fresh_inner", "fresh_outer")
 _WORK = ("work0", "work1", "work2", "work3")
 _TOKENS = ("keys", "values", "vectors", "queries")
 _FORWARD = ("keys", "values", "queries", "inner", "outer", "error", "steep", "hidden", "out")
@@ -100,13 +101,24 @@ def cell_of(spec: Spec, smem, *, steep: str) -> Cell:
     )
 
 
+def begins(refs, sequence, at):
+    """Whether a chunk is the first of a document; None without documents."""
+    return refs["begins"][sequence, at] > 0.5 if "begins" in refs else None
+
+
+def load(on: Warpgroup, refs, names, index):
+    """Float32 matrices of global memory by name."""
+    return tuple(on.load(refs[name].at[index]) for name in names)
+
+
 def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_states: bool):
     """Run the chunks of every sequence and memory.
 
     Args:
       spec: see `Spec`.
       tokens: keys, values [P, S, N, 64, 64], vectors [S, N, 7, 64] and, where there are reads,
-        queries [P, S, N, 64, 64], in P parts.
+        queries [P, S, N, 64, 64], in P parts; with documents begins [S, N] and the weights that
+        they begin with, fresh_inner and fresh_outer, as inner and outer.
       inner: V [S, M, 64, 64], float32.
       outer: U [S, M, 64, 64], float32.
       keep_states: whether to give the chunks' starts for the backward pass.
@@ -126,13 +138,18 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
         made |= {n: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n in ("inners", "outers")}
 
     def body(*arguments, **smem):
-        refs = dict(zip((*names, "first_inner", "first_outer", *made), arguments, strict=True))
+        given = (*tokens, "first_inner", "first_outer", *made)
+        refs = dict(zip(given, arguments, strict=True))
         arrived, (sequence, memory) = smem.pop("arrived"), where()
         on = Warpgroup(spec.parts, bool(spec.interpret))
 
         def one_chunk(at, weights):
             plgpu.wait_smem_to_gmem(0)  # the copies of the chunk before
             fetch(spec, refs, smem, (sequence, memory, at), names, arrived)
+            begin = begins(refs, sequence, at)
+            if begin is not None:
+                fresh = lambda: load(on, refs, FRESH, (sequence, memory))  # noqa: E731
+                weights = lax.cond(begin, fresh, lambda w=weights: w)
             for name, weight in zip(("inner", "outer"), weights, strict=True):
                 on.put(smem[name], weight)
                 if keep_states:
@@ -144,7 +161,7 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
                 send(spec, smem["out"], refs["reads"], (sequence, at))
             return weights
 
-        first = tuple(on.load(refs[n].at[sequence, memory]) for n in ("first_inner", "first_outer"))
+        first = load(on, refs, ("first_inner", "first_outer"), (sequence, memory))
         last = lax.fori_loop(0, chunks, one_chunk, first)
         for name, weight in zip(("inner", "outer"), last, strict=True):
             refs[name][sequence, memory] = weight
@@ -159,7 +176,7 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
         name="mlp_memory_forward",
         interpret=spec.interpret,
     )
-    return dict(zip(made, kernel(*(tokens[n] for n in names), inner, outer), strict=True))
+    return dict(zip(made, kernel(*tokens.values(), inner, outer), strict=True))
 
 
 def step(spec: Spec, smem, weights):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, where
@@ -25,7 +26,16 @@ from pallas_kernels.mlp_memory.gpu_context import (
     generate,
     pull_generate,
 )
-from pallas_kernels.mlp_memory.gpu_forward import Spec, cell_of, copies, fetch, send
+from pallas_kernels.mlp_memory.gpu_forward import (
+    FRESH,
+    Spec,
+    begins,
+    cell_of,
+    copies,
+    fetch,
+    load,
+    send,
+)
 
 _MATRICES = ("inner", "outer")
 
@@ -43,8 +53,14 @@ def _context(spec: Spec, on, smem, refs, sequence, begin, values):
     return Context(on, spec.rule, smem["keys"], smem[values], matrices, readout, held, begin)
 
 
-def _load(on, refs, names, index):
-    return tuple(on.load(refs[name].at[index]) for name in names)
+def _each(memories: int, function) -> None:
+    """`function(memory)` for one memory after another, in a loop: unrolled it takes registers."""
+
+    def one(memory, nothing):
+        function(memory)
+        return nothing
+
+    lax.fori_loop(0, memories, one, 0)
 
 
 def _store(refs, names, index, values):
@@ -57,7 +73,8 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
 
     Args:
       spec: see `Spec`; it reads.
-      tokens: x_keys, x_values and queries [P, S, N, 64, 64] in P parts, readout [S, 4, 64].
+      tokens: x_keys, x_values and queries [P, S, N, 64, 64] in P parts, readout [S, 4, 64]; with
+        documents begins [S, N] and the weights that they begin with, fresh_inner and fresh_outer.
       inner: V [S, 5, 64, 64], float32.
       outer: U [S, 5, 64, 64], float32.
       keep_states: whether to give what the backward pass needs.
@@ -85,7 +102,7 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
         on = Warpgroup(spec.parts, bool(spec.interpret))
 
         def begin(memory, at):
-            weights = _load(on, refs, _MATRICES, (sequence, memory))
+            weights = load(on, refs, _MATRICES, (sequence, memory))
             if keep_states:
                 plgpu.wait_smem_to_gmem(0)  # the copies of the memory before
             for name, weight in zip(_MATRICES, weights, strict=True):
@@ -104,6 +121,9 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
         def one_chunk(at, nothing):
             plgpu.wait_smem_to_gmem(0)
             fetch(spec, refs, smem, (sequence, 0, at), inputs, arrived)
+            begin_document = begins(refs, sequence, at)
+            if begin_document is not None:
+                pl.when(begin_document)(lambda: copy(FRESH))
             plgpu.barrier_wait(arrived)
             vectors = {name: smem["vectors"].at[i] for i, name in enumerate(VECTORS)}
             context = _context(spec, on, smem, refs, sequence, partial(begin, at=at), "values")
@@ -113,17 +133,19 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
                 for name in ("keys", "values"):
                     send(spec, smem[name], refs[name], (sequence, at))
                 plgpu.copy_smem_to_gmem(smem["vectors"], refs["vectors"].at[sequence, at])
-            lax.fori_loop(0, READ, lambda i, c: (write(i, at, None), c)[1], 0)
+            _each(READ, partial(write, at=at, read=None))
             on.put(smem["out"], write(READ, at, spec.read))
             send(spec, smem["out"], refs["reads"], (sequence, at))
             return nothing
 
-        def copy(memory, nothing):
-            first = _load(on, refs, ("first_inner", "first_outer"), (sequence, memory))
-            _store(refs, _MATRICES, (sequence, memory), first)
-            return nothing
+        def copy(names):
+            def one(memory):
+                index = (sequence, memory)
+                _store(refs, _MATRICES, index, load(on, refs, names, index))
 
-        lax.fori_loop(0, memories, copy, 0)
+            _each(memories, one)
+
+        copy(("first_inner", "first_outer"))
         lax.fori_loop(0, shape[2], one_chunk, 0)
         plgpu.wait_smem_to_gmem(0)
 
@@ -152,12 +174,15 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
     Returns:
       A dict of x_keys, x_values and queries (but for the first term of the reads), in parts
       [P, S, N, 64, 64]; of rate and keep, in parts, whose sums over tokens are the gradients of the
-      readout's weights, gates [S, N, 2, 64], whose sums are those of its biases; inner, outer.
+      readout's weights, gates [S, N, 2, 64], whose sums are those of its biases; inner, outer; with
+      documents fresh_inner and fresh_outer.
     """
-    sequences, shape = of_inner.shape[0], tokens["x_keys"].shape
+    (sequences, memories), shape = of_inner.shape[:2], tokens["x_keys"].shape
     given = {"inner": kept["inners"], "outer": kept["outers"], **tokens}
     given |= {name: kept[name] for name in ("keys", "values", "vectors")}
     made = {n: jax.ShapeDtypeStruct(of_inner.shape, jnp.float32) for n in _MATRICES}
+    if "begins" in tokens:
+        made |= {n: made["inner"] for n in FRESH}
     square = jax.ShapeDtypeStruct((sequences, ROWS, ROWS), jnp.float32)
     made |= {"of_keys": square, "of_values": square}  # of the chunk that is being pulled
     for name in ("x_keys", "x_values", "queries", "rate", "keep"):
@@ -199,7 +224,7 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
                 partial(out, at=at, add=read is None),
                 {},
             )
-            backs = gpu_backward.pull(step, _load(on, outs, _MATRICES, (sequence, memory)))
+            backs = gpu_backward.pull(step, load(on, outs, _MATRICES, (sequence, memory)))
             _store(outs, _MATRICES, (sequence, memory), backs)
             return step.vectors
 
@@ -217,7 +242,7 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
                 on.put(smem["second"], of_said)
                 matrices, work = (smem["inner"], smem["outer"]), (smem["work0"], smem["work1"])
                 *more, of_input = pull_predict(on, tile, matrices, smem["second"], work)
-                backs = _load(on, outs, _MATRICES, (sequence, memory))
+                backs = load(on, outs, _MATRICES, (sequence, memory))
                 backs = tuple(a + b for a, b in zip(backs, more, strict=True))
                 _store(outs, _MATRICES, (sequence, memory), backs)
                 return of_input + on.get(smem["second"])
@@ -230,7 +255,7 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
 
             numbers = {name: smem["vectors"].at[i] for i, name in enumerate(VECTORS)}
             context = _context(spec, on, smem, refs, sequence, begin, "first")
-            of_keys, of_values = _load(on, outs, ("of_keys", "of_values"), sequence)
+            of_keys, of_values = load(on, outs, ("of_keys", "of_values"), sequence)
             of = Cotangents(of_keys, of_values, vectors)
             pull_generate(context, of, smem["third"], numbers, pull, give)
 
@@ -243,14 +268,26 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
 
             vectors = written(READ, at, spec.read)
             generated(at, lax.fori_loop(0, READ, more, vectors))
+            begin = begins(refs, sequence, at)
+            if begin is not None:
+                pl.when(begin)(lambda: _each(memories, start_document))
             return nothing
 
-        def copy(memory, nothing):
-            last = _load(on, refs, ("last_inner", "last_outer"), (sequence, memory))
-            _store(outs, _MATRICES, (sequence, memory), last)
-            return nothing
+        zeros = (on.full(0.0, ROWS),) * 2
 
-        lax.fori_loop(0, of_inner.shape[1], copy, 0)
+        def start_document(memory):
+            index = (sequence, memory)
+            backs, before = (load(on, outs, names, index) for names in (_MATRICES, FRESH))
+            _store(outs, FRESH, index, (a + b for a, b in zip(backs, before, strict=True)))
+            _store(outs, _MATRICES, index, zeros)
+
+        def begin_with(memory):
+            index = (sequence, memory)
+            _store(outs, _MATRICES, index, load(on, refs, ("last_inner", "last_outer"), index))
+            if "begins" in tokens:
+                _store(outs, FRESH, index, zeros)
+
+        _each(memories, begin_with)
         lax.fori_loop(0, shape[2], one_chunk, 0)
         plgpu.wait_smem_to_gmem(0)
 

@@ -39,7 +39,7 @@ def mlp_memory_pallas_gpu(
       start: see `FastWeights`.
       tokens: see `Tokens`.
       readout: see `Readout`, or None.
-      documents: None; documents are refused.
+      documents: see `Documents`, or None.
       rule: see `Rule`.
       chunk_size: 64.
       interpret: parameters of Mosaic GPU's interpreter, for tests on a CPU.
@@ -47,26 +47,29 @@ def mlp_memory_pallas_gpu(
     Raises:
       NotImplementedError: what the kernel does not take, with the reason.
     """
-    parts = _check(start, tokens, rule, documents, chunk_size)
+    parts = _check(start, tokens, rule, chunk_size)
     length = tokens.keys.shape[-1]
     whole = length // ROWS * ROWS
     last, reads = FastWeights(start.inner, start.outer, None, None), None
     if whole:
         spec = Spec(parts, rule, None, interpret)
+        fresh = {} if documents is None else _documents(documents, whole // ROWS)
         if readout is not None:
-            last, reads = self_modifying(spec, last, tokens, readout, whole)
+            last, reads = self_modifying(spec, last, tokens, readout, fresh, whole)
         else:
-            last, reads = _whole_chunks(spec, last, tokens, whole)
+            last, reads = _whole_chunks(spec, last, tokens, fresh, whole)
     if whole == length:
         return reads, last
     rest = jax.tree.map(lambda a: a[..., whole:].astype(jnp.float32), tokens)
-    after, last = mlp_memory_xla(last, rest, readout, rule=rule, chunk_size=ROWS)
+    if documents is not None:
+        documents = documents._replace(begins=documents.begins[:, -1:])
+    after, last = mlp_memory_xla(last, rest, readout, documents, rule=rule, chunk_size=ROWS)
     if reads is not None and after is not None:
         after = jnp.concatenate([reads, after], axis=-1)
     return after, last
 
 
-def _check(start: FastWeights, tokens: Tokens, rule: Rule, documents, chunk_size: int) -> int:
+def _check(start: FastWeights, tokens: Tokens, rule: Rule, chunk_size: int) -> int:
     """The bfloat16 parts of a matrix, if the kernel takes the call."""
     *_, f, d = start.inner.shape
     other = "use implementation='xla'"
@@ -79,9 +82,8 @@ def _check(start: FastWeights, tokens: Tokens, rule: Rule, documents, chunk_size
         )
     if rule.adaptive_query:
         raise NotImplementedError(f"the GPU kernel generates no queries (adaptive_query): {other}")
-    for name, array in (("momentum", start.inner_momentum), ("documents", documents)):
-        if array is not None:
-            raise NotImplementedError(f"the GPU kernel has no {name}: {other}")
+    if start.inner_momentum is not None:
+        raise NotImplementedError(f"the GPU kernel has no momentum: {other}")
     if chunk_size != ROWS:
         raise NotImplementedError(
             f"the GPU kernel solves chunks of {ROWS} tokens, a warpgroup's tile, not {chunk_size}"
@@ -96,7 +98,17 @@ def _check(start: FastWeights, tokens: Tokens, rule: Rule, documents, chunk_size
     return parts
 
 
-def _whole_chunks(spec: Spec, start: FastWeights, tokens: Tokens, whole: int):
+def _documents(documents: Documents, chunks: int) -> dict[str, Any]:
+    begins = documents.begins[:, :chunks].astype(jnp.float32)
+    return {"begins": begins, "fresh_inner": documents.inner, "fresh_outer": documents.outer}
+
+
+def _some(documents: dict[str, Any], memories: slice) -> dict[str, Any]:
+    """The documents of some memories of a group."""
+    return {n: a if n == "begins" else a[:, memories] for n, a in documents.items()}
+
+
+def _whole_chunks(spec: Spec, start: FastWeights, tokens: Tokens, documents: dict, whole: int):
     """The fast weights after the whole chunks of a given context and the reads, [H, d, whole]."""
     rule = spec.rule
     tiles = {n: getattr(tokens, n) for n in ("keys", "values", "queries")}
@@ -106,11 +118,14 @@ def _whole_chunks(spec: Spec, start: FastWeights, tokens: Tokens, whole: int):
     read = 0 if queries is None else 1
     unread, reads, pieces = start.inner.shape[1] - read, None, []
     if unread:
-        some = start.inner[:, :unread], start.outer[:, :unread]
-        pieces.append(_loop(spec, tiles, vectors, *some)[:2])
+        some = slice(0, unread)
+        matrices = start.inner[:, some], start.outer[:, some]
+        pieces.append(_loop(spec, tiles, vectors, _some(documents, some), *matrices)[:2])
     if queries is not None:
         spec, tiles = spec._replace(read=rule.read), tiles | {"queries": queries}
-        *last, reads = _loop(spec, tiles, vectors, start.inner[:, -1:], start.outer[:, -1:])
+        some = slice(unread, None)
+        matrices = start.inner[:, some], start.outer[:, some]
+        *last, reads = _loop(spec, tiles, vectors, _some(documents, some), *matrices)
         pieces.append(last)
         reads = jnp.swapaxes(reads.reshape(reads.shape[0], whole, ROWS), -1, -2)
     inner, outer = (jnp.concatenate(a, axis=1) for a in zip(*pieces, strict=True))
@@ -131,29 +146,30 @@ def _vectors(keys, rate, keep, whole: int, rule: Rule):
     return made
 
 
-def _tokens(spec: Spec, tiles: dict, vectors: dict):
+def _tokens(spec: Spec, tiles: dict, vectors: dict, documents: dict):
     made = {n: as_parts(a, spec.parts) for n, a in tiles.items()}
     numbers = {n: a for n, a in vectors.items() if n != "keep"} | log_sums(vectors["keep"])
-    return made | {"vectors": stacked(numbers, VECTORS)}
+    return made | {"vectors": stacked(numbers, VECTORS)} | documents
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loop(spec: Spec, tiles: dict, vectors: dict, inner: Any, outer: Any):
+def _loop(spec: Spec, tiles: dict, vectors: dict, documents: dict, inner: Any, outer: Any):
     """V and U after the last token and the reads; `vectors["keep"]` are logarithms."""
-    return _loop_fwd(spec, tiles, vectors, inner, outer, keep_states=False)[0]
+    return _loop_fwd(spec, tiles, vectors, documents, inner, outer, keep_states=False)[0]
 
 
-def _loop_fwd(spec, tiles, vectors, inner, outer, keep_states=True):
-    found = forward(spec, _tokens(spec, tiles, vectors), inner, outer, keep_states=keep_states)
+def _loop_fwd(spec, tiles, vectors, documents, inner, outer, keep_states=True):
+    given = _tokens(spec, tiles, vectors, documents)
+    found = forward(spec, given, inner, outer, keep_states=keep_states)
     reads = summed(found["reads"], spec.dtype) if spec.read else None
     starts = (found["inners"], found["outers"]) if keep_states else None
-    return (found["inner"], found["outer"], reads), (tiles, vectors, starts)
+    return (found["inner"], found["outer"], reads), (tiles, vectors, documents, starts)
 
 
 def _loop_bwd(spec, kept, cotangents):
-    tiles, vectors, starts = kept
+    tiles, vectors, documents, starts = kept
     of_inner, of_outer, of_reads = cotangents
-    given = _tokens(spec, tiles, vectors)
+    given = _tokens(spec, tiles, vectors, documents)
     if spec.read:
         given["of_reads"] = as_parts(of_reads, spec.parts)
     found = backward(spec, given, starts, of_inner, of_outer)
@@ -167,7 +183,8 @@ def _loop_bwd(spec, kept, cotangents):
     of_vectors = {n: of[n] for n in ("rate", "size", "erase") if n in vectors}
     running = None if spec.read == "anchor" else spec.read
     of_vectors["keep"] = of_logs(of, erase="erase" in vectors, read=running)
-    return of_tiles, of_vectors, found["inner"], found["outer"]
+    of_documents = {n: found.get(n, jnp.zeros_like(a)) for n, a in documents.items()}
+    return of_tiles, of_vectors, of_documents, found["inner"], found["outer"]
 
 
 _loop.defvjp(_loop_fwd, _loop_bwd)

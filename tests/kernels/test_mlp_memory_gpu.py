@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interp
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.gpu_tiles import SMEM_LIMIT
-from pallas_kernels.mlp_memory import Rule, api, mlp_memory
+from pallas_kernels.mlp_memory import Documents, Rule, api, mlp_memory
 from pallas_kernels.mlp_memory.gpu_forward import Spec, shared_bytes
 from pallas_kernels.mlp_memory.pallas_gpu import mlp_memory_pallas_gpu
 from tests.kernels import gpu
@@ -21,8 +21,11 @@ from tests.kernels.test_mlp_memory import operands
 D = 64  # features and hidden units
 
 
-def arguments(*, dtype="float32", queries=True, readout=False, **more):
-    """Keyword arguments of `mlp_memory`, and the rule; the memory outlives a chunk."""
+def arguments(*, dtype="float32", queries=True, readout=False, documents=False, **more):
+    """Keyword arguments of `mlp_memory`, and the rule; the memory outlives a chunk.
+
+    With documents the second chunk begins one, and so does the last.
+    """
     sizes = {"batch": (1,), "memories": 5 if readout else 1, "length": D, "d": D, "f": D} | more
     given = operands(jnp.float32, momentum=False, readout=readout, **sizes)
     if readout:
@@ -30,6 +33,13 @@ def arguments(*, dtype="float32", queries=True, readout=False, **more):
         given["readout"] = given["readout"]._replace(keep_bias=biases)
     else:
         given["keep"] = 0.95 + 0.05 * given["keep"]
+    if documents:
+        chunks = jnp.arange(-(-sizes["length"] // D))
+        begins = jnp.broadcast_to(
+            (chunks == 1) | (chunks == chunks[-1]), (*sizes["batch"], chunks.size)
+        )
+        outer = given["initial"].outer
+        given["documents"] = Documents(begins, 0.5 * outer.swapaxes(-1, -2), 2 * outer)
     for name in ("keys", "values", "queries"):
         given[name] = given[name].astype(dtype)
     return {name: a for name, a in given.items() if queries or name != "queries"}
@@ -42,20 +52,36 @@ def _weighted(array):
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "how"))
-def _results(arrays, rule, how):
-    def total(arrays):
-        out = mlp_memory(**arrays, rule=rule, chunk_size=D, implementation=how)
-        return sum(_weighted(a) for a in jax.tree.leaves(out)), out
-
+def _results(arrays, begins, rule, how):
     with jax.default_matmul_precision("highest"):
-        gradient, out = jax.grad(total, has_aux=True)(arrays)
+        of = jax.grad(api_call, has_aux=True)
+        gradient, out = of(arrays, begins, rule=rule, how=how)
     return jax.tree.map(lambda a: a.astype(jnp.float32), (out, gradient))
 
 
 def results(given, how):
     """The outputs, and the gradient with respect to every array."""
+    arrays, begins = differentiable(given)
+    return _results(arrays, begins, given["rule"], how)
+
+
+def differentiable(given):
+    """The arrays of a call that have a gradient, and where its documents begin."""
     arrays = {name: value for name, value in given.items() if name != "rule"}
-    return _results(arrays, given["rule"], how)
+    if "documents" not in arrays:
+        return arrays, None
+    begins = arrays["documents"].begins
+    return arrays | {"documents": arrays["documents"]._replace(begins=None)}, begins
+
+
+def api_call(arrays, begins=None, rule=None, chunk_size=D, how="pallas_gpu"):
+    """A scalar of what a model calls, and the outputs."""
+    if begins is not None:
+        arrays = arrays | {"documents": arrays["documents"]._replace(begins=begins)}
+    out = mlp_memory(**arrays, rule=rule, chunk_size=chunk_size, implementation=how)
+    assert out.reads is None or out.reads.dtype == arrays["keys"].dtype
+    assert out.final.inner.dtype == jnp.float32
+    return sum(_weighted(leaf) for leaf in jax.tree.leaves(out)), out
 
 
 @pytest.fixture
@@ -79,6 +105,7 @@ CASES = {
         "rule": Rule("dot", "shared", erase="implicit", read="anchor"),
         "length": 131,
         "memories": 2,
+        "documents": True,
     },
     "nothing erased, clipped or read": {
         "rule": Rule(dgd="functional", inner_clip=None),
@@ -88,6 +115,7 @@ CASES = {
         "rule": Rule(erase="implicit", read="running", max_rate=0.5),
         "length": 131,
         "readout": True,
+        "documents": True,
     },
 }
 
@@ -129,23 +157,15 @@ def test_less_than_a_chunk_is_left_to_xla():
     gpu.assert_close(results(given, "pallas_gpu"), results(given, "xla"), 1e-6)
 
 
-def api_call(arrays, rule=Rule(), chunk_size=D):  # noqa: B008
-    """A scalar of what a model calls."""
-    out = mlp_memory(**arrays, rule=rule, chunk_size=chunk_size, implementation="pallas_gpu")
-    assert out.reads.dtype == arrays["keys"].dtype and out.final.inner.dtype == jnp.float32
-    return sum(_weighted(leaf) for leaf in jax.tree.leaves(out))
-
-
 def shapes(**more):
-    """Shapes of the arrays of a call."""
-    given = jax.eval_shape(lambda: arguments(**more) | {"rule": None})
-    return {name: a for name, a in given.items() if name != "rule"}
+    """Shapes of the arrays of a call, and of where its documents begin."""
+    return differentiable(jax.eval_shape(lambda: arguments(**more) | {"rule": None}))
 
 
 def test_a_state_is_stored_for_every_chunk_and_only_for_a_gradient():
-    arrays = shapes(batch=(3,), length=384, dtype="bfloat16", memories=2)
+    arrays, _ = shapes(batch=(3,), length=384, dtype="bfloat16", memories=2)
     stored = ("bf16[1,3,1,6,64,64]", "mlp_memory_forward")
-    text = str(jax.make_jaxpr(jax.grad(api_call))(arrays))
+    text = str(jax.make_jaxpr(jax.grad(api_call, has_aux=True))(arrays))
     assert all(name in text for name in (*stored, "mlp_memory_backward"))
     assert stored[0] not in str(jax.make_jaxpr(api_call)(arrays))
 
@@ -163,7 +183,6 @@ def refusal(**changes):
     [
         ({"readout": True, "memories": 6, "rule": Rule(adaptive_query=True)}, "no queries"),
         ({"momentum": True}, "the GPU kernel has no momentum"),
-        ({"documents": True, "chunk_size": 4}, "the GPU kernel has no documents"),
         ({"chunk_size": 32}, "solves chunks of 64 tokens, a warpgroup's tile, not 32"),
         ({"f": 128}, r"takes memories of 64 x 64, not 128 x 64: one of 64 x 64 fills 232448 of"),
     ],
@@ -193,7 +212,7 @@ def workload(dtype, **more):
 
 def test_lowers_for_cuda():
     """The forward pass; `test_compiles_ahead_of_time` has the backward one."""
-    text = gpu.lowered(api_call, workload("bfloat16"))
+    text = gpu.lowered(api_call, *workload("bfloat16"))
     assert "mlp_memory_forward" in text and text.count("custom_call @mosaic_gpu_v2") == 1
 
 
@@ -212,13 +231,22 @@ SPILLED = {
 def test_compiles_ahead_of_time(kernel, dtype, capfd, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     given = workload(dtype, readout=kernel == "self_modifying")
-    text = gpu.compiled(jax.grad(api_call), given).as_text()
+    text = gpu.compiled(jax.grad(api_call, has_aux=True), *given).as_text()
     assert text.count('custom_call_target="mosaic_gpu_v2"') == 2
     found = gpu.assembled("".join(capfd.readouterr()))
     names = (f"{kernel}_forward", f"{kernel}_backward")
     assert set(found) == set(names)
     limits = zip(names, SPILLED[kernel, dtype], strict=True)
     assert all(found[name]["spilled"] <= most for name, most in limits), found
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("readout", [False, True])
+def test_documents_compile_ahead_of_time(readout):
+    """What is spilled for them is of use where one begins only."""
+    given = workload("bfloat16", readout=readout, documents=True)
+    text = gpu.compiled(jax.grad(api_call, has_aux=True), *given).as_text()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 2
 
 
 @pytest.mark.gpu
