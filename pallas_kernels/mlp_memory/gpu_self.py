@@ -82,7 +82,7 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
     Returns:
       A dict of inner and outer, those after the last token, reads [P, S, N, 64, 64], and for the
       backward pass the chunks' starts inners and outers [P, S, 5, N, 64, 64] and their context:
-      keys and values, as the reads are, and vectors [S, N, 7, 64].
+      keys and values, as the reads are, and vectors [S, N, 8, 64], the last of no use.
     """
     (sequences, memories), shape = inner.shape[:2], tokens["x_keys"].shape
     made = {n: jax.ShapeDtypeStruct(inner.shape, jnp.float32) for n in _MATRICES}

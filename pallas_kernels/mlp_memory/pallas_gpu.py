@@ -11,7 +11,7 @@ from pallas_kernels.delta_rule.gpu_vectors import log_sums, logs_of, of_logs, st
 from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles, summed
 from pallas_kernels.mlp_memory.gpu_backward import backward
 from pallas_kernels.mlp_memory.gpu_cell import GRADIENTS, VECTORS, erase_of, erases_of
-from pallas_kernels.mlp_memory.gpu_forward import Spec, forward, shared_bytes
+from pallas_kernels.mlp_memory.gpu_forward import Spec, forward
 from pallas_kernels.mlp_memory.gpu_self_modifying import self_modifying
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
@@ -90,10 +90,12 @@ def _check(start: FastWeights, tokens: Tokens, rule: Rule, chunk_size: int) -> i
         )
     parts = 1 if given == {jnp.dtype("bfloat16")} else 2
     if (f, d) != (ROWS, ROWS):
-        needed = shared_bytes(Spec(parts, Rule(), "running", False), backward=True)
+        # V, U and their cotangents, ten tiles of 64 tokens
+        needed = 2 * parts * (4 * f * d + 10 * ROWS * max(f, d))
         raise NotImplementedError(
-            f"the GPU kernel takes memories of {ROWS} x {ROWS}, not {f} x {d}: one of "
-            f"{ROWS} x {ROWS} fills {needed} of the {SMEM_LIMIT} bytes of shared memory; {other}"
+            f"the GPU kernel takes memories of {ROWS} x {ROWS}, not {f} x {d}: these take {needed} "
+            f"of a block's {SMEM_LIMIT} bytes of shared memory and {2 * f * d // 128} of the 255 "
+            f"registers of a thread before any work; {other}"
         )
     return parts
 

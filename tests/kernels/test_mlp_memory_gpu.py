@@ -184,7 +184,7 @@ def refusal(**changes):
         ({"readout": True, "memories": 6, "rule": Rule(adaptive_query=True)}, "no queries"),
         ({"momentum": True}, "the GPU kernel has no momentum"),
         ({"chunk_size": 32}, "solves chunks of 64 tokens, a warpgroup's tile, not 32"),
-        ({"f": 128}, r"takes memories of 64 x 64, not 128 x 64: one of 64 x 64 fills 232448 of"),
+        ({"f": 128}, "64 x 64, not 128 x 64: these take 458752 of a block's 232448"),
     ],
 )
 def test_what_the_kernel_does_not_take(changes, message):
