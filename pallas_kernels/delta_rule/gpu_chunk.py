@@ -36,6 +36,8 @@ class Chunk(NamedTuple):
       vectors: each of `VECTORS`, a reference or a value [64].
       queries: [64, n], or None.
       of_reads: the cotangent of the reads [64, 64], or None.
+      theta: of `gpu_momentum`, a tile.
+      written: of `gpu_momentum`, a tile.
     """
 
     on: Warpgroup
@@ -47,6 +49,8 @@ class Chunk(NamedTuple):
     vectors: dict[str, Any]
     queries: Any = None
     of_reads: Any = None
+    theta: Any = None
+    written: Any = None
 
     def rows(self, name, columns=ROWS):
         """A vector along the rows of a matrix [64, columns]."""
@@ -132,13 +136,13 @@ def read(chunk: Chunk, state, total, work):
     on = chunk.on
     found = on.product((chunk.queries, Flipped(state)))
     if chunk.keep:
-        found = chunk.decay(_when(chunk)) * found
+        found = chunk.decay(until(chunk)) * found
     scores = chunk.table(on.product((chunk.queries, Flipped(chunk.x))), read=chunk.read)
     on.put(work, total)
     return found - on.product((on.split(scores), work))
 
 
-def _when(chunk):
+def until(chunk):
     """Up to which token a read is decayed."""
     return "at" if chunk.read == "running" else "before"
 
@@ -184,7 +188,7 @@ def pull(chunk: Chunk, held: Carried, back, give: Callable):
     if chunk.read:
         of_reads = on.get(chunk.of_reads)
         if chunk.keep:
-            of_reads = chunk.decay(_when(chunk)) * of_reads
+            of_reads = chunk.decay(until(chunk)) * of_reads
         on.put(work[2], of_reads)
         terms.append((Flipped(work[2]), chunk.queries))
     return back + on.product(*terms) if terms else back
@@ -203,10 +207,10 @@ def _pull_read(chunk: Chunk, held: Carried, give):
     of_scores = chunk.table(of_scores, read=chunk.read)
     on.put(work[2], of_scores)
     if chunk.keep:
-        give("pairs", _pull_pairs(chunk, of_scores * scores, work[3], read=chunk.read))
+        give("pairs", pull_pairs(chunk, of_scores * scores, work[3], read=chunk.read))
     of_queries = on.product((chunk.of_reads, held.state))
     if chunk.keep:
-        when, columns = _when(chunk), held.state.shape[-1]
+        when, columns = until(chunk), held.state.shape[-1]
         of_queries = chunk.decay(when, columns) * of_queries
         give(when, jnp.sum(on.get(chunk.queries) * of_queries, axis=1))
     give("queries", of_queries + on.product((work[2], chunk.x)))
@@ -238,12 +242,12 @@ def _pull_solve(chunk: Chunk, held: Carried, of_total, give):
     give("erase", jnp.sum(of_lower_overlaps, axis=1))
     if chunk.keep:
         pairs = chunk.rows("erase") * of_lower_overlaps
-        give("pairs", _pull_pairs(chunk, pairs, work[0], read=None))
+        give("pairs", pull_pairs(chunk, pairs, work[0], read=None))
     on.put(work[0], chunk.table(chunk.rows("erase") * of_lower))
     return of_written
 
 
-def _pull_pairs(chunk: Chunk, pairs, work, *, read):
+def pull_pairs(chunk: Chunk, pairs, work, *, read):
     """Of the logs of keep: the sums over pairs (i, t) with i < j < t (j <= t for "running").
 
     One product and no differences of sums: a keep of 1e-4 multiplies what they would lose.

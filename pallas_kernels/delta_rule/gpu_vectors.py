@@ -3,8 +3,10 @@
 Decays travel as log sums of `keep`: the kernels take exponentials of their differences.
 """
 
+import jax
 import jax.numpy as jnp
 
+from pallas_kernels.delta_rule import gpu_momentum
 from pallas_kernels.delta_rule.gpu_chunk import VECTORS
 
 
@@ -18,6 +20,38 @@ def log_sums(logs):
     at = jnp.cumsum(logs, axis=-1)
     total = jnp.broadcast_to(at[..., -1:], at.shape)
     return {"at": at, "before": _shifted(at), "tail": at[..., -1:] - at, "total": total}
+
+
+def momentum_sums(keep, momentum):
+    """`gpu_momentum.VECTORS`, each [..., 64], from the logs of keep and of momentum.
+
+    c and kap are sums of products, made by their recurrences: c_t = keep_t c_{t-1} + The_{0,t} and,
+    from the end, kap_i = Gam_i + momentum_{i+1} kap_{i+1}.
+    """
+    sums, at = log_sums(keep), jnp.cumsum(momentum, axis=-1)
+    carried = _recurrence(jnp.exp(keep), jnp.exp(at), reverse=False)
+    after = jnp.pad(momentum[..., 1:], [(0, 0)] * (momentum.ndim - 1) + [(0, 1)])
+    end = [jnp.broadcast_to(a[..., -1:], at.shape) for a in (at, carried)]
+    left = _recurrence(jnp.exp(after), jnp.exp(sums["tail"]), reverse=True)
+    made = (at, end[0] - at, end[0], carried, _shifted(carried), end[1], left)
+    return dict(zip(gpu_momentum.VECTORS, made, strict=True))
+
+
+def of_momentum_logs(of, keep, momentum):
+    """The gradients of the logs of keep, to add, and of momentum, from those of `momentum_sums`."""
+    found, pull = jax.vjp(momentum_sums, keep, momentum)
+    of_keep, of_momentum = pull({n: of.get(n, jnp.zeros_like(a)) for n, a in found.items()})
+    return of_keep, of_momentum + of["momentum_pairs"]
+
+
+def _recurrence(factor, term, *, reverse):
+    """y_t = factor_t y_{t-1} + term_t along the last axis."""
+
+    def joined(first, second):
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    axis = factor.ndim - 1
+    return jax.lax.associative_scan(joined, (factor, term), reverse=reverse, axis=axis)[1]
 
 
 def stacked(made, names=VECTORS):

@@ -14,10 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.delta_rule import gpu_chunk
+from pallas_kernels.delta_rule.gpu_chunk import Carried
 from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, where
 from pallas_kernels.mlp_memory.gpu_cell import (
-    GRADIENTS,
     Cell,
     Norms,
     Pulled,
@@ -66,39 +65,40 @@ class Step(NamedTuple):
         self.vectors[name] = self.vectors[name] + value if name in self.vectors else value
 
 
-def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> dict[str, Any]:
+def backward(spec: Spec, tokens: dict[str, Any], starts: Any, cotangents: Any) -> dict[str, Any]:
     """Pull cotangents back through `forward`, from the last chunk to the first.
 
     Args:
       spec: see `Spec`.
       tokens: those of `forward` and, where there are reads, of_reads [P, S, N, 64, 64].
-      starts: inners and outers of `forward`.
-      of_inner: of V after the last token, [S, M, 64, 64], float32.
-      of_outer: of U.
+      starts: those of `forward`, of each of `spec.matrices`.
+      cotangents: of the matrices after the last token, [S, M, 64, 64], float32.
 
     Returns:
-      A dict of keys, values, queries [P, S, M, N, 64, 64], in parts, and vectors [S, M, N, 8, 64]
-      (see `GRADIENTS`), to be summed over the M memories, inner and outer [S, M, 64, 64]. The read
+      A dict of keys, values, queries [P, S, M, N, 64, 64], in parts, and vectors [S, M, N, G, 64]
+      (see `Spec.gradients`), to be summed over the M memories, and the matrices, by name. The read
       M(q) = q + ... is pulled back but for its first term. With documents fresh_inner and
       fresh_outer, too.
     """
+    of_inner, names = cotangents[0], spec.matrices
     (sequences, memories), chunks = of_inner.shape[:2], tokens["vectors"].shape[1]
-    given = {"inner": starts[0], "outer": starts[1], **tokens}
+    given = dict(zip(names, starts, strict=True)) | tokens
+    lasts = tuple(f"last_{name}" for name in names)
     shape = (sequences, memories, chunks)
-    made = {n: jax.ShapeDtypeStruct(of_inner.shape, jnp.float32) for n in ("inner", "outer")}
+    made = {n: jax.ShapeDtypeStruct(of_inner.shape, jnp.float32) for n in names}
     if "begins" in tokens:
         made |= {n: made["inner"] for n in FRESH}
-    made["vectors"] = jax.ShapeDtypeStruct((*shape, len(GRADIENTS), ROWS), jnp.float32)
+    made["vectors"] = jax.ShapeDtypeStruct((*shape, len(spec.gradients), ROWS), jnp.float32)
     for name in ("keys", "values", *(("queries",) if spec.read else ())):
         made[name] = jax.ShapeDtypeStruct((spec.parts, *shape, ROWS, ROWS), jnp.bfloat16)
     running = spec.read not in (None, "anchor")
     first = {"keys": "keys", "values": "third", "vectors": "vectors"}
-    first |= {"inner": "inner", "outer": "outer"} | ({"queries": "first"} if running else {})
+    first |= {name: name for name in names} | ({"queries": "first"} if running else {})
 
     def body(*arguments, **smem):
-        names = (*given, "last_inner", "last_outer")
-        refs = dict(zip(names, arguments[: len(names)], strict=True))
-        outs = dict(zip(made, arguments[len(names) :], strict=True))
+        count = len(given) + len(lasts)
+        refs = dict(zip((*given, *lasts), arguments[:count], strict=True))
+        outs = dict(zip(made, arguments[count:], strict=True))
         sequence, memory = where()
         on = Warpgroup(spec.parts, bool(spec.interpret))
 
@@ -122,17 +122,17 @@ def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> 
 
             chunk = Step(spec, cell, smem, get, out, {})
             backs = pull(chunk, backs)
-            for j, name in enumerate(GRADIENTS):
-                if name in chunk.vectors:
-                    outs["vectors"][sequence, memory, at, j] = chunk.vectors[name]
+            for j, name in enumerate(spec.gradients):
+                zero = 0.0 * chunk.vectors["rate"]
+                outs["vectors"][sequence, memory, at, j] = chunk.vectors.get(name, zero)
             return before_start(on, refs, outs, (sequence, memory), at, backs)
 
         for name in FRESH:
             if name in outs:
                 outs[name][sequence, memory] = on.full(0.0, ROWS)
-        last = load(on, refs, ("last_inner", "last_outer"), (sequence, memory))
+        last = load(on, refs, lasts, (sequence, memory))
         backs = lax.fori_loop(0, chunks, step, last)
-        for name, back in zip(("inner", "outer"), backs, strict=True):
+        for name, back in zip(names, backs, strict=True):
             outs[name][sequence, memory] = back
         plgpu.wait_smem_to_gmem(0)
 
@@ -148,55 +148,60 @@ def backward(spec: Spec, tokens: dict[str, Any], starts, of_inner, of_outer) -> 
         name="mlp_memory_backward",
         interpret=spec.interpret,
     )
-    return dict(zip(made, kernel(*given.values(), of_inner, of_outer), strict=True))
+    return dict(zip(made, kernel(*given.values(), *cotangents), strict=True))
 
 
 def before_start(on: Warpgroup, refs, outs, index, at, backs):
-    """The cotangents of V and U before a chunk, which may be the first of a document."""
+    """The cotangents of the matrices before a chunk, which may be the first of a document."""
     begin = begins(refs, index[0], at)
     if begin is None:
         return backs
 
     @pl.when(begin)
     def _():
-        for name, back in zip(FRESH, backs, strict=True):
+        for name, back in zip(FRESH, backs[:2], strict=True):
             outs[name][index] = on.load(outs[name].at[index]) + back
 
-    zero = on.full(0.0, ROWS)
-    return lax.cond(begin, lambda: (zero, zero), lambda: backs)
+    zeros = (on.full(0.0, ROWS),) * len(backs)
+    return lax.cond(begin, lambda: zeros, lambda: backs)
 
 
 def pull(step: Step, backs):
-    """One chunk backward: gives the gradients of its tokens, returns those of V and U before it.
+    """One chunk backward: gives its tokens' gradients, returns those of the matrices before it.
 
     Tiles: "first" holds the queries, H, the queries again, at last the values; "second" G, the
     cotangent of the reads, G again and its cotangent; "third" the values, s(V q), the cotangent of
     V and that of the keys; "fourth" that of U and that of H; "fifth" s'(V q), the cotangent of V q
     and the keys' gradient on its way out.
     """
-    cell, smem = step.cell, step.smem
-    on, (of_inner, of_outer) = cell.on, backs
-    work = tuple(smem[f"work{i}"] for i in range(4))
+    spec, cell, smem = step.spec, step.cell, step.smem
+    on, delta, (of_inner, of_outer) = cell.on, spec.delta, spec.each(backs)
+    states = spec.each(smem[name] for name in spec.matrices)
+    work = tuple(smem[f"work{i}"] for i in range(7) if f"work{i}" in smem)
+    carried = lambda state, tile: Carried(  # noqa: E731
+        state, (smem[tile], smem["sixth"]) if spec.momentum else smem[tile], work
+    )
     norms = cell.write(smem["third"], work[2])
-    inner, outer = cell.chunks(norms, smem["first"], read=step.spec.read)
+    inner, outer = cell.chunks(norms, smem["first"], read=spec.read)
     if inner.read:
         inner = inner._replace(queries=smem["first"])
-        total = gpu_chunk.solve(inner, cell.inner, work)
-        seen, slope = gelu_and_slope(gpu_chunk.read(inner, cell.inner, total, work[1]))
+        total = delta.solve(inner, states[0], work)
+        seen, slope = gelu_and_slope(delta.read(inner, states[0], total, work[1]))
         on.put(smem["third"], seen)
         on.put(smem["fifth"], slope)
         step.get("of_reads", "second")
         outer = outer._replace(queries=smem["third"], of_reads=smem["second"])
     on.put(smem["first"], gelu(cell.before()))
-    held = gpu_chunk.Carried(cell.outer, smem["fourth"], work)
-    of_outer = gpu_chunk.pull(outer, held, of_outer, _outer_gradients(step, norms))
+    held = carried(states[1], "fourth")
+    of_outer = delta.pull(outer, held, of_outer, _outer_gradients(step, norms))
     if inner.read:
         step.get("queries", "first")
         cell.fill_steep()
         inner = inner._replace(of_reads=smem["fifth"])
-    held = gpu_chunk.Carried(cell.inner, smem["third"], work)
-    of_inner = gpu_chunk.pull(inner, held, of_inner, _inner_gradients(step, norms))
-    if step.spec.read == "anchor":
+    held = carried(states[0], "third")
+    of_inner = delta.pull(inner, held, of_inner, _inner_gradients(step, norms))
+    of_inner, of_outer, *rest = spec.together(of_inner, of_outer)
+    if spec.read == "anchor":
         of_inner, of_outer = _pull_anchor(step, of_inner, of_outer, work)
     if cell.rule.values == "self":
         step.get("values", "first")
@@ -206,7 +211,8 @@ def pull(step: Step, backs):
         target = {"keys": "fifth", "values": "work0"}[name]
         step.out(name, value, target)
 
-    return pull_write(cell, norms, of, (of_inner, of_outer), smem["first"], work, give)
+    both = pull_write(cell, norms, of, (of_inner, of_outer), smem["first"], work, give)
+    return (*both, *rest)
 
 
 def _pull_anchor(step: Step, of_inner, of_outer, work):

@@ -24,8 +24,7 @@ _LEAST = 1e-12  # of a squared norm
 # Numbers of a token, as those of the delta rule's kernel; "erase" is that of the inner matrix and
 # "size" the squared norm of its key.
 VECTORS = ("rate", "erase", "size", "at", "before", "tail", "total")
-GRADIENTS = (*VECTORS, "pairs")
-_SUMS = ("at", "before", "tail", "total")
+_OWN = ("rate", "erase", "size")  # the others are those of both delta rules
 
 
 def _share(z):
@@ -113,7 +112,9 @@ class Cell(NamedTuple):
       outer: U at the chunk's start.
       error: takes E.
       steep: takes G.
-      vectors: each of `VECTORS`.
+      vectors: each of `VECTORS`, with momentum those of `gpu_momentum`, too.
+      theta: with momentum a tile that its delta rules fill, as the next.
+      written: see `theta`.
     """
 
     on: Warpgroup
@@ -124,6 +125,8 @@ class Cell(NamedTuple):
     error: Any
     steep: Any
     vectors: dict[str, Any]
+    theta: Any = None
+    written: Any = None
 
     def scaled(self, vector, matrix):
         """Rows times numbers; None is one."""
@@ -174,7 +177,8 @@ class Cell(NamedTuple):
     def chunks(self, norms: Norms, hidden, *, read: str | None) -> tuple[Chunk, Chunk]:
         """The delta rules of V and U, without queries; `hidden` holds H."""
         on, rule = self.on, self.rule
-        sums = {name: self.vectors[name] for name in _SUMS}
+        sums = {name: vector for name, vector in self.vectors.items() if name not in _OWN}
+        tiles = {"theta": self.theta, "written": self.written}
         rate = on.vector(self.vectors["rate"])
         rates = [rate if clip is None else rate * clip for clip in self.clips(norms)]
         running = None if read == "anchor" else read
@@ -184,8 +188,8 @@ class Cell(NamedTuple):
         )
         erases_inner, erases_outer = erases_of(rule)
         return (
-            Chunk(on, True, erases_inner, running, self.keys, self.steep, inner),
-            Chunk(on, True, erases_outer, running, hidden, self.error, outer),
+            Chunk(on, True, erases_inner, running, self.keys, self.steep, inner, **tiles),
+            Chunk(on, True, erases_outer, running, hidden, self.error, outer, **tiles),
         )
 
 

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.delta_rule import gpu_chunk
+from pallas_kernels.delta_rule import gpu_chunk, gpu_momentum
 from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, scratch_bytes, tile, where
 from pallas_kernels.mlp_memory.gpu_cell import VECTORS, Cell, gelu, predict
 from pallas_kernels.mlp_memory.types import Rule
 
+MATRICES = ("inner", "outer", "inner_momentum", "outer_momentum")
 FRESH = ("fresh_inner", "fresh_outer")
 _WORK = ("work0", "work1", "work2", "work3")
+_MORE_WORK = tuple(f"work{i}" for i in range(4, gpu_momentum.WORK))
 _TOKENS = ("keys", "values", "vectors", "queries")
 _FORWARD = ("keys", "values", "queries", "inner", "outer", "error", "steep", "hidden", "out")
 # Where a tile holds one thing after another, the backward pass says so.
@@ -37,12 +39,48 @@ class Spec(NamedTuple):
       rule: see `Rule`.
       read: that of the rule, or None for no reads.
       interpret: parameters of Mosaic GPU's interpreter, or False.
+      momentum: whether the memory has one.
     """
 
     parts: int
     rule: Rule
     read: str | None
     interpret: Any = False
+    momentum: bool = False
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """What a memory is, by name: V and U, with momentum also S of both."""
+        return MATRICES if self.momentum else MATRICES[:2]
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The numbers of a token, by name."""
+        return (*VECTORS, *gpu_momentum.VECTORS) if self.momentum else VECTORS
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """What the backward kernel gives for them."""
+        more = gpu_momentum.GRADIENTS if self.momentum else ()
+        return (*VECTORS, "pairs", *more)
+
+    @property
+    def delta(self) -> Any:
+        """The module of the delta rule that both matrices follow."""
+        return gpu_momentum if self.momentum else gpu_chunk
+
+    def each(self, matrices: Any) -> tuple[Any, Any]:
+        """Of `matrices` what the delta rules of V and of U take, with momentum pairs."""
+        matrices = tuple(matrices)
+        if not self.momentum:
+            return matrices
+        return matrices[0::2], matrices[1::2]
+
+    def together(self, inner: Any, outer: Any) -> tuple[Any, ...]:
+        """The inverse of `each`."""
+        if not self.momentum:
+            return inner, outer
+        return inner[0], outer[0], inner[1], outer[1]
 
     @property
     def dtype(self) -> Any:
@@ -53,9 +91,12 @@ class Spec(NamedTuple):
 def scratch(spec: Spec, *, backward: bool) -> dict[str, Any]:
     """The shared memory of one block: tiles by name, and the vectors of a chunk."""
     names = _BACKWARD if backward else (*_FORWARD, *_WORK[:2])
+    if spec.momentum:
+        names = (*names, *MATRICES[2:], "theta", "written")
+        names = (*names, "sixth", *_MORE_WORK) if backward else names
     unread = () if backward or spec.read else ("queries", "out")
     tiles = {n: tile(ROWS, ROWS, parts=spec.parts) for n in names if n not in unread}
-    return tiles | {"vectors": plgpu.SMEM((len(VECTORS), ROWS), jnp.float32)}
+    return tiles | {"vectors": plgpu.SMEM((len(spec.vectors), ROWS), jnp.float32)}
 
 
 def shared_bytes(spec: Spec, *, backward: bool) -> int:
@@ -70,7 +111,7 @@ def fetch(spec: Spec, refs, smem, here, names: dict[str, str], barrier) -> None:
         if name == "vectors":
             plgpu.copy_gmem_to_smem(refs[name].at[sequence, at], smem[target], barrier)
             continue
-        index = (sequence, memory, at) if name in ("inner", "outer") else (sequence, at)
+        index = (sequence, memory, at) if name in MATRICES else (sequence, at)
         for part in range(spec.parts):
             source = refs[name].at[(part, *index)]
             plgpu.copy_gmem_to_smem(source, smem[target].at[part], barrier)
@@ -97,7 +138,9 @@ def cell_of(spec: Spec, smem, *, steep: str) -> Cell:
         outer=smem["outer"],
         error=smem["error"],
         steep=smem[steep],
-        vectors={name: smem["vectors"].at[i] for i, name in enumerate(VECTORS)},
+        vectors={name: smem["vectors"].at[i] for i, name in enumerate(spec.vectors)},
+        theta=smem.get("theta"),
+        written=smem.get("written"),
     )
 
 
@@ -111,7 +154,7 @@ def load(on: Warpgroup, refs, names, index):
     return tuple(on.load(refs[name].at[index]) for name in names)
 
 
-def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_states: bool):
+def forward(spec: Spec, tokens: dict[str, Any], matrices: Any, *, keep_states: bool):
     """Run the chunks of every sequence and memory.
 
     Args:
@@ -119,26 +162,25 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
       tokens: keys, values [P, S, N, 64, 64], vectors [S, N, 7, 64] and, where there are reads,
         queries [P, S, N, 64, 64], in P parts; with documents begins [S, N] and the weights that
         they begin with, fresh_inner and fresh_outer, as inner and outer.
-      inner: V [S, M, 64, 64], float32.
-      outer: U [S, M, 64, 64], float32.
+      matrices: `spec.matrices` [S, M, 64, 64], float32.
       keep_states: whether to give the chunks' starts for the backward pass.
 
     Returns:
-      A dict of inner and outer, those after the last token, reads [P, S, N, 64, 64] (of the last
-      memory to write them: there is one where there are reads) and the starts of_inner and of_outer
-      [P, S, M, N, 64, 64].
+      A dict of the matrices after the last token, by name, reads [P, S, N, 64, 64] (there is one
+      memory where there are reads) and the chunks' starts [P, S, M, N, 64, 64], by name with an s.
     """
     names: dict[str, str] = {n: n for n in _TOKENS if n in tokens}
-    (sequences, memories), chunks = inner.shape[:2], tokens["vectors"].shape[1]
-    made = {n: jax.ShapeDtypeStruct(inner.shape, jnp.float32) for n in ("inner", "outer")}
+    (sequences, memories), chunks = matrices[0].shape[:2], tokens["vectors"].shape[1]
+    starts = tuple(f"first_{name}" for name in spec.matrices)
+    made = {n: jax.ShapeDtypeStruct(matrices[0].shape, jnp.float32) for n in spec.matrices}
     if spec.read:
         made["reads"] = jax.ShapeDtypeStruct(tokens["keys"].shape, jnp.bfloat16)
     if keep_states:
         shape = (spec.parts, sequences, memories, chunks, ROWS, ROWS)
-        made |= {n: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n in ("inners", "outers")}
+        made |= {f"{n}s": jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n in spec.matrices}
 
     def body(*arguments, **smem):
-        given = (*tokens, "first_inner", "first_outer", *made)
+        given = (*tokens, *starts, *made)
         refs = dict(zip(given, arguments, strict=True))
         arrived, (sequence, memory) = smem.pop("arrived"), where()
         on = Warpgroup(spec.parts, bool(spec.interpret))
@@ -148,9 +190,10 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
             fetch(spec, refs, smem, (sequence, memory, at), names, arrived)
             begin = begins(refs, sequence, at)
             if begin is not None:
-                fresh = lambda: load(on, refs, FRESH, (sequence, memory))  # noqa: E731
+                zeros = (on.full(0.0, ROWS),) * (len(weights) - 2)
+                fresh = lambda: load(on, refs, FRESH, (sequence, memory)) + zeros  # noqa: E731
                 weights = lax.cond(begin, fresh, lambda w=weights: w)
-            for name, weight in zip(("inner", "outer"), weights, strict=True):
+            for name, weight in zip(spec.matrices, weights, strict=True):
                 on.put(smem[name], weight)
                 if keep_states:
                     send(spec, smem[name], refs[f"{name}s"], (sequence, memory, at))
@@ -161,9 +204,9 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
                 send(spec, smem["out"], refs["reads"], (sequence, at))
             return weights
 
-        first = load(on, refs, ("first_inner", "first_outer"), (sequence, memory))
+        first = load(on, refs, starts, (sequence, memory))
         last = lax.fori_loop(0, chunks, one_chunk, first)
-        for name, weight in zip(("inner", "outer"), last, strict=True):
+        for name, weight in zip(spec.matrices, last, strict=True):
             refs[name][sequence, memory] = weight
         plgpu.wait_smem_to_gmem(0)
 
@@ -176,11 +219,11 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
         name="mlp_memory_forward",
         interpret=spec.interpret,
     )
-    return dict(zip(made, kernel(*tokens.values(), inner, outer), strict=True))
+    return dict(zip(made, kernel(*tokens.values(), *matrices), strict=True))
 
 
 def step(spec: Spec, smem, weights):
-    """V and U after a chunk, and M(q), or None."""
+    """The matrices after a chunk, and M(q), or None."""
     cell = cell_of(spec, smem, steep="steep")
     on, work, found = cell.on, (smem["work0"], smem["work1"]), None
     norms = cell.write(smem["values"], smem["hidden"])
@@ -190,11 +233,13 @@ def step(spec: Spec, smem, weights):
         outer = outer._replace(queries=smem["values"])
     elif spec.read:  # at the anchor
         found = predict(on, smem["queries"], (cell.inner, cell.outer))
-    total = gpu_chunk.solve(inner, cell.inner, work)
+    delta, states = spec.delta, spec.each(smem[name] for name in spec.matrices)
+    of_inner, of_outer = spec.each(weights)
+    total = delta.solve(inner, states[0], work)
     if inner.read:  # the values are written by now
-        on.put(smem["values"], gelu(gpu_chunk.read(inner, cell.inner, total, work[1])))
-    of_inner = gpu_chunk.advance(inner, weights[0], total, work[0])
-    total = gpu_chunk.solve(outer, cell.outer, work)
+        on.put(smem["values"], gelu(delta.read(inner, states[0], total, work[1])))
+    of_inner = delta.advance(inner, of_inner, total, work[0])
+    total = delta.solve(outer, states[1], work)
     if outer.read:
-        found = on.get(smem["queries"]) + gpu_chunk.read(outer, cell.outer, total, work[1])
-    return (of_inner, gpu_chunk.advance(outer, weights[1], total, work[0])), found
+        found = on.get(smem["queries"]) + delta.read(outer, states[1], total, work[1])
+    return spec.together(of_inner, delta.advance(outer, of_outer, total, work[0])), found
