@@ -207,7 +207,7 @@ def _pull_read(chunk: Chunk, held: Carried, give):
     of_scores = chunk.table(of_scores, read=chunk.read)
     on.put(work[2], of_scores)
     if chunk.keep:
-        give("pairs", pull_pairs(chunk, of_scores * scores, work[3], read=chunk.read))
+        give("pairs", pull_pairs(on, of_scores * scores, work[3], read=chunk.read))
     of_queries = on.product((chunk.of_reads, held.state))
     if chunk.keep:
         when, columns = until(chunk), held.state.shape[-1]
@@ -242,17 +242,16 @@ def _pull_solve(chunk: Chunk, held: Carried, of_total, give):
     give("erase", jnp.sum(of_lower_overlaps, axis=1))
     if chunk.keep:
         pairs = chunk.rows("erase") * of_lower_overlaps
-        give("pairs", pull_pairs(chunk, pairs, work[0], read=None))
+        give("pairs", pull_pairs(on, pairs, work[0], read=None))
     on.put(work[0], chunk.table(chunk.rows("erase") * of_lower))
     return of_written
 
 
-def pull_pairs(chunk: Chunk, pairs, work, *, read):
+def pull_pairs(on: Warpgroup, pairs, work, *, read):
     """Of the logs of keep: the sums over pairs (i, t) with i < j < t (j <= t for "running").
 
     One product and no differences of sums: a keep of 1e-4 multiplies what they would lose.
     """
-    on = chunk.on
     on.put(work, pairs)
     earlier = on.masked(on.full(1.0, ROWS), lambda j, i: i < j)
     sums = on.product(((earlier.astype(jnp.bfloat16),), Flipped(work)))

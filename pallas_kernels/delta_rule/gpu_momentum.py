@@ -205,7 +205,7 @@ def _pull_read(chunk: Chunk, held: Carried, give):
         of_total = -on.product((Flipped(work[2]), chunk.of_reads))
         of_both = -on.product((chunk.of_reads, Flipped(work[1])))
         of_both = chunk.table(of_both, read=chunk.read)
-        give("pairs", pull_pairs(chunk, of_both * scores, work[5], read=chunk.read))
+        give("pairs", pull_pairs(on, of_both * scores, work[5], read=chunk.read))
         of_scores = of_scores + of_both
     on.put(work[2], of_scores)
     of_queries = chunk.decay(until(chunk)) * on.product((chunk.of_reads, held.state[0]))
@@ -231,7 +231,7 @@ def _pull_solve(chunk: Chunk, held: Carried, of_total, give):
     of_lower = -on.masked(of_lower, lambda t, i: i < t)
     kept = chunk.table(of_lower) * _overlaps(chunk)
     give("erase", jnp.sum(kept, axis=1))
-    give("pairs", pull_pairs(chunk, chunk.rows("erase") * kept, work[5], read=None))
+    give("pairs", pull_pairs(on, chunk.rows("erase") * kept, work[5], read=None))
     on.put(work[0], chunk.table(chunk.rows("erase") * of_lower))
     of_right = chunk.rows("erase") * of_right
     on.put(work[3], of_right)  # as it is, for two products
@@ -260,6 +260,6 @@ def _pull_left(chunk: Chunk, of_left, work, give, *, read):
     of_decays = on.product((work[0], Flipped(chunk.theta)))
     on.put(work[1], decays)
     of_theta = on.product((Flipped(work[1]), work[0]))
-    give("pairs", pull_pairs(chunk, of_decays * decays, work[1], read=read))
+    give("pairs", pull_pairs(on, of_decays * decays, work[1], read=read))
     of_theta = on.masked(of_theta * on.get(chunk.theta), lambda t, i: i <= t)
-    give("momentum_pairs", pull_pairs(chunk, of_theta, work[1], read="running"))
+    give("momentum_pairs", pull_pairs(on, of_theta, work[1], read="running"))

@@ -99,8 +99,8 @@ def mlp_memory(
     Raises:
       ValueError: a shape or choice that does not fit, with its value.
       NotImplementedError: "pallas_tpu" in float64, or on a TPU that does not compile it;
-        "pallas_gpu" in float64, with momentum in float32 or with a readout, `adaptive_query`, other
-        chunks than of 64 tokens and matrices of other than 64 x 64.
+        "pallas_gpu" in float64, in float32 with momentum, with `adaptive_query`, other chunks than
+        of 64 tokens and matrices of other than 64 x 64.
 
     Reference: Nested Learning (arXiv 2512.24695) eq. 79-93; spec C6.
     """

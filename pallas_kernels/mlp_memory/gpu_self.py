@@ -37,19 +37,17 @@ from pallas_kernels.mlp_memory.gpu_forward import (
     send,
 )
 
-_MATRICES = ("inner", "outer")
-
 
 def scratch(spec: Spec, *, backward: bool) -> dict[str, Any]:
     """As that of a single memory, and a vector more."""
     made = gpu_forward.scratch(spec, backward=backward)
-    return made | {"vectors": plgpu.SMEM((len(VECTORS) + 1, ROWS), jnp.float32)}
+    return made | {"vectors": plgpu.SMEM((len(spec.vectors) + 1, ROWS), jnp.float32)}
 
 
 def _context(spec: Spec, on, smem, refs, sequence, begin, values):
     """The context whose inputs are in the tiles "keys" and `values`."""
     readout = {n: refs["readout"].at[sequence, i] for i, n in enumerate(READOUT)}
-    matrices, held = (smem["inner"], smem["outer"]), smem["vectors"].at[len(VECTORS)]
+    matrices, held = (smem["inner"], smem["outer"]), smem["vectors"].at[len(spec.vectors)]
     return Context(on, spec.rule, smem["keys"], smem[values], matrices, readout, held, begin)
 
 
@@ -68,64 +66,68 @@ def _store(refs, names, index, values):
         refs[name][index] = value
 
 
-def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_states: bool):
+def forward(spec: Spec, tokens: dict[str, Any], matrices: Any, *, keep_states: bool):
     """Run the chunks of every sequence.
 
     Args:
       spec: see `Spec`; it reads.
       tokens: x_keys, x_values and queries [P, S, N, 64, 64] in P parts, readout [S, 4, 64]; with
-        documents begins [S, N] and the weights that they begin with, fresh_inner and fresh_outer.
-      inner: V [S, 5, 64, 64], float32.
-      outer: U [S, 5, 64, 64], float32.
+        documents begins [S, N] and the weights that they begin with, fresh_inner and fresh_outer;
+        with momentum the log sums of it, momentum [S, N, 3, 64].
+      matrices: `spec.matrices` [S, 5, 64, 64], float32.
       keep_states: whether to give what the backward pass needs.
 
     Returns:
-      A dict of inner and outer, those after the last token, reads [P, S, N, 64, 64], and for the
-      backward pass the chunks' starts inners and outers [P, S, 5, N, 64, 64] and their context:
-      keys and values, as the reads are, and vectors [S, N, 8, 64], the last of no use.
+      A dict of the matrices after the last token, by name, reads [P, S, N, 64, 64], and for the
+      backward pass the chunks' starts [P, S, 5, N, 64, 64], by name with an s, and their context:
+      keys and values, as the reads are, and vectors [S, N, .., 64], the last of no use.
     """
-    (sequences, memories), shape = inner.shape[:2], tokens["x_keys"].shape
-    made = {n: jax.ShapeDtypeStruct(inner.shape, jnp.float32) for n in _MATRICES}
+    (sequences, memories), shape = matrices[0].shape[:2], tokens["x_keys"].shape
+    starts = tuple(f"first_{name}" for name in spec.matrices)
+    made = {n: jax.ShapeDtypeStruct(matrices[0].shape, jnp.float32) for n in spec.matrices}
     made["reads"] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     if keep_states:
         stored = (spec.parts, sequences, memories, *shape[2:])
-        made |= {n: jax.ShapeDtypeStruct(stored, jnp.bfloat16) for n in ("inners", "outers")}
+        made |= {f"{n}s": jax.ShapeDtypeStruct(stored, jnp.bfloat16) for n in spec.matrices}
         made |= {n: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for n in ("keys", "values")}
-        numbers = (sequences, shape[2], len(VECTORS) + 1, ROWS)
+        numbers = (sequences, shape[2], len(spec.vectors) + 1, ROWS)
         made["vectors"] = jax.ShapeDtypeStruct(numbers, jnp.float32)
     inputs = {"x_keys": "keys", "x_values": "values", "queries": "queries"}
 
     def body(*arguments, **smem):
-        names = (*tokens, "first_inner", "first_outer", *made)
+        names = (*tokens, *starts, *made)
         refs = dict(zip(names, arguments, strict=True))
         arrived, (sequence, _) = smem.pop("arrived"), where()
         on = Warpgroup(spec.parts, bool(spec.interpret))
 
         def begin(memory, at):
-            weights = load(on, refs, _MATRICES, (sequence, memory))
+            weights = load(on, refs, spec.matrices, (sequence, memory))
             if keep_states:
                 plgpu.wait_smem_to_gmem(0)  # the copies of the memory before
-            for name, weight in zip(_MATRICES, weights, strict=True):
+            for name, weight in zip(spec.matrices, weights, strict=True):
                 on.put(smem[name], weight)
             return weights
 
         def write(memory, at, read):
             weights = begin(memory, at)
             if keep_states:
-                for name in _MATRICES:
+                for name in spec.matrices:
                     send(spec, smem[name], refs[f"{name}s"], (sequence, memory, at))
             weights, found = gpu_forward.step(spec._replace(read=read), smem, weights)
-            _store(refs, _MATRICES, (sequence, memory), weights)
+            _store(refs, spec.matrices, (sequence, memory), weights)
             return found
 
         def one_chunk(at, nothing):
             plgpu.wait_smem_to_gmem(0)
             fetch(spec, refs, smem, (sequence, 0, at), inputs, arrived)
+            if spec.momentum:
+                rows = smem["vectors"].at[pl.ds(len(VECTORS), 3)]
+                plgpu.copy_gmem_to_smem(refs["momentum"].at[sequence, at], rows, arrived)
             begin_document = begins(refs, sequence, at)
             if begin_document is not None:
                 pl.when(begin_document)(lambda: copy(FRESH))
             plgpu.barrier_wait(arrived)
-            vectors = {name: smem["vectors"].at[i] for i, name in enumerate(VECTORS)}
+            vectors = {name: smem["vectors"].at[i] for i, name in enumerate(spec.vectors)}
             context = _context(spec, on, smem, refs, sequence, partial(begin, at=at), "values")
             generate(context, smem["keys"], smem["values"], vectors)
             plgpu.commit_smem()
@@ -141,11 +143,13 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
         def copy(names):
             def one(memory):
                 index = (sequence, memory)
-                _store(refs, _MATRICES, index, load(on, refs, names, index))
+                first = load(on, refs, names, index)
+                first = first + (on.full(0.0, ROWS),) * (len(spec.matrices) - len(first))
+                _store(refs, spec.matrices, index, first)
 
             _each(memories, one)
 
-        copy(("first_inner", "first_outer"))
+        copy(starts)
         lax.fori_loop(0, shape[2], one_chunk, 0)
         plgpu.wait_smem_to_gmem(0)
 
@@ -154,47 +158,47 @@ def forward(spec: Spec, tokens: dict[str, Any], inner: Any, outer: Any, *, keep_
         (sequences, 1),
         [*made.values()],
         scratch(spec, backward=False)
-        | {"arrived": plgpu.Barrier(num_arrivals=copies(spec, inputs))},
+        | {"arrived": plgpu.Barrier(num_arrivals=copies(spec, inputs) + spec.momentum)},
         name="self_modifying_forward",
         interpret=spec.interpret,
     )
-    return dict(zip(made, kernel(*tokens.values(), inner, outer), strict=True))
+    return dict(zip(made, kernel(*tokens.values(), *matrices), strict=True))
 
 
-def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner, of_outer):
+def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], cotangents: Any):
     """Pull cotangents back through `forward`, from the last chunk to the first.
 
     Args:
       spec: see `Spec`.
       tokens: those of `forward` and of_reads [P, S, N, 64, 64].
-      kept: of `forward`: inners, outers, keys, values and vectors.
-      of_inner: of V after the last token, [S, 5, 64, 64], float32.
-      of_outer: of U.
+      kept: of `forward`: the starts, keys, values and vectors.
+      cotangents: of the matrices after the last token, [S, 5, 64, 64], float32.
 
     Returns:
       A dict of x_keys, x_values and queries (but for the first term of the reads), in parts
       [P, S, N, 64, 64]; of rate and keep, in parts, whose sums over tokens are the gradients of the
-      readout's weights, gates [S, N, 2, 64], whose sums are those of its biases; inner, outer; with
-      documents fresh_inner and fresh_outer.
+      readout's weights, gates [S, N, 3, 64], whose sums are those of its biases, but the last,
+      which is of the logs of momentum; the matrices; with documents fresh_inner and fresh_outer.
     """
+    of_inner, lasts = cotangents[0], tuple(f"last_{name}" for name in spec.matrices)
     (sequences, memories), shape = of_inner.shape[:2], tokens["x_keys"].shape
-    given = {"inner": kept["inners"], "outer": kept["outers"], **tokens}
+    given = {name: kept[f"{name}s"] for name in spec.matrices} | tokens
     given |= {name: kept[name] for name in ("keys", "values", "vectors")}
-    made = {n: jax.ShapeDtypeStruct(of_inner.shape, jnp.float32) for n in _MATRICES}
+    made = {n: jax.ShapeDtypeStruct(of_inner.shape, jnp.float32) for n in spec.matrices}
     if "begins" in tokens:
         made |= {n: made["inner"] for n in FRESH}
     square = jax.ShapeDtypeStruct((sequences, ROWS, ROWS), jnp.float32)
     made |= {"of_keys": square, "of_values": square}  # of the chunk that is being pulled
     for name in ("x_keys", "x_values", "queries", "rate", "keep"):
         made[name] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    made["gates"] = jax.ShapeDtypeStruct((sequences, shape[2], 2, ROWS), jnp.float32)
+    made["gates"] = jax.ShapeDtypeStruct((sequences, shape[2], 3, ROWS), jnp.float32)
     first = {"keys": "keys", "values": "third", "vectors": "vectors"}
-    first |= {"inner": "inner", "outer": "outer", "queries": "first"}
+    first |= {name: name for name in (*spec.matrices, "queries")} | {"queries": "first"}
 
     def body(*arguments, **smem):
-        names = (*given, "last_inner", "last_outer")
-        refs = dict(zip(names, arguments[: len(names)], strict=True))
-        outs = dict(zip(made, arguments[len(names) :], strict=True))
+        count = len(given) + len(lasts)
+        refs = dict(zip((*given, *lasts), arguments[:count], strict=True))
+        outs = dict(zip(made, arguments[count:], strict=True))
         on, (sequence, _) = Warpgroup(spec.parts, bool(spec.interpret)), where()
 
         def get(name, tile, memory, at):
@@ -224,8 +228,8 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
                 partial(out, at=at, add=read is None),
                 {},
             )
-            backs = gpu_backward.pull(step, load(on, outs, _MATRICES, (sequence, memory)))
-            _store(outs, _MATRICES, (sequence, memory), backs)
+            backs = gpu_backward.pull(step, load(on, outs, spec.matrices, (sequence, memory)))
+            _store(outs, spec.matrices, (sequence, memory), backs)
             return step.vectors
 
         def generated(at, vectors):
@@ -234,7 +238,7 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
             get("x_values", "first", 0, at)
 
             def begin(memory):
-                for name in _MATRICES:
+                for name in spec.matrices[:2]:
                     get(name, name, memory, at)
 
             def pull(memory, of_said):
@@ -242,22 +246,24 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
                 on.put(smem["second"], of_said)
                 matrices, work = (smem["inner"], smem["outer"]), (smem["work0"], smem["work1"])
                 *more, of_input = pull_predict(on, tile, matrices, smem["second"], work)
-                backs = load(on, outs, _MATRICES, (sequence, memory))
+                backs = load(on, outs, spec.matrices[:2], (sequence, memory))
                 backs = tuple(a + b for a, b in zip(backs, more, strict=True))
-                _store(outs, _MATRICES, (sequence, memory), backs)
+                _store(outs, spec.matrices[:2], (sequence, memory), backs)
                 return of_input + on.get(smem["second"])
 
             def give(name, value, of_logit=None):
                 tile = {"rate": "work2", "keep": "work3", "x_keys": "fifth"}.get(name, "fourth")
-                out(name, value, tile, at, False)
+                if value is not None:
+                    out(name, value, tile, at, False)
                 if of_logit is not None:
-                    outs["gates"][sequence, at, ("rate", "keep").index(name)] = of_logit
+                    index = ("rate", "keep", "momentum").index(name)
+                    outs["gates"][sequence, at, index] = of_logit
 
-            numbers = {name: smem["vectors"].at[i] for i, name in enumerate(VECTORS)}
+            numbers = {name: smem["vectors"].at[i] for i, name in enumerate(spec.vectors)}
             context = _context(spec, on, smem, refs, sequence, begin, "first")
             of_keys, of_values = load(on, outs, ("of_keys", "of_values"), sequence)
             of = Cotangents(of_keys, of_values, vectors)
-            pull_generate(context, of, smem["third"], numbers, pull, give)
+            pull_generate(context, of, smem["third"], numbers, smem["work1"], pull, give)
 
         def one_chunk(i, nothing):
             at = shape[2] - 1 - i
@@ -273,19 +279,20 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
                 pl.when(begin)(lambda: _each(memories, start_document))
             return nothing
 
-        zeros = (on.full(0.0, ROWS),) * 2
+        zeros = (on.full(0.0, ROWS),) * len(spec.matrices)
 
         def start_document(memory):
             index = (sequence, memory)
-            backs, before = (load(on, outs, names, index) for names in (_MATRICES, FRESH))
+            both = (spec.matrices[:2], FRESH)
+            backs, before = (load(on, outs, names, index) for names in both)
             _store(outs, FRESH, index, (a + b for a, b in zip(backs, before, strict=True)))
-            _store(outs, _MATRICES, index, zeros)
+            _store(outs, spec.matrices, index, zeros)
 
         def begin_with(memory):
             index = (sequence, memory)
-            _store(outs, _MATRICES, index, load(on, refs, ("last_inner", "last_outer"), index))
+            _store(outs, spec.matrices, index, load(on, refs, lasts, index))
             if "begins" in tokens:
-                _store(outs, FRESH, index, zeros)
+                _store(outs, FRESH, index, zeros[:2])
 
         _each(memories, begin_with)
         lax.fori_loop(0, shape[2], one_chunk, 0)
@@ -303,4 +310,4 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], of_inner,
         name="self_modifying_backward",
         interpret=spec.interpret,
     )
-    return dict(zip(made, kernel(*given.values(), of_inner, of_outer), strict=True))
+    return dict(zip(made, kernel(*given.values(), *cotangents), strict=True))

@@ -54,7 +54,7 @@ def mlp_memory_pallas_gpu(
     Raises:
       NotImplementedError: what the kernel does not take, with the reason.
     """
-    parts = _check(start, tokens, readout, rule, chunk_size)
+    parts = _check(start, tokens, rule, chunk_size)
     length = tokens.keys.shape[-1]
     whole = length // ROWS * ROWS
     last, reads = start, None
@@ -76,7 +76,7 @@ def mlp_memory_pallas_gpu(
     return after, last
 
 
-def _check(start: FastWeights, tokens: Tokens, readout, rule: Rule, chunk_size: int) -> int:
+def _check(start: FastWeights, tokens: Tokens, rule: Rule, chunk_size: int) -> int:
     """The bfloat16 parts of a matrix, if the kernel takes the call."""
     *_, f, d = start.inner.shape
     other = "use implementation='xla'"
@@ -103,8 +103,6 @@ def _check(start: FastWeights, tokens: Tokens, readout, rule: Rule, chunk_size: 
             f"registers of a thread before any work; {other}"
         )
     momentum = start.inner_momentum is not None
-    if momentum and readout is not None:
-        raise NotImplementedError(f"the GPU kernel has no momentum with a readout: {other}")
     needed = shared_bytes(Spec(parts, rule, "running", momentum=momentum), backward=True)
     if needed > SMEM_LIMIT:
         raise NotImplementedError(

@@ -46,8 +46,8 @@ def test_mistakes_are_named(capsys):
     "make",
     [
         kernels.gated_delta_rule,
-        kernels.without_momentum,
-        functools.partial(kernels.without_momentum, given=True),
+        kernels.bfloat16_memory,
+        functools.partial(kernels.bfloat16_memory, given=True),
     ],
 )
 def test_a_workload_that_every_implementation_takes(make):

@@ -109,26 +109,27 @@ CASES = {
         "memories": 2,
         "documents": True,
     },
-    "momentum, two chunks": {
-        "rule": Rule(read="running"),
-        "length": 128,
-        "documents": True,
-        "momentum": True,
-    },
+    "momentum, nothing erased": {"rule": Rule(dgd="none"), "momentum": True},
     "nothing erased, clipped or read": {
         "rule": Rule(dgd="functional", inner_clip=None),
         "queries": False,
     },
-    "self-modifying, two chunks and three tokens": {
+    "self-modifying, momentum, two chunks": {
         "rule": Rule(erase="implicit", read="running", max_rate=0.5),
-        "length": 131,
+        "length": 128,
         "readout": True,
         "documents": True,
+        "momentum": True,
     },
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = [
+    pytest.param(n, marks=pytest.mark.slow if c.get("readout") else ()) for n, c in CASES.items()
+]
+
+
+@pytest.mark.parametrize("case", SLOW)
 def test_forward_and_backward_are_the_recurrence(case, interpreted):
     given = arguments(**CASES[case])
     found, expected = results(given, "pallas_gpu"), results(given, "reference")
@@ -191,7 +192,6 @@ def refusal(**changes):
     [
         ({"readout": True, "memories": 6, "rule": Rule(adaptive_query=True)}, "no queries"),
         ({"momentum": True}, "float32 tokens without momentum only: with it 365568 bytes"),
-        ({"momentum": True, "readout": True, "memories": 5}, "no momentum with a readout"),
         ({"chunk_size": 32}, "solves chunks of 64 tokens, a warpgroup's tile, not 32"),
         ({"f": 128}, "64 x 64, not 128 x 64: these take 458752 of a block's 232448"),
     ],
@@ -233,6 +233,7 @@ SPILLED = {
     ("mlp_memory with momentum", "bfloat16"): (2600, 6800),
     ("self_modifying", "bfloat16"): (1100, 4000),
     ("self_modifying", "float32"): (1900, 5000),
+    ("self_modifying with momentum", "bfloat16"): (3200, 8000),
 }
 
 
@@ -266,6 +267,8 @@ def test_documents_compile_ahead_of_time(readout):
 def test_on_a_gpu(case, dtype):
     """2,048 tokens, forward and backward, against the recurrence."""
     gpu.required()
+    if dtype == "float32" and CASES.get(case, {}).get("momentum"):
+        pytest.skip("float32 tokens with momentum do not fit the shared memory")
     given = arguments(**CASES.get(case, {}) | {"batch": (2,), "length": 2048, "dtype": dtype})
     given |= HARD.get(case, lambda given: {})(given)
     found, expected = results(given, "pallas_gpu"), results(given, "reference")
