@@ -9,6 +9,7 @@ no run of a vector along a tile: there the same operands are multiplied by jnp (
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a tile: what one warpgroup multiplies at once
 SMEM_LIMIT = 227 * 1024  # bytes of shared memory that a block may have on Hopper (sm90)
+_COMPILER = 1024  # bytes of it for barriers
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
@@ -48,6 +50,48 @@ def split(value: Any, parts: int) -> tuple[Any, ...]:
     if parts == 1:
         return (high,)
     return high, (value - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def as_tiles(array: Any, dtype: Any) -> Any:
+    """[S, features, T] -> [S, N, 64, features] in the dtype that it came in."""
+    array = jnp.swapaxes(array, -1, -2).astype(dtype)
+    return array.reshape(array.shape[0], -1, ROWS, array.shape[-1])
+
+
+def as_parts(array: Any, parts: int) -> Any:
+    """An array as the sum of `parts` bfloat16 ones, [P, ...]."""
+    return jnp.stack(split(array, parts))
+
+
+def summed(parts: Any, dtype: Any) -> Any:
+    """What `as_parts` made parts of."""
+    return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(dtype)
+
+
+def scratch_bytes(scratch: dict[str, Any]) -> int:
+    """Bytes of shared memory of a block: its scratch, aligned, and the compiler's own."""
+    sizes = (math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in scratch.values())
+    return sum(-(-size // 1024) * 1024 for size in sizes) + _COMPILER
+
+
+def launch(body: Callable, grid: tuple[int, int], outputs: Any, scratch: Any, *, name, interpret):
+    """A kernel of one warpgroup for each (sequence, block); see `where`."""
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        grid=grid,
+        grid_names=("sequence", "block"),
+        scratch_types=scratch,
+        # sums along rows stay in a warp: they need no shared memory
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        interpret=interpret,
+        kernel_name=name,
+    )
+
+
+def where() -> Any:
+    """The sequence and the block of it that this block of threads works on."""
+    return lax.axis_index("sequence"), lax.axis_index("block")
 
 
 class Warpgroup(NamedTuple):
@@ -99,26 +143,31 @@ class Warpgroup(NamedTuple):
 
         return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
 
-    def vector(self, ref: Any) -> Any:
-        """A vector [64] in shared memory, as a sum along rows is."""
-        if self.interpret:
-            return ref[...]
-        return _load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+    def vector(self, given: Any) -> Any:
+        """A vector [64], a value or in shared memory, as a sum along rows is."""
+        return self._vector(given, 0)
 
-    def along_rows(self, ref: Any, columns: int) -> Any:
-        """A vector [64] in shared memory as a matrix [64, columns]: one number a row."""
-        return self._spread(ref, columns, 0)
+    def along_rows(self, given: Any, columns: int) -> Any:
+        """A vector [64], a value or in shared memory, as [64, columns]: one number a row."""
+        return self._spread(given, columns, 0)
 
     def along_columns(self, ref: Any) -> Any:
-        """A vector [64] as a matrix [64, 64]: one number a column."""
+        """A vector [64] in shared memory as a matrix [64, 64]: one number a column."""
         return self._spread(ref, ROWS, 1)
 
-    def _spread(self, ref, columns, axis):
-        shape = (ROWS, columns)
-        if self.interpret:
-            return lax.broadcast_in_dim(ref[...], shape, (axis,))
-        vector = _load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
-        return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), plgpu.Layout.WGMMA)
+    def sums(self, value: Any, held: Any, keep: Callable) -> Any:
+        """Of a vector [64] the sums over j with `keep(i, j)`; `held`, 64 floats, holds it."""
+        held[...] = value
+        return jnp.sum(self.masked(self.along_columns(held), keep), axis=1)
+
+    def _vector(self, given, axis):
+        if self.interpret or isinstance(given, jax.Array):
+            return given[...]
+        return _load(given, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+
+    def _spread(self, given, columns, axis):
+        value = lax.broadcast_in_dim(self._vector(given, axis), (ROWS, columns), (axis,))
+        return value if self.interpret else plgpu.layout_cast(value, plgpu.Layout.WGMMA)
 
     def load(self, ref: Any) -> Any:
         """A float32 matrix of global memory."""

@@ -11,7 +11,7 @@ profiler's, and `roofline` the least time it could take as a fraction of that.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-DELTA_RULE = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+DELTA_RULE = MLP_MEMORY = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 class Workload(NamedTuple):
@@ -127,7 +127,46 @@ def _mlp_memory(name: str, batch: int, heads: int, length: int, d: int, f: int, 
 
     # of two matrices and five memories: key, value, own input, error back (one), erasure, write, S
     flops = 2.0 * 5 * batch * heads * length * d * f * (2 * 6 + 1)
-    return Workload("mlp_memory", name, make, call, flops, ("reference", "xla", "pallas_tpu"))
+    return Workload("mlp_memory", name, make, call, flops, MLP_MEMORY)
+
+
+def bfloat16_memory(
+    name: str, batch: int, heads: int, length: int, d: int, *, given: bool = False
+) -> Workload:
+    """HOPE's self-modifying memories, tokens in bfloat16, chunks of 64: what all kernels take.
+
+    Args:
+      name: of the workload.
+      batch: sequences.
+      heads: of each.
+      length: tokens of each.
+      d: features and hidden units.
+      given: whether one memory a head learns a given context instead, without momentum.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.mlp_memory import mlp_memory
+
+    whole = _mlp_memory(name, batch, heads, length, d, d, 64)
+
+    def make(key):
+        arrays = whole.make(key)
+        arrays |= {n: arrays[n].astype(jnp.bfloat16) for n in ("keys", "values", "queries")}
+        if not given:
+            return arrays
+        del arrays["readout"]
+        gate, weights = arrays.pop("momentum"), arrays["initial"]
+        weights = weights._replace(inner_momentum=None, outer_momentum=None)
+        weights = jax.tree.map(lambda a: a[..., :1, :, :], weights)
+        return arrays | dict(initial=weights, rate=gate / 16, keep=0.99 + 0.01 * gate)
+
+    def call(arrays, implementation):
+        return mlp_memory(**arrays, chunk_size=64, implementation=implementation)
+
+    # of two matrices: key, value, error back (one), erasure, write, read
+    of_one = 2.0 * batch * heads * length * d * d * (2 * 5 + 1)
+    return whole._replace(make=make, call=call, flops=of_one if given else whole.flops)
 
 
 def _selective_scan(name: str, batch: int, length: int, channels: int, states: int) -> Workload:
@@ -197,6 +236,8 @@ def workloads(scale: str) -> list[Workload]:
     made = [_delta_rule(f"L{n} d128 chunk 64", 8, 16, n, 128, 64) for n in (4096, 16384)]
     made += [gated_delta_rule(f"L{n} d128 gated", 8, 16, n, 128) for n in (4096, 16384)]
     made += [_mlp_memory("340m chunk 64", 8, 16, 4096, 64, 64, 64)]
+    made += [bfloat16_memory("340m bfloat16", 8, 16, 4096, 64)]
+    made += [bfloat16_memory("340m given context", 8, 16, 4096, 64, given=True)]
     made += [_mlp_memory("1p3b chunk 64", 8, 16, 4096, 128, 128, 64)]
     made += [_mlp_memory("128-512-128 chunk 64", 8, 16, 4096, 128, 512, 64)]
     made += [_selective_scan("L4096 2048 x 16", 8, 4096, 2048, 16)]

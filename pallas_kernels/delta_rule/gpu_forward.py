@@ -1,15 +1,9 @@
 """The chunked delta rule forward, as one Mosaic GPU kernel for Hopper (C6.8, C6.9).
 
 A block of one warpgroup takes 64 rows of one sequence's memory through all its chunks of 64 tokens;
-the memory stays in registers. With `A` the overlaps of keys times their decays, strictly lower,
-`T = (I + erase A)^-1`, the erased and the written together are
-
-    Z = T (erase g X W^T + rate E),   W' = g_C W - (tail Z)^T X,   O = g Q W^T - (decay Q X^T) Z.
-
-Decays are exponentials of differences of log sums; see `VECTORS`.
+the memory stays in registers. The algebra is that of `gpu_chunk`.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,12 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_tiles import ROWS, Flipped, Warpgroup, tile
-
-# Numbers of a token, and log sums of keep: to it, to the one before, from it to the chunk's end,
-# and of the whole chunk (64 times the same).
-VECTORS = ("rate", "erase", "at", "before", "tail", "total")
-_COMPILER = 4096  # bytes of shared memory for barriers and for sums across warps
+from pallas_kernels.delta_rule.gpu_chunk import VECTORS, Chunk, advance, read, solve
+from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, scratch_bytes, tile, where
 
 
 class Spec(NamedTuple):
@@ -81,97 +71,20 @@ def scratch(spec: Spec, n: int, *, slots: int, backward: bool) -> dict[str, Any]
         made["back"] = of_tile(ROWS, n)
         if n != ROWS:
             made["wide"] = output_tile(spec, n)
-        made["work"] = of_tile(5, ROWS, ROWS)
+        made["work"] = of_tile(4, ROWS, ROWS)
         if spec.read:
             made["of_reads"] = of_tile(slots, ROWS, ROWS)
     return made
 
 
 def shared_bytes(spec: Spec, n: int, *, slots: int, backward: bool) -> int:
-    """Bytes of shared memory of a block: its scratch, aligned, and the compiler's own."""
-    made = scratch(spec, n, slots=slots, backward=backward).values()
-    sizes = (math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in made)
-    return sum(-(-size // 1024) * 1024 for size in sizes) + _COMPILER
+    """Bytes of shared memory of a block."""
+    return scratch_bytes(scratch(spec, n, slots=slots, backward=backward))
 
 
 def given_dtype(spec):
     """The dtype that tokens came in."""
     return jnp.float32 if spec.parts == 2 else jnp.bfloat16
-
-
-class Chunk(NamedTuple):
-    """One chunk's tokens in shared memory, and the warpgroup that works on them."""
-
-    spec: Spec
-    on: Warpgroup
-    x: Any
-    error: Any
-    vectors: Any
-    queries: Any = None
-    of_reads: Any = None
-
-    def rows(self, name, columns=ROWS):
-        """A vector along the rows of a matrix [64, columns]."""
-        return self.on.along_rows(self.vectors.at[VECTORS.index(name)], columns)
-
-    def vector(self, name):
-        """A vector as it comes from sums along rows, [64]."""
-        return self.on.vector(self.vectors.at[VECTORS.index(name)])
-
-    def decay(self, name, columns=ROWS):
-        """exp of a vector of log sums along the rows."""
-        return jnp.exp(self.rows(name, columns))
-
-    def table(self, matrix, *, read=None):
-        """A matrix [t, i] times the decay from i to the token before t (to t for "running")."""
-        inclusive = read == "running"
-        if inclusive:
-            keep = lambda t, i: i <= t  # noqa: E731
-        else:
-            keep = lambda t, i: i < t  # noqa: E731
-        if not self.spec.keep:
-            return self.on.masked(matrix, keep)
-        until = self.rows("at" if inclusive else "before")
-        since = self.on.along_columns(self.vectors.at[VECTORS.index("at")])
-        # masked before exp, so that nothing overflows
-        return matrix * jnp.exp(self.on.masked(until - since, keep, other=-jnp.inf))
-
-
-def overlaps(chunk: Chunk):
-    """A: the overlaps of the keys times what is left of the earlier one at the later."""
-    return chunk.table(chunk.on.product((chunk.x, Flipped(chunk.x))))
-
-
-def solve(chunk: Chunk, state, work, *, keep=None):
-    """Find Z; `work` is two tiles that hold nothing of use afterwards.
-
-    `keep` is two tiles that take T and X W^T for the backward pass. Values are loaded where they
-    are used, not before: registers are what there is least of.
-    """
-    on, spec = chunk.on, chunk.spec
-    if not spec.erase:
-        return chunk.rows("rate") * on.get(chunk.error)
-    inverse = on.inverse(chunk.rows("erase") * overlaps(chunk), work.at[0], work.at[1])
-    if keep:
-        on.put(keep[0], inverse)
-    seen = on.product((chunk.x, Flipped(state)))
-    if keep:
-        on.put(keep[1], seen)
-    scale = chunk.rows("erase")
-    if spec.keep:
-        scale = scale * chunk.decay("before")
-    on.put(work.at[1], scale * seen + chunk.rows("rate") * on.get(chunk.error))
-    return on.product((on.split(inverse), work.at[1]))
-
-
-def advance(chunk: Chunk, weight, total, work):
-    """The memory after the chunk; `work` is a tile."""
-    on, columns = chunk.on, weight.shape[1]
-    if chunk.spec.keep:
-        weight = chunk.decay("total", columns) * weight
-        total = chunk.decay("tail") * total
-    on.put(work, -total)
-    return weight + on.product((Flipped(work), chunk.x))
 
 
 def fetch_chunk(spec, refs, smem, arrived, where, at, slot, names):
@@ -198,27 +111,11 @@ def copies(spec, names):
 
 def chunk_of(spec, smem, slot):
     """The chunk whose tokens are in a slot."""
-    names = ("x", "error", "vectors", "queries", "of_reads")
-    held = {name: smem[name].at[slot] for name in names if name in smem}
-    return Chunk(spec, Warpgroup(spec.parts, bool(spec.interpret)), **held)
-
-
-def where():
-    """The sequence and the block of 64 rows of its memory that this block works on."""
-    return lax.axis_index("sequence"), lax.axis_index("block")
-
-
-def launch(body, spec, sizes, outputs, held, barriers, name):
-    """A kernel of one warpgroup for every sequence and 64 rows of its memory."""
-    return plgpu.kernel(
-        body,
-        out_type=outputs,
-        grid=(sizes.sequences, sizes.m // ROWS),
-        grid_names=("sequence", "block"),
-        scratch_types={**held, **barriers},
-        interpret=spec.interpret,
-        kernel_name=name,
-    )
+    names = ("x", "error", "queries", "of_reads")
+    tokens = {name: smem[name].at[slot] for name in names if name in smem}
+    vectors = {name: smem["vectors"].at[slot, i] for i, name in enumerate(VECTORS)}
+    on = Warpgroup(spec.parts, bool(spec.interpret))
+    return Chunk(on, spec.keep, spec.erase, spec.read, **tokens, vectors=vectors)
 
 
 def forward(spec: Spec, tokens: dict[str, Any], start: Any, *, slots: int, keep_states: bool):
@@ -267,15 +164,15 @@ def forward(spec: Spec, tokens: dict[str, Any], start: Any, *, slots: int, keep_
                 pl.when(lax.rem(at, spec.save_every) == 0)(lambda: store_state(at))
             plgpu.barrier_wait(arrived.at[slot])
             chunk = chunk_of(spec, smem, slot)
-            total = solve(chunk, smem["state"], smem["work"])
+            work = smem["work"].at[0], smem["work"].at[1]
+            total = solve(chunk, smem["state"], work)
             if spec.read:
-                smem["out"][...] = _read(chunk, smem["state"], total, smem["work"].at[1]).astype(
-                    given_dtype(spec)
-                )
+                found = read(chunk, smem["state"], total, work[1])
+                smem["out"][...] = found.astype(given_dtype(spec))
                 plgpu.commit_smem()
                 rows = pl.ds(block * ROWS, ROWS)
                 plgpu.copy_smem_to_gmem(smem["out"], refs["reads"].at[sequence, at, :, rows])
-            return advance(chunk, weight, total, smem["work"].at[0])
+            return advance(chunk, weight, total, work[0])
 
         def store_state(at):
             index = lax.div(at, spec.save_every)
@@ -288,7 +185,14 @@ def forward(spec: Spec, tokens: dict[str, Any], start: Any, *, slots: int, keep_
         plgpu.wait_smem_to_gmem(0)
 
     barriers = {"arrived": plgpu.Barrier(num_arrivals=copies(spec, names), num_barriers=slots)}
-    kernel = launch(body, spec, sizes, [*made.values()], held, barriers, "delta_rule_forward")
+    kernel = launch(
+        body,
+        (sizes.sequences, blocks),
+        [*made.values()],
+        {**held, **barriers},
+        name="delta_rule_forward",
+        interpret=spec.interpret,
+    )
     start = start.reshape(made["final"].shape)
     found = dict(zip(made, kernel(*(tokens[n] for n in names), start), strict=True))
     found["final"] = found["final"].reshape(sizes.sequences, sizes.m, sizes.n)
@@ -301,14 +205,3 @@ def output_tile(spec, columns):
     width = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM((ROWS, columns), dtype, transforms=transforms)
-
-
-def _read(chunk: Chunk, state, total, work):
-    """What the queries of a chunk read; `work` is a tile."""
-    on, spec = chunk.on, chunk.spec
-    found = on.product((chunk.queries, Flipped(state)))
-    if spec.keep:
-        found = chunk.decay("at" if spec.read == "running" else "before") * found
-    scores = chunk.table(on.product((chunk.queries, Flipped(chunk.x))), read=spec.read)
-    on.put(work, total)
-    return found - on.product((on.split(scores), work))

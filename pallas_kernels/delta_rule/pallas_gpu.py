@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.delta_rule.gpu_backward import GRADIENTS, backward
-from pallas_kernels.delta_rule.gpu_forward import VECTORS, Spec, forward, shared_bytes
+from pallas_kernels.delta_rule.gpu_backward import backward
+from pallas_kernels.delta_rule.gpu_chunk import GRADIENTS
+from pallas_kernels.delta_rule.gpu_forward import Spec, forward, shared_bytes
+from pallas_kernels.delta_rule.gpu_vectors import log_sums, logs_of, of_logs, stacked
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.delta_rule.xla import delta_chunk_xla
-from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, split
+from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles
 from pallas_kernels.products import nn
 
 _GATES = ("rate", "keep", "erase")
@@ -58,11 +60,10 @@ def delta_rule_pallas_gpu(
     final = start
     if whole:
         flat = {n: a[..., :whole].reshape(-1, a.shape[-2], whole) for n, a in given.items()}
-        tokens = {n: _tiles(a, dtype) for n, a in flat.items() if n not in _GATES}
+        tokens = {n: as_tiles(a, dtype) for n, a in flat.items() if n not in _GATES}
         gates = {n: a.reshape(-1, whole // ROWS, ROWS) for n, a in flat.items() if n in _GATES}
         if "keep" in gates:
-            least = jnp.finfo(jnp.float32).tiny  # log 0 would give inf - inf
-            gates["keep"] = jnp.log(jnp.maximum(gates["keep"], least))
+            gates["keep"] = logs_of(gates["keep"])
         spec = _spec(operands, read, dtype, whole // ROWS, every, interpret)
         final, reads = _loop(spec, tokens, gates, start.reshape(-1, *start.shape[-2:]))
         final = final.reshape(start.shape)
@@ -120,32 +121,14 @@ def _spec(operands: Operands, read, dtype, chunks, every, interpret) -> Spec:
     )
 
 
-def _tiles(array, dtype):
-    """[S, features, T] -> [S, N, 64, features] in the dtype that it came in."""
-    array = jnp.swapaxes(array, -1, -2).astype(dtype)
-    return array.reshape(array.shape[0], -1, ROWS, array.shape[-1])
-
-
-def _parts(array, parts):
-    return jnp.stack(split(array, parts))
-
-
 def _vectors(gates):
     """rate, erase and the logs of keep [S, N, 64] as `VECTORS` [S, N, 6, 64]."""
-    rate = gates["rate"]
-    made = {"rate": rate}
-    if "erase" in gates:
-        made["erase"] = gates["erase"]
-    if "keep" in gates:
-        made["at"] = at = jnp.cumsum(gates["keep"], axis=-1)
-        made["before"] = _shifted(at)
-        made["tail"] = at[..., -1:] - at
-        made["total"] = jnp.broadcast_to(at[..., -1:], at.shape)
-    return jnp.stack([made.get(n, jnp.zeros_like(rate)) for n in VECTORS], axis=-2)
+    sums = log_sums(gates["keep"]) if "keep" in gates else {}
+    return stacked({n: gates[n] for n in ("rate", "erase") if n in gates} | sums)
 
 
 def _tokens(spec, tokens, gates):
-    return {n: _parts(a, spec.parts) for n, a in tokens.items()} | {"vectors": _vectors(gates)}
+    return {n: as_parts(a, spec.parts) for n, a in tokens.items()} | {"vectors": _vectors(gates)}
 
 
 def _slots(spec, n):
@@ -175,7 +158,7 @@ def _loop_bwd(spec, kept, cotangents):
     of_final, of_reads = cotangents
     given = _tokens(spec, tokens, gates)
     if spec.read:
-        given["of_reads"] = _parts(of_reads, spec.parts)
+        given["of_reads"] = as_parts(of_reads, spec.parts)
     found = backward(spec, given, starts, of_final)
     of_tokens = {"error": found["error"]}
     for name in ("x", "queries"):
@@ -186,34 +169,8 @@ def _loop_bwd(spec, kept, cotangents):
     of = {name: vectors[..., GRADIENTS.index(name), :] for name in GRADIENTS}
     of_gates = {name: of[name] for name in ("rate", "erase") if name in gates}
     if spec.keep:
-        of_gates["keep"] = _of_logs(spec, of)
+        of_gates["keep"] = of_logs(of, erase=spec.erase, read=spec.read)
     return of_tokens, of_gates, found["start"]
-
-
-def _of_logs(spec, of):
-    """The gradient of the logs of keep from those of their sums, [S, N, 64]."""
-    total = of["pairs"] if spec.read or spec.erase else jnp.zeros_like(of["tail"])
-    total = total + jnp.sum(of["total"], axis=-1, keepdims=True)
-    total = total + _earlier(of["tail"])
-    if spec.read == "running":
-        total = total + _later(of["at"]) + of["at"]
-    if spec.read == "running_prev" or spec.erase:
-        total = total + _later(of["before"])
-    return total
-
-
-def _shifted(array):
-    """Each token's number at the next one, 0 at the first."""
-    return jnp.pad(array[..., :-1], [(0, 0)] * (array.ndim - 1) + [(1, 0)])
-
-
-def _earlier(array):
-    """Sums over the tokens before each."""
-    return _shifted(jnp.cumsum(array, axis=-1))
-
-
-def _later(array):
-    return jnp.flip(_earlier(jnp.flip(array, axis=-1)), axis=-1)
 
 
 _loop.defvjp(_loop_fwd, _loop_bwd)

@@ -20,10 +20,20 @@ CHOICES = {
     "read": ("running_prev", "running", "anchor"),
     "values": ("self", "shared"),
 }
+
+
+def _pallas_gpu(*operands, **options):
+    # Mosaic GPU is imported where it is asked for: it needs absl, which jax does not require
+    from pallas_kernels.mlp_memory.pallas_gpu import mlp_memory_pallas_gpu
+
+    return mlp_memory_pallas_gpu(*operands, **options)
+
+
 _IMPLEMENTATIONS = {
     "reference": mlp_memory_reference,
     "xla": mlp_memory_xla,
     "pallas_tpu": mlp_memory_pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
 }
 
 
@@ -77,17 +87,20 @@ def mlp_memory(
       rule: see `Rule`; default its defaults.
       chunk_size: tokens between two writes. It changes the result: errors are those of the chunk's
         start. Tokens beyond the last whole chunk are a shorter chunk.
-      implementation: "reference" (token by token), "xla" (chunk-parallel), "pallas_tpu" (the same
-        in one kernel each way, the fast weights in VMEM from the first chunk to the last; on a mesh
-        only inside `jax.shard_map`) or None, which is "xla": the kernel has been compiled for TPUs
-        and checked in interpret mode, not timed on one.
+      implementation: "reference" (token by token), "xla" (chunk-parallel), "pallas_tpu" or
+        "pallas_gpu" (the same in one kernel each way, the fast weights on the chip from the first
+        chunk to the last; on a mesh only inside `jax.shard_map`) or None, which is "xla": the
+        kernels have been compiled for TPUs and for Hopper GPUs and checked in interpret mode; none
+        has run on one.
 
     Returns:
       `MemoryOutput`; fast weights in at least float32.
 
     Raises:
       ValueError: a shape or choice that does not fit, with its value.
-      NotImplementedError: "pallas_tpu" in float64, or on a TPU that does not compile it.
+      NotImplementedError: "pallas_tpu" in float64, or on a TPU that does not compile it;
+        "pallas_gpu" in float64, in float32 with momentum, with `adaptive_query`, other chunks than
+        of 64 tokens and matrices of other than 64 x 64.
 
     Reference: Nested Learning (arXiv 2512.24695) eq. 79-93; spec C6.
     """
@@ -109,7 +122,7 @@ def mlp_memory(
         begins = flat(documents.begins, dtype=None)
         documents = Documents(begins, wide(documents.inner), wide(documents.outer))
     # A kernel reads its tokens as they are.
-    kept = None if implementation == "pallas_tpu" else dtype
+    kept = None if implementation in ("pallas_tpu", "pallas_gpu") else dtype
     tokens = jax.tree.map(partial(flat, dtype=kept), tokens)
     run = _IMPLEMENTATIONS[implementation]
     reads, final = run(initial, tokens, readout, documents, rule=rule, chunk_size=chunk_size)

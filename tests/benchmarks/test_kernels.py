@@ -42,9 +42,17 @@ def test_mistakes_are_named(capsys):
     assert code == 0 and "newton_schulz" in out
 
 
-def test_the_gated_rule_is_taken_by_every_implementation():
-    """What `--against fla` times, at a size that the GPU kernel takes."""
-    workload = kernels.gated_delta_rule("tiny", 1, 2, 64, 64)
+@pytest.mark.parametrize(
+    "make",
+    [
+        kernels.gated_delta_rule,
+        kernels.bfloat16_memory,
+        functools.partial(kernels.bfloat16_memory, given=True),
+    ],
+)
+def test_a_workload_that_every_implementation_takes(make):
+    """What `--against fla` and a GPU time, at a size that the GPU kernels take."""
+    workload = make("tiny", 1, 2, 64, 64)
     arrays = jax.eval_shape(workload.make, jax.random.key(0))
     for name in workload.implementations:
         out = jax.eval_shape(functools.partial(workload.call, implementation=name), arrays)

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -34,6 +35,18 @@ dnn_version_info { major: 9 minor: 7 }
 runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest number of an array
+
+
+def assert_close(found, expected, tolerance, *, least=1.0):
+    """Every array within a tolerance of its largest number, or of `least`."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        scale, name = max(least, float(jnp.max(jnp.abs(b)))), jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=name)
 
 
 def compiled(function, *operands):

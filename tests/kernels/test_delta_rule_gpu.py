@@ -21,7 +21,6 @@ from pallas_kernels.gpu_tiles import SMEM_LIMIT
 from tests.kernels import gpu
 
 BOTH = ("keep", "erase")
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest number of an array
 
 
 def operands(gates, *, batch=(1,), length=64, rows=64, columns=64, dtype="float32", queries=True):
@@ -65,13 +64,6 @@ def with_gradient(form):
     return jax.jit(jax.value_and_grad(functools.partial(total, form), has_aux=True))
 
 
-def assert_close(found, expected, tolerance):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        scale = max(1.0, float(jnp.max(jnp.abs(b))))
-        np.testing.assert_allclose(a, b, atol=tolerance * scale)
-
-
 CASES = {
     "two chunks of one block and three tokens": ("running_prev", BOTH, {"length": 131}, 2),
     "two blocks of rows": ("running", BOTH, {"length": 128, "rows": 128, "dtype": "bfloat16"}, 1),
@@ -86,7 +78,7 @@ def test_forward_and_backward_are_the_recurrence(case):
     (_, out), gradient = with_gradient(interpreted(read, dtype, every=every))(given)
     reference = functools.partial(delta_rule_reference, read=read)
     (_, expected), of_reference = with_gradient(reference)(given)
-    assert_close((out, gradient), (expected, of_reference), TOLERANCE[dtype])
+    gpu.assert_close((out, gradient), (expected, of_reference), gpu.TOLERANCE[dtype])
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(gradient))
 
 
@@ -120,8 +112,8 @@ def test_hard_inputs(case):
     given = given._replace(x=unit)
     given = given._replace(**HARD[case](given))
     (found, expected) = (form(given) for form in on_hard_inputs())
-    assert_close(found[0][1], expected[0][1], 1e-4)
-    assert_close(found[1], expected[1], 1e-3)
+    gpu.assert_close(found[0][1], expected[0][1], 1e-4)
+    gpu.assert_close(found[1], expected[1], 1e-3)
 
 
 def test_no_races_and_no_reads_and_keys_that_memories_share():
@@ -132,14 +124,14 @@ def test_no_races_and_no_reads_and_keys_that_memories_share():
     found = jax.jit(form)(shared)
     assert not interpreter.get_races().races_found
     assert found.reads is None
-    assert_close(found, delta_rule_reference(shared, read="running"), 1e-4)
+    gpu.assert_close(found, delta_rule_reference(shared, read="running"), 1e-4)
 
 
 def test_reads_at_the_anchor_and_less_than_a_chunk():
     """Nothing is left for the kernel: XLA runs the tokens beyond the last whole chunk."""
     given = operands(BOTH, length=3)
     found = interpreted("anchor")(given)
-    assert_close(found, delta_rule_reference(given, read="anchor"), 1e-4)
+    gpu.assert_close(found, delta_rule_reference(given, read="anchor"), 1e-4)
 
 
 def test_one_state_is_stored_for_every_so_many_chunks():
@@ -205,9 +197,9 @@ def test_a_number_of_chunks_that_does_not_divide():
 
 
 def test_shared_memory_is_estimated():
-    """151,576 bytes is what Mosaic GPU asks for; two blocks of 64 columns fit an SM."""
+    """141,336 bytes is what Mosaic GPU asks for; two blocks of 64 columns fit an SM."""
     spec = Spec(1, True, True, "running", 1)
-    assert 151_576 <= shared_bytes(spec, 128, slots=1, backward=True) < 156_000
+    assert 141_336 <= shared_bytes(spec, 128, slots=1, backward=True) < 143_000
     assert 2 * shared_bytes(spec, 64, slots=1, backward=True) <= SMEM_LIMIT
 
 
@@ -266,5 +258,5 @@ def test_on_a_gpu(case, dtype):
     reference = functools.partial(delta_rule_reference, read="running_prev")
     with jax.default_matmul_precision("highest"):
         found, expected = (with_gradient(form)(given) for form in (kernel, reference))
-    assert_close(found[0][1], expected[0][1], TOLERANCE[dtype])
-    assert_close(found[1], expected[1], 3 * TOLERANCE[dtype])
+    gpu.assert_close(found[0][1], expected[0][1], gpu.TOLERANCE[dtype])
+    gpu.assert_close(found[1], expected[1], 3 * gpu.TOLERANCE[dtype])
