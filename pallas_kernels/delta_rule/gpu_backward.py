@@ -98,6 +98,7 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, of_final: Any) -> 
 
         def block(i, back):
             first = (blocks - 1 - i) * every
+            plgpu.commit_smem()  # as in `fetch_chunk`
             for part in range(parts):
                 source = refs["starts"].at[part, sequence, blocks - 1 - i, row_block]
                 plgpu.copy_gmem_to_smem(source, smem["states"].at[0, part], smem["begun"].at[0])
@@ -113,8 +114,10 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, of_final: Any) -> 
 
     barriers = {
         "arrived": plgpu.Barrier(num_arrivals=copies(spec, names), num_barriers=1),
-        "again": plgpu.Barrier(num_arrivals=copies(spec, ("x", "error", "vectors"))),
-        "begun": plgpu.Barrier(num_arrivals=parts),
+        "again": plgpu.Barrier(
+            num_arrivals=copies(spec, ("x", "error", "vectors")), num_barriers=1
+        ),
+        "begun": plgpu.Barrier(num_arrivals=parts, num_barriers=1),
     }
     kernel = launch(
         body,

@@ -88,7 +88,11 @@ def given_dtype(spec):
 
 
 def fetch_chunk(spec, refs, smem, arrived, where, at, slot, names):
-    """Start copying a chunk's tokens; `where` is (sequence, block)."""
+    """Start copying a chunk's tokens; `where` is (sequence, block).
+
+    One thread asks for the copies: all are to be done with what the tiles held before.
+    """
+    plgpu.commit_smem()
     sequence, block = where
     rows = pl.ds(block * ROWS, ROWS)
     for name in names:

@@ -107,7 +107,6 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, cotangents: Any) -
             here = (sequence, memory, at)
 
             def get(name, tile):
-                plgpu.commit_smem()  # every warp is done with the tile
                 fetch(spec, refs, smem, here, {name: tile}, smem["again"])
                 plgpu.barrier_wait(smem["again"])
 

@@ -105,7 +105,11 @@ def shared_bytes(spec: Spec, *, backward: bool) -> int:
 
 
 def fetch(spec: Spec, refs, smem, here, names: dict[str, str], barrier) -> None:
-    """Start copying matrices by name into tiles by name; `here` is (sequence, memory, chunk)."""
+    """Start copying matrices by name into tiles by name; `here` is (sequence, memory, chunk).
+
+    One thread asks for the copies: all are to be done with what the tiles held before.
+    """
+    plgpu.commit_smem()
     sequence, memory, at = here
     for name, target in names.items():
         if name == "vectors":

@@ -202,7 +202,6 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], cotangent
         on, (sequence, _) = Warpgroup(spec.parts, bool(spec.interpret)), where()
 
         def get(name, tile, memory, at):
-            plgpu.commit_smem()  # every warp is done with the tile
             fetch(spec, refs, smem, (sequence, memory, at), {name: tile}, smem["again"])
             plgpu.barrier_wait(smem["again"])
 

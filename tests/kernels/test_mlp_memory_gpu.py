@@ -134,6 +134,8 @@ def test_forward_and_backward_are_the_recurrence(case, interpreted):
     given = arguments(**CASES[case])
     found, expected = results(given, "pallas_gpu"), results(given, "reference")
     tolerance = gpu.TOLERANCE[CASES[case].get("dtype", "float32")]
+    if CASES[case].get("readout"):  # the context's own products come on top, good to 2^-16
+        tolerance *= 3
     gpu.assert_close(found, expected, tolerance, least=1e-3)
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(found))
 
