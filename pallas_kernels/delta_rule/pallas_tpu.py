@@ -14,9 +14,11 @@ from pallas_kernels.delta_rule.xla import (
     solve_chunk,
     write_chunk,
 )
+from pallas_kernels.numerics import Form
 from pallas_kernels.products import nn
 from pallas_kernels.vmem import save_every, vmem_limit_of
 
+_FORM = Form(dense=True)
 _GATES = ("rate", "keep", "erase", "momentum")
 
 
@@ -85,8 +87,8 @@ def _chunk(read, _, states, tokens):
     """One chunk of one sequence, inside the kernel: axes [1, rows, C]."""
     tokens = {n: a[:, 0] if n in _GATES else a for n, a in tokens.items()}
     operands = Operands(**tokens, **states)
-    tables = chunk_tables(operands.rate, operands.keep, operands.momentum, dense=True)
-    solved = solve_chunk(operands, tables, named=False, dense=True)
+    tables = chunk_tables(operands.rate, operands.keep, operands.momentum, _FORM)
+    solved = solve_chunk(operands, tables, named=False, form=_FORM)
     final, velocity = write_chunk(solved)
     new = {"initial": final}
     if velocity is not None:

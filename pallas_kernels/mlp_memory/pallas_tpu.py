@@ -9,6 +9,7 @@ from pallas_kernels.chunk_loop_tpu import Options, chunk_loop
 from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
+from pallas_kernels.numerics import Form
 from pallas_kernels.vmem import MIB, save_every, state_bytes, vmem_limit_of
 
 _GATES = ("rate", "keep", "momentum")
@@ -24,6 +25,9 @@ def mlp_memory_pallas_tpu(
     chunk_size: int,
     vmem_limit: int | None = None,
     every: int | None = None,
+    sequences: int = 1,
+    residuals: bool = False,
+    rounded: bool = False,
     interpret: bool = False,
 ):
     """As `mlp_memory_xla`, with the fast weights in VMEM across all chunks.
@@ -60,9 +64,13 @@ def mlp_memory_pallas_tpu(
         parts = tokens._replace(**{n: _row(getattr(tokens, n)) for n in _GATES})
         parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), parts)
         every = every or save_every(start, whole // chunk_size, vmem_limit)
-        options = Options(vmem_limit, interpret, "mlp_memory", every)
+        options = Options(vmem_limit, interpret, "mlp_memory", every, sequences, residuals)
         state, reads = chunk_loop(
-            partial(_chunk, rule), options, (rows, fresh), start, (parts, begins)
+            partial(_chunk, rule, Form(dense=True, rounded=rounded)),
+            options,
+            (rows, fresh),
+            start,
+            (parts, begins),
         )
         if reads is not None:
             reads = jnp.moveaxis(reads, 1, 2)
@@ -95,7 +103,7 @@ def _chunks(array, *, whole: int, size: int):
     return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, size), -2, 1)
 
 
-def _chunk(rule, constants, weights, given):
+def _chunk(rule, form, constants, weights, given):
     """One chunk of one sequence, inside the kernel."""
     (rows, fresh), (tokens, begins) = constants, given
     if fresh is not None:
@@ -106,4 +114,4 @@ def _chunk(rule, constants, weights, given):
     readout = None
     if rows is not None:
         readout = Readout(*(a[..., 0] for a in rows[:2]), *(a[:, 0, 0] for a in rows[2:]))
-    return memory_chunk(weights, tokens, readout, rule, dense=True)
+    return memory_chunk(weights, tokens, readout, rule, form=form)
