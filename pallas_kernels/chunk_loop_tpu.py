@@ -36,7 +36,7 @@ class Options(NamedTuple):
       interpret: run on the CPU, for tests.
       name: of the kernel, in profiles and lowered text.
       save_every: k, chunks between two states that the forward pass stores; divides the chunks.
-      sequences: that a grid step takes; the last step takes those that are left.
+      sequences: that a grid step takes, forward and backward; the last step takes what is left.
       residuals: keep what the pullbacks of k chunks need in VMEM; else each chunk runs once more.
     """
 
@@ -44,7 +44,7 @@ class Options(NamedTuple):
     interpret: bool = False
     name: str = "chunk_loop"
     save_every: int = 1
-    sequences: int = 1
+    sequences: tuple[int, int] = (1, 1)
     residuals: bool = False
 
 
@@ -132,8 +132,8 @@ def _of_chunk(leaf):
     return jax.ShapeDtypeStruct((1, *leaf.shape[2:]), leaf.dtype)
 
 
-def _of_one(constants, state, tokens):
-    """A chunk's arguments as shapes."""
+def arguments_of_one(constants, state, tokens):
+    """The shapes of what a chunk of one sequence is given."""
     one = lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype)  # noqa: E731
     constants, state = jax.tree.map(one, (constants, state))
     return constants, state, jax.tree.map(_of_chunk, tokens)
@@ -172,15 +172,15 @@ def _forward(chunk, options, constants, state, tokens, *, keep: bool):
     leaves, tree = jax.tree.flatten(state)
     given, token_tree = jax.tree.flatten(tokens)
     count, chunks = given[0].shape[:2]
-    after, outputs = jax.eval_shape(chunk, *_of_one(constants, state, tokens))
+    after, outputs = jax.eval_shape(chunk, *arguments_of_one(constants, state, tokens))
     assert [a.shape[1:] for a in jax.tree.leaves(after)] == [a.shape[1:] for a in leaves]
     made, out_tree = jax.tree.flatten(outputs)
     out_shapes = [_stacked(a, count, chunks) for a in made]
     every, blocks = options.save_every, _blocks(chunks, options)
     kept = [jax.ShapeDtypeStruct((count, blocks, *a.shape[1:]), a.dtype) for a in leaves]
     kept = kept if keep else []
-    sequences = min(options.sequences, count)
-    each, shapes = range(sequences), _of_one(constants, state, tokens)
+    sequences = min(options.sequences[0], count)
+    each, shapes = range(sequences), arguments_of_one(constants, state, tokens)
 
     def kernel(*arguments):
         refs = list(arguments)
@@ -189,7 +189,7 @@ def _forward(chunk, options, constants, state, tokens, *, keep: bool):
         held, out_refs, start_refs = take(len(leaves)), take(len(made)), refs
 
         def body(k):
-            inputs = [(*_all(fixed_refs, s), *_all(held, s), *_at(token_refs, s, k)) for s in each]
+            inputs = [[*_all(fixed_refs, s), *_all(held, s), *_at(token_refs, s, k)] for s in each]
             kept = [[None] * len(held) + _at(out_refs, s, k) for s in each]
             for s, (new, _) in enumerate(lockstep(chunk, shapes, inputs, kept)):
                 _hold(held, new, s)
@@ -240,8 +240,8 @@ def _loop_bwd(chunk, options, residuals, cotangents):
     ends, _ = jax.tree.flatten(of_final)
     outs, out_tree = jax.tree.flatten(of_outputs)
     count, every = given[0].shape[0], options.save_every
-    blocks, sequences = _blocks(given[0].shape[1], options), min(options.sequences, count)
-    shapes, split = _of_one(constants, of_final, tokens), None
+    blocks, sequences = _blocks(given[0].shape[1], options), min(options.sequences[1], count)
+    shapes, split = arguments_of_one(constants, of_final, tokens), None
     if options.residuals and every > 1:
         split = split_pullback(chunk, shapes)
     each = range(sequences)
@@ -257,8 +257,7 @@ def _loop_bwd(chunk, options, residuals, cotangents):
         begins = pl.program_id(1) == 0
 
         def inputs(s, k):
-            state = _all(states, s) if split else _at(states, s, k)
-            return [*_all(fixed_refs, s), *state, *_at(token_refs, s, k)]
+            return [*_all(fixed_refs, s), *_at(states, s, k), *_at(token_refs, s, k)]
 
         def again(k):
             given, new = [inputs(s, k) for s in each], [_at(states, s, k + 1) for s in each]
@@ -266,9 +265,8 @@ def _loop_bwd(chunk, options, residuals, cotangents):
 
         def again_and_keep(k):
             given = [inputs(s, k) for s in each]
-            places = [[None] * len(states) + [Window(ref, (s, k)) for ref in kept] for s in each]
-            for s, (new, _) in enumerate(lockstep(split.run, shapes, given, places)):
-                _hold(states, new, s)
+            new = [_at(states, s, k + 1) + [Window(ref, (s, k)) for ref in kept] for s in each]
+            lockstep(split.run, shapes, given, new)
 
         def pulled(inputs, kept, cotangents):
             if split:
@@ -294,15 +292,12 @@ def _loop_bwd(chunk, options, residuals, cotangents):
         _load(held, end_refs, begins)
         _clear(sums, begins)
         for ref, start in zip(states if every > 1 else [], start_refs, strict=False):
-            if split:
-                ref[...] = start[:, 0]
-            else:
-                ref[:, 0] = start[:, 0]
+            ref[:, 0] = start[:, 0]
         if every > 1:
             _repeat(every if split else every - 1, again_and_keep if split else again)
         _repeat(every, back)
 
-    lead = (sequences,) if split else (sequences, every)
+    lead = (sequences, every + 1 if split else every)  # with the pullback, the last one's end, too
     specs = _Blocks(sequences, lambda c: blocks - 1 - c)
     found = pl.pallas_call(
         kernel,

@@ -34,7 +34,7 @@ class Window(NamedTuple):
 def lockstep(
     function: Callable[..., Any],
     shapes: tuple,
-    arguments: list[tuple],
+    arguments: list[list[Any]],
     kept: list[list[Window | None]] | None = None,
 ) -> list[Any]:
     """`[function(*a) for a in arguments]`, traced once and written down in turn.
@@ -42,7 +42,7 @@ def lockstep(
     Args:
       function: of trees of arrays; it captures none.
       shapes: of its arguments.
-      arguments: of each sequence, with windows in place of arrays.
+      arguments: of each sequence, a window or an array for every leaf.
       kept: for each sequence and leaf of the result a window that it is written to as soon as it is
         there, and read from again where it is used; or None. No argument may lie there.
     """
@@ -54,8 +54,7 @@ def lockstep(
         for var, window in zip(variables, at, strict=True):
             if window is not None and not isinstance(var, Literal):
                 windows.setdefault(var, window)
-    given = [jax.tree.leaves(a, is_leaf=_is_window) for a in arguments]
-    results = _run(closed, given, early)
+    results = _run(closed, arguments, early)
     made = {var for equation in closed.jaxpr.eqns for var in equation.outvars}
     for windows, at, values in zip(early, kept, results, strict=True):
         for var, window, value in zip(variables, at, values, strict=True):
@@ -63,10 +62,6 @@ def lockstep(
             if window is not None and not done:
                 window.store(value_of(value))
     return [jax.tree.unflatten(tree, values) for values in results]
-
-
-def _is_window(value) -> bool:
-    return isinstance(value, Window)
 
 
 def value_of(value):

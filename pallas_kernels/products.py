@@ -113,23 +113,42 @@ def _gram_fwd(x, form):
 gram.defvjp(_gram_fwd, lambda form, x, g: (_nn(x, g + jnp.swapaxes(g, -1, -2), form),))
 
 
+def _inverses(lowers, form: Form):
+    """Of each; in a kernel those of the same size at once, so that their products run abreast."""
+    if not form.dense or len(lowers) == 1:
+        return [invert_unit_lower(lower, form) for lower in lowers]
+    size = lowers[0].shape[-1]
+    stacks = [lower.reshape(-1, size, size) for lower in lowers]
+    found = invert_unit_lower(jnp.concatenate(stacks), form)
+    ends = [sum(len(stack) for stack in stacks[: i + 1]) for i in range(len(stacks))]
+    parts = [found[end - len(stack) : end] for stack, end in zip(stacks, ends, strict=True)]
+    return [part.reshape(lower.shape) for part, lower in zip(parts, lowers, strict=True)]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _solve(lower, right, named, form):
-    return _nt(right, invert_unit_lower(lower, form), form)
+def _solve(lowers, rights, named, form):
+    return _solve_fwd(lowers, rights, named, form)[0]
 
 
-def _solve_fwd(lower, right, named, form):
-    inverse = form.operand(invert_unit_lower(lower, form))
-    if named:  # here: it is this value, not a copy of it, that the gradient needs
-        inverse = checkpoint_name(inverse, INVERSE)
-    solution = _nt(right, inverse, form)
-    return solution, (inverse, solution)
+def _solve_fwd(lowers, rights, named, form):
+    inverses = [form.operand(inverse) for inverse in _inverses(lowers, form)]
+    # named here: it is this value, not a copy of it, that the gradient needs
+    inverses = [
+        checkpoint_name(inverse, INVERSE) if name else inverse
+        for inverse, name in zip(inverses, named, strict=True)
+    ]
+    pairs = zip(rights, inverses, strict=True)
+    solutions = tuple(_nt(right, inverse, form) for right, inverse in pairs)
+    return solutions, (inverses, solutions)
 
 
-def _solve_bwd(named, form, kept, g):
-    inverse, solution = kept
-    right = _nn(g, inverse, form)
-    return masked(-_tn(right, solution, form), lambda i, j: i > j), right
+def _solve_bwd(named, form, kept, gradients):
+    of_lowers, of_rights = [], []
+    for inverse, solution, g in zip(*kept, gradients, strict=True):
+        of_rights.append(_nn(g, inverse, form))
+        product = -_tn(of_rights[-1], solution, form)
+        of_lowers.append(masked(product, lambda i, j: i > j))
+    return tuple(of_lowers), tuple(of_rights)
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
@@ -146,4 +165,10 @@ def solve_unit_lower(
 
     `named` says whether policies that save `INVERSE` save the one behind this.
     """
-    return _solve(*_same_batch(lower, right), named, form)
+    return solve_unit_lowers([(lower, right)], named=(named,), form=form)[0]
+
+
+def solve_unit_lowers(systems, *, named: tuple[bool, ...], form: Form = PLAIN):
+    """`solve_unit_lower` of each (lower, right), all of as many tokens."""
+    lowers, rights = zip(*(_same_batch(*system) for system in systems), strict=True)
+    return _solve(lowers, rights, named, form)

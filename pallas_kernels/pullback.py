@@ -97,7 +97,9 @@ def _sources(jaxpr, needed) -> list[Any]:
     wanted = [var for var in needed if not isinstance(var, Literal) and var not in given]
     for var in sorted(dict.fromkeys(wanted), key=order.__getitem__):
         new = _leaves(var, makers, given | found.keys())
-        if var in new or sum(map(_size, new)) * 8 > _size(var):
+        large = sum(map(_size, new)) * 8 > _size(var)
+        moved = var in makers and makers[var].primitive.name in _MOVES
+        if (large and not moved) or sum(map(_size, new)) >= _size(var):
             new = {var: None} if _keepable(var) else new
         found |= new
     return list(found)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.numerics import PLAIN, Form
-from pallas_kernels.products import gram, nn, nt, scaled_nn, solve_unit_lower, tn
+from pallas_kernels.products import gram, nn, nt, scaled_nn, solve_unit_lowers, tn
 from pallas_kernels.triangular import masked
 
 
@@ -158,17 +158,36 @@ def solve_chunk(
     Tokens are the last axis: then no product needs a transpose, and memories that share keys stack
     along the rows of one tall matrix. `named`: see `solve_unit_lower`; `form`: see `Form`.
     """
-    x = operands.x
-    written = operands.rate[..., None, :] * operands.error
-    start = Solved(tables, x, operands.initial, operands.initial_momentum, written, None, form)
-    if operands.erase is None:
-        return start
-    overlap = gram(x, form)
-    right = _from_start(x, operands.anchored, start, before=True)
-    right = right - nt(written, tables.write_before * overlap, form)
-    lower = tables.keep_before * overlap * operands.erase[..., None, :]
-    solution = solve_unit_lower(lower, right, named=named, form=form)
-    return start._replace(erased=operands.erase[..., None, :] * solution)
+    return solve_chunks([(operands, tables, named)], form)[0]
+
+
+def solve_chunks(given: list[tuple[Operands, Tables, bool]], form: Form = PLAIN) -> list[Solved]:
+    """`solve_chunk` of several memories: a kernel inverts their matrices abreast.
+
+    Args:
+      given: operands, decay products, and whether policies save the inverse, of each.
+      form: see `Form`.
+    """
+    starts, systems = [], []
+    for operands, tables, _ in given:
+        x, written = operands.x, operands.rate[..., None, :] * operands.error
+        start = Solved(tables, x, operands.initial, operands.initial_momentum, written, None, form)
+        starts.append(start)
+        if operands.erase is None:
+            continue
+        overlap = gram(x, form)
+        right = _from_start(x, operands.anchored, start, before=True)
+        right = right - nt(written, tables.write_before * overlap, form)
+        systems.append((tables.keep_before * overlap * operands.erase[..., None, :], right))
+    if not systems:
+        return starts
+    named = tuple(name for operands, _, name in given if operands.erase is not None)
+    found, solutions = [], list(solve_unit_lowers(systems, named=named, form=form))
+    for start, (operands, _, _) in zip(starts, given, strict=True):
+        if operands.erase is not None:
+            start = start._replace(erased=operands.erase[..., None, :] * solutions.pop(0))
+        found.append(start)
+    return found
 
 
 def read_chunk(solved: Solved, queries, *, read: str, anchored=None) -> Float[Array, "..."]:

@@ -22,43 +22,41 @@ from pallas_kernels.products import nn, tn
 _BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
-def _bent(z):
-    """The tanh of GELU, one less its square, and the slope of what goes in."""
+def _gelu(z):
+    """GELU in the tanh form, its slope and its curvature; what is not used costs nothing."""
     squared = z * z
-    bent = jnp.tanh(_BEND * z * (1.0 + _CUBIC * squared))
-    return bent, 1.0 - bent * bent, _BEND * (1.0 + 3.0 * _CUBIC * squared)
-
-
-def _value_and_slope(z):
-    bent, rest, inside = _bent(z)
-    share = 0.5 * (1.0 + bent)
-    return z * share, share + 0.5 * z * rest * inside
-
-
-def _curvature(z):
-    bent, rest, inside = _bent(z)
-    return rest * (inside + z * (3.0 * _BEND * _CUBIC * z - bent * inside * inside))
+    bent = jnp.tanh(z * (_BEND + _BEND * _CUBIC * squared))
+    inside = _BEND + 3.0 * _BEND * _CUBIC * squared
+    share, steep = 0.5 + 0.5 * bent, 0.5 - 0.5 * bent * bent
+    turn = steep * inside
+    bending = 6.0 * _BEND * _CUBIC * z - 2.0 * bent * inside * inside  # of the slope of tanh
+    curvature = 2.0 * turn + z * steep * bending
+    return z * share, share + z * turn, curvature
 
 
 @jax.custom_vjp
 def activation(z):
     """GELU (the paper leaves sigma open); the tanh form, whose slope is cheap."""
-    return _value_and_slope(z)[0]
+    return _gelu(z)[0]
 
 
-# Gradients that keep z alone: what autodiff keeps would fill a kernel's memory.
-activation.defvjp(lambda z: (_value_and_slope(z)[0], z), lambda z, g: (g * _value_and_slope(z)[1],))
+# Gradients that keep no more than they need: what autodiff keeps would fill a kernel's memory.
+activation.defvjp(lambda z: _gelu(z)[:2], lambda slope, g: (g * slope,))
 
 
 @jax.custom_vjp
 def activation_and_slope(z):
     """GELU and its derivative from one tanh."""
-    return _value_and_slope(z)
+    return _gelu(z)[:2]
+
+
+def _activation_and_slope_fwd(z):
+    value, slope, curvature = _gelu(z)
+    return (value, slope), (slope, curvature)
 
 
 activation_and_slope.defvjp(
-    lambda z: (_value_and_slope(z), z),
-    lambda z, g: (g[0] * _value_and_slope(z)[1] + g[1] * _curvature(z),),
+    _activation_and_slope_fwd, lambda kept, g: (g[0] * kept[0] + g[1] * kept[1],)
 )
 
 
@@ -100,35 +98,29 @@ def write_chunk(
     inner_error = _clipped(inner_error, size[:, None], rule)
     rate, erase = chunk.rate, _erase(rule, "inner", chunk.rate, size)
     tables = delta_rule.chunk_tables(rate, chunk.keep, chunk.momentum, form)
-    inner = delta_rule.solve_chunk(
-        Operands(
-            x=chunk.keys,
-            error=inner_error.reshape(heads, n * f, -1),
-            rate=rate,
-            erase=erase,
-            initial=weights.inner.reshape(tall),
-            initial_momentum=_shaped(weights.inner_momentum, tall),
-            anchored=anchor.before.reshape(heads, n * f, -1),
-        ),
-        tables,
-        named=False,  # one small factor for all memories: cheaper to solve again than to keep
-        form=form,
+    inner = Operands(
+        x=chunk.keys,
+        error=inner_error.reshape(heads, n * f, -1),
+        rate=rate,
+        erase=erase,
+        initial=weights.inner.reshape(tall),
+        initial_momentum=_shaped(weights.inner_momentum, tall),
+        anchored=anchor.before.reshape(heads, n * f, -1),
     )
     rate = rate[:, None]
-    outer = delta_rule.solve_chunk(
-        Operands(
-            x=anchor.h,
-            error=_clipped(anchor.error, wide, rule),
-            rate=rate,
-            erase=_erase(rule, "outer", rate, wide),
-            initial=weights.outer,
-            initial_momentum=weights.outer_momentum,
-            anchored=anchor.out,
-        ),
-        jax.tree.map(lambda table: table[:, None], tables),
-        named=not form.dense,
-        form=form,
+    outer = Operands(
+        x=anchor.h,
+        error=_clipped(anchor.error, wide, rule),
+        rate=rate,
+        erase=_erase(rule, "outer", rate, wide),
+        initial=weights.outer,
+        initial_momentum=weights.outer_momentum,
+        anchored=anchor.out,
     )
+    outer_tables = jax.tree.map(lambda table: table[:, None], tables)
+    # Not named: one small factor for all memories, cheaper to solve again than to keep.
+    given = [(inner, tables, False), (outer, outer_tables, not form.dense)]
+    inner, outer = delta_rule.solve_chunks(given, form)
     read = None if reads is None else _read_last(inner, outer, reads, f, rule.read)
     (inner_end, inner_momentum), (outer_end, outer_momentum) = map(
         delta_rule.write_chunk, (inner, outer)

@@ -5,13 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chunk_loop_tpu import Options, chunk_loop
+from pallas_kernels.chunk_loop_tpu import chunk_loop
+from pallas_kernels.chunk_plan import plan
 from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
 from pallas_kernels.numerics import Form
-from pallas_kernels.vmem import MIB, save_every, state_bytes, vmem_limit_of
+from pallas_kernels.vmem import MIB, rounds_products, state_bytes, vmem_limit_of
 
+_ABREAST = 4  # memories of a step: one product of each, for a core has up to four matrix units
 _GATES = ("rate", "keep", "momentum")
 
 
@@ -25,15 +27,15 @@ def mlp_memory_pallas_tpu(
     chunk_size: int,
     vmem_limit: int | None = None,
     every: int | None = None,
-    sequences: int = 1,
-    residuals: bool = False,
-    rounded: bool = False,
+    sequences: int | None = None,
+    rounded: bool | None = None,
     interpret: bool = False,
 ):
     """As `mlp_memory_xla`, with the fast weights in VMEM across all chunks.
 
     Tokens are read in the dtype they come in. Those beyond the last whole chunk run in XLA. A state
-    is stored `every` so many chunks; None: see `save_every`.
+    is stored `every` so many chunks, a step takes so many `sequences`: see `chunk_plan`. Operands
+    of products are `rounded` to bfloat16; None: see `vmem.rounds_products`.
 
     Raises:
       NotImplementedError: numbers of 64 bits; memories too large for the VMEM.
@@ -63,15 +65,20 @@ def mlp_memory_pallas_tpu(
             begins = documents.begins[:, : whole // chunk_size, None, None].astype(jnp.float32)
         parts = tokens._replace(**{n: _row(getattr(tokens, n)) for n in _GATES})
         parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), parts)
-        every = every or save_every(start, whole // chunk_size, vmem_limit)
-        options = Options(vmem_limit, interpret, "mlp_memory", every, sequences, residuals)
-        state, reads = chunk_loop(
-            partial(_chunk, rule, Form(dense=True, rounded=rounded)),
-            options,
-            (rows, fresh),
-            start,
-            (parts, begins),
+        rounded = rounds_products() if rounded is None else rounded
+        chunk = partial(_chunk, rule, Form(dense=True, rounded=rounded))
+        arguments = ((rows, fresh), start, (parts, begins))
+        options = plan(
+            chunk,
+            *arguments,
+            name="mlp_memory",
+            vmem_limit=vmem_limit,
+            abreast=max(1, _ABREAST // start.inner.shape[1]),
+            every=every,
+            sequences=sequences,
+            interpret=interpret,
         )
+        state, reads = chunk_loop(chunk, options, *arguments)
         if reads is not None:
             reads = jnp.moveaxis(reads, 1, 2)
             pieces.append(reads.reshape(*reads.shape[:2], whole))
