@@ -14,7 +14,6 @@ from pallas_kernels.numerics import Form
 from pallas_kernels.vmem import MIB, rounds_products, state_bytes, vmem_limit_of
 
 _ABREAST = 4  # memories of a step: one product of each, for a core has up to four matrix units
-_GATES = ("rate", "keep", "momentum")
 
 
 def mlp_memory_pallas_tpu(
@@ -63,8 +62,7 @@ def mlp_memory_pallas_tpu(
         if documents is not None:
             fresh = (documents.inner, documents.outer)
             begins = documents.begins[:, : whole // chunk_size, None, None].astype(jnp.float32)
-        parts = tokens._replace(**{n: _row(getattr(tokens, n)) for n in _GATES})
-        parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), parts)
+        parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), tokens)
         rounded = rounds_products() if rounded is None else rounded
         chunk = partial(_chunk, rule, Form(dense=True, rounded=rounded))
         arguments = ((rows, fresh), start, (parts, begins))
@@ -80,8 +78,7 @@ def mlp_memory_pallas_tpu(
         )
         state, reads = chunk_loop(chunk, options, *arguments)
         if reads is not None:
-            reads = jnp.moveaxis(reads, 1, 2)
-            pieces.append(reads.reshape(*reads.shape[:2], whole))
+            pieces.append(jnp.swapaxes(reads.reshape(len(reads), whole, -1), -1, -2))
     if whole < length:
         rest = jax.tree.map(lambda a: a[..., whole:].astype(start.inner.dtype), tokens)
         if documents is not None:
@@ -94,10 +91,6 @@ def mlp_memory_pallas_tpu(
     return jnp.concatenate(pieces, axis=-1) if pieces else None, state
 
 
-def _row(gate):
-    return None if gate is None else gate[:, None, :]
-
-
 def _as_rows(readout: Readout) -> Readout:
     """Every array with two trailing axes, as blocks of a kernel like them."""
     weights = (readout.rate[..., None], readout.keep[..., None])
@@ -105,9 +98,11 @@ def _as_rows(readout: Readout) -> Readout:
 
 
 def _chunks(array, *, whole: int, size: int):
-    """[S, rows, T] -> [S, N, rows, C]."""
-    array = array[..., :whole]
-    return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, size), -2, 1)
+    """Gates [S, T] -> [S, N, 1, C]; features [S, d, T] -> [S, N, C, d], as the caller had them."""
+    if array.ndim == 2:
+        return array[:, :whole].reshape(len(array), -1, 1, size)
+    array = jnp.swapaxes(array, -1, -2)[:, :whole]
+    return array.reshape(len(array), -1, size, array.shape[-1])
 
 
 def _chunk(rule, form, constants, weights, given):
@@ -115,10 +110,13 @@ def _chunk(rule, form, constants, weights, given):
     (rows, fresh), (tokens, begins) = constants, given
     if fresh is not None:
         weights = restarted(weights, begins[0, 0, 0] > 0.5, *fresh)
+    dtype = tokens.keys.dtype
     tokens = jax.tree.map(lambda a: a.astype(weights.inner.dtype), tokens)
-    gates = {n: getattr(tokens, n) for n in _GATES}
-    tokens = tokens._replace(**{n: None if g is None else g[:, 0] for n, g in gates.items()})
+    columns = (None if a is None else jnp.swapaxes(a, -1, -2) for a in tokens[:3])
+    gates = (None if g is None else g[:, 0] for g in tokens[3:])
     readout = None
     if rows is not None:
         readout = Readout(*(a[..., 0] for a in rows[:2]), *(a[:, 0, 0] for a in rows[2:]))
-    return memory_chunk(weights, tokens, readout, rule, form=form)
+    tokens = Tokens(*columns, *gates)
+    weights, reads = memory_chunk(weights, tokens, readout, rule, form=form)
+    return weights, None if reads is None else jnp.swapaxes(reads, -1, -2).astype(dtype)
