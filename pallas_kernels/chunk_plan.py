@@ -9,7 +9,7 @@ from pallas_kernels.pullback import split_pullback
 from pallas_kernels.vmem import MIB, MOST, least_every, padded_bytes, save_every
 
 # Values between the products of a chunk, in what its pullback keeps: as the compiler asked for.
-_BETWEEN = 1.5
+_BETWEEN = 1.25
 
 
 class _Bytes(NamedTuple):
