@@ -266,6 +266,7 @@ def _loop_bwd(chunk, options, residuals, cotangents):
         def again_and_keep(k):
             given = [inputs(s, k) for s in each]
             new = [_at(states, s, k + 1) + [Window(ref, (s, k)) for ref in kept] for s in each]
+            assert split is not None
             lockstep(split.run, shapes, given, new)
 
         def pulled(inputs, kept, cotangents):

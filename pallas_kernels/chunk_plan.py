@@ -68,7 +68,8 @@ def plan(
     shapes = arguments_of_one(constants, state, tokens)
     outputs = jax.eval_shape(chunk, *shapes)[1]
     kept = sum(padded_bytes(a.shape, a.dtype.itemsize) for a in split_pullback(chunk, shapes).kept)
-    sizes = _Bytes(*(_of(tree, 1) for tree in (*shapes, outputs)), kept)
+    fixed, held, given = (_of(tree, 1) for tree in shapes)
+    sizes = _Bytes(fixed, held, given, _of(outputs, 1), kept)
     count, chunks = jax.tree.leaves(tokens)[0].shape[:2]
     steps = [k for k in (4, 2, 1) if k <= abreast] if sequences is None else [sequences]
     everies = [k for k in range(MOST, 0, -1) if chunks % k == 0 and k >= least_every(state, chunks)]

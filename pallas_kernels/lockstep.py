@@ -102,15 +102,15 @@ def _run(closed: ClosedJaxpr, given: list[list[Any]], early: list[dict]) -> list
         known.append(dict(zip(jaxpr.invars, values, strict=True)))
         known[-1].update(zip(jaxpr.constvars, closed.consts, strict=True))
     for equation in jaxpr.eqns:
-        for values, windows in zip(known, early, strict=True):
-            inputs = map(value_of, _read(values, equation.invars))
+        for here, windows in zip(known, early, strict=True):
+            inputs = map(value_of, _read(here, equation.invars))
             outs = equation.primitive.bind(*inputs, **equation.params)
             outs = outs if equation.primitive.multiple_results else [outs]
             for var, out in zip(equation.outvars, outs, strict=True):
-                values[var] = windows.get(var, out)
+                here[var] = windows.get(var, out)
                 if var in windows:
                     windows[var].store(out)
-    return [_read(values, jaxpr.outvars) for values in known]
+    return [_read(here, jaxpr.outvars) for here in known]
 
 
 def _read(values: dict, variables) -> list[Any]:

@@ -89,7 +89,7 @@ def _sources(jaxpr, needed) -> list[Any]:
     In the order of the program: what can be made of what is there already, and of rows that are
     far smaller than itself, is made again; the rest is kept.
     """
-    makers, order = _makers(jaxpr), {}
+    makers, order = _makers(jaxpr), dict[Any, int]()
     for i, equation in enumerate(jaxpr.eqns):
         order |= dict.fromkeys(equation.outvars, i)
     given = set(jaxpr.invars)

@@ -76,8 +76,8 @@ def _one_memory(chunk: int) -> Workload:
         return dict(**named, rate=rate, keep=0.9 + 0.1 * keep, initial=start)
 
     def call(arrays, implementation):
-        options = dict(rule=Rule(values="shared"), chunk_size=chunk)
-        return mlp_memory(**arrays, **options, implementation=implementation)
+        rule = Rule(values="shared")
+        return mlp_memory(**arrays, rule=rule, chunk_size=chunk, implementation=implementation)
 
     # of two matrices: key, error back (one), erasure, write, read
     flops = 2.0 * math.prod(lead) * length * d * f * (2 * 4 + 1)
@@ -88,7 +88,7 @@ def _one_memory(chunk: int) -> Workload:
 def estimated() -> list[Workload]:
     """The workloads: those of an accelerator at 4,096 tokens, and one large memory by itself."""
     named = [w for w in workloads("accelerator") if "L16384" not in w.name]
-    named.append(newton_schulz("16 x 512 x 512", 16, 512, 512))
+    named.append(newton_schulz("16 x 256 x 256", 16, 256, 256))
     return [*named, *(_one_memory(chunk) for chunk in (64, 128, 256))]
 
 
@@ -117,7 +117,11 @@ def measure(generations: Sequence[str], *, ops: Sequence[str] = ()) -> Iterator[
         for generation in generations or GENERATIONS:
             for implementation in ("xla", "pallas_tpu"):
                 for direction in ("forward", "forward+backward"):
-                    row = {"op": workload.op, "workload": workload.name, "clock": "estimate"}
+                    row: dict[str, Any] = {
+                        "op": workload.op,
+                        "workload": workload.name,
+                        "clock": "estimate",
+                    }
                     row |= {"implementation": implementation, "direction": direction}
                     row |= {"device": GENERATIONS[generation].kind, "refused": None}
                     found = _isolated([str(index), generation, implementation, direction])

@@ -98,7 +98,7 @@ def write_chunk(
     inner_error = _clipped(inner_error, size[:, None], rule)
     rate, erase = chunk.rate, _erase(rule, "inner", chunk.rate, size)
     tables = delta_rule.chunk_tables(rate, chunk.keep, chunk.momentum, form)
-    inner = Operands(
+    of_inner = Operands(
         x=chunk.keys,
         error=inner_error.reshape(heads, n * f, -1),
         rate=rate,
@@ -108,7 +108,7 @@ def write_chunk(
         anchored=anchor.before.reshape(heads, n * f, -1),
     )
     rate = rate[:, None]
-    outer = Operands(
+    of_outer = Operands(
         x=anchor.h,
         error=_clipped(anchor.error, wide, rule),
         rate=rate,
@@ -119,8 +119,8 @@ def write_chunk(
     )
     outer_tables = jax.tree.map(lambda table: table[:, None], tables)
     # Not named: one small factor for all memories, cheaper to solve again than to keep.
-    given = [(inner, tables, False), (outer, outer_tables, not form.dense)]
-    inner, outer = delta_rule.solve_chunks(given, form)
+    both = [(of_inner, tables, False), (of_outer, outer_tables, not form.dense)]
+    inner, outer = delta_rule.solve_chunks(both, form)
     read = None if reads is None else _read_last(inner, outer, reads, f, rule.read)
     (inner_end, inner_momentum), (outer_end, outer_momentum) = map(
         delta_rule.write_chunk, (inner, outer)

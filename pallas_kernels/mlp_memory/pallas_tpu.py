@@ -112,11 +112,11 @@ def _chunk(rule, form, constants, weights, given):
         weights = restarted(weights, begins[0, 0, 0] > 0.5, *fresh)
     dtype = tokens.keys.dtype
     tokens = jax.tree.map(lambda a: a.astype(weights.inner.dtype), tokens)
-    columns = (None if a is None else jnp.swapaxes(a, -1, -2) for a in tokens[:3])
-    gates = (None if g is None else g[:, 0] for g in tokens[3:])
+    columns = [None if a is None else jnp.swapaxes(a, -1, -2) for a in tokens[:3]]
+    gates = [None if g is None else g[:, 0] for g in tokens[3:]]
     readout = None
     if rows is not None:
         readout = Readout(*(a[..., 0] for a in rows[:2]), *(a[:, 0, 0] for a in rows[2:]))
-    tokens = Tokens(*columns, *gates)
+    tokens = tokens._replace(**dict(zip(Tokens._fields, [*columns, *gates], strict=True)))
     weights, reads = memory_chunk(weights, tokens, readout, rule, form=form)
     return weights, None if reads is None else jnp.swapaxes(reads, -1, -2).astype(dtype)
