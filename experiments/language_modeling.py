@@ -22,7 +22,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from nestedjax import configs, models, runs
 from nestedjax.data import ByteVocabulary, DataError, text_dataset
@@ -69,7 +68,7 @@ def fit(config, heldout, *, folder: Path) -> dict:
       ([step, training loss]).
     """
     model = runs.abstract_model(config)
-    graphdef, _ = nnx.split(model)
+    definition, _ = models.split(model)
     tx, _ = runs.optimizer(config)
     dataset = text_dataset(
         folder / "train",
@@ -81,10 +80,10 @@ def fit(config, heldout, *, folder: Path) -> dict:
     )
     curve: list[tuple[int, float]] = []
     before = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    weights = jax.jit(lambda: nnx.state(runs.new_model(config), nnx.Param))()
+    weights = jax.jit(lambda: models.weights(runs.new_model(config)))()
     loop = LoopConfig(config.loop.steps, config.loop.steps, config.loop.steps, 10)
     result = train(
-        runs.language_loss(graphdef),
+        runs.language_loss(definition),
         init_state(weights, tx, seed=config.seed),
         tx=tx,
         dataset=dataset,

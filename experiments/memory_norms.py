@@ -17,7 +17,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from nestedjax import data, models
 from nestedjax.mixers.self_modifying import MEMORIES
@@ -37,15 +36,15 @@ def squared_norms(state):
 
 def measure(preset, length, seed):
     """Least and largest ratio of every memory: {memory: {"whole" or "matrix": [low, high]}}."""
-    model = models.build(preset, rngs=nnx.Rngs(seed))
+    model = models.create(preset, seed=seed)
     text = np.frombuffer(b"\n".join(data.read_documents(data.bundled())), np.uint8)[:length]
     noise = np.random.default_rng(seed).integers(0, model.config.vocab, length)
     tokens = jnp.asarray(np.stack([text, noise]), jnp.int32)
-    graphdef, weights = nnx.split(model)
+    definition, weights = models.split(model)
 
     @jax.jit
     def advance(tokens, state):
-        _, state = nnx.merge(graphdef, weights).hidden(tokens, state)
+        _, state = models.merge(definition, weights).hidden(tokens, state)
         return state, squared_norms(state)
 
     state = model.init_state(2)

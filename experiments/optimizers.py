@@ -9,7 +9,7 @@ Command:   python experiments/optimizers.py --scale cpu   (parts alone: --parts 
 Data:      generated; the text that ships with the package
 Protocol:  study: the rate of each optimizer is the best of the same five on seed 0; then three
            seeds at that rate, at equal steps, and again at the CPU-seconds that AdamW took
-Hardware:  2 CPU cores, about 950 CPU-seconds; --scale gpu is meant for one H100 or H200
+Hardware:  2 CPU cores, 9 minutes; --scale gpu is meant for one H100 or H200
 Output:    tables, `optimizers.json` and a PNG for each part in --out; what was found is in LOG.md
 """
 
@@ -29,7 +29,6 @@ import matplotlib
 import numpy as np
 import optax
 import optimizer_toys
-from flax import nnx
 
 from nestedjax import configs, models, optim, runs
 from nestedjax.data import ByteVocabulary
@@ -195,13 +194,13 @@ def text(scale: Scale) -> Problem:
     """A Transformer++ on bytes of the text that ships with the package."""
     config = configs.run_preset(f"transformer_{scale.preset}")
     config = configs.change(config, ["vocab=256", *scale.text])
-    model = models.build(config.model, rngs=nnx.Rngs(0))
-    graphdef, _ = nnx.split(model)
-    language = runs.language_loss(graphdef)
+    model = models.create(config.model)
+    definition, _ = models.split(model)
+    language = runs.language_loss(definition)
     data = {}
 
     def init(seed: int):
-        return nnx.state(models.build(config.model, rngs=nnx.Rngs(seed)), nnx.Param)
+        return models.weights(models.create(config.model, seed=seed))
 
     def batches(seed, first, count):
         if seed not in data:

@@ -2,13 +2,12 @@
 
 Rows are of the implementations that run here; those that do not say why and have no time. Rates
 count the products of the token recurrence (not of the chunked form, which makes more) and the bytes
-of operands and results; a backward pass counts twice the forward one.
+of operands and results; a backward pass counts twice the forward one. An accelerator's time is its
+profiler's, and `roofline` the least time it could take as a fraction of that.
 
     nestedjax bench kernels --ops delta_rule
 """
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -220,8 +219,10 @@ def measure(
 
     Returns:
       Rows of `op`, `workload`, `implementation`, `direction` ("forward" or "forward+backward"),
-      `device`, `milliseconds`, `flops_per_second`, `bytes_per_second`, `temp_bytes`, and `refused`,
-      the reason where an implementation does not take the workload (then there are no figures).
+      `device`, `milliseconds`, `clock` ("device" or "host"), `flops_per_second`,
+      `bytes_per_second`, `roofline` (see `devices.roofline`; None on a CPU), `temp_bytes`, and
+      `refused`, the reason where an implementation does not take the workload (then there are no
+      figures).
     """
     import jax
 
@@ -260,6 +261,8 @@ def passes_of(workload: Workload, implementation: str, direction: str) -> tuple[
 def _row(workload, arrays, implementation, direction, repeats) -> dict[str, Any]:
     import jax
 
+    from nestedjax.benchmarks import devices
+
     function, passes = passes_of(workload, implementation, direction)
     platform = jax.devices()[0].platform
     for kind in ("tpu", "gpu"):
@@ -269,39 +272,41 @@ def _row(workload, arrays, implementation, direction, repeats) -> dict[str, Any]
         compiled = jax.jit(function).lower(arrays).compile()
     except NotImplementedError as error:
         return _refused(str(error))
-    jax.block_until_ready(compiled(arrays))
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        out = jax.block_until_ready(compiled(arrays))
-        seconds.append(time.perf_counter() - started)
+    out = jax.block_until_ready(compiled(arrays))
+    seconds, clock = devices.seconds(lambda: compiled(arrays), repeats)
     memory = compiled.memory_analysis()
-    moved = sum(leaf.nbytes for leaf in jax.tree.leaves((arrays, out)))
-    median = statistics.median(seconds)
+    flops = passes * workload.flops
+    moved = float(sum(leaf.nbytes for leaf in jax.tree.leaves((arrays, out))))
     return {
-        "milliseconds": 1e3 * median,
-        "flops_per_second": passes * workload.flops / median,
-        "bytes_per_second": moved / median,
+        "milliseconds": 1e3 * seconds,
+        "clock": clock,
+        "flops_per_second": flops / seconds,
+        "bytes_per_second": moved / seconds,
+        "roofline": devices.roofline(jax.devices()[0].device_kind, flops, moved, seconds),
         "temp_bytes": memory.temp_size_in_bytes if memory else None,
     }
 
 
 def _refused(reason: str) -> dict[str, Any]:
-    names = ("milliseconds", "flops_per_second", "bytes_per_second", "temp_bytes")
-    return {name: None for name in names} | {"refused": reason}
+    names = ("milliseconds", "clock", "flops_per_second", "bytes_per_second", "roofline")
+    return {name: None for name in (*names, "temp_bytes")} | {"refused": reason}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table for a terminal."""
     head = f"{'operation':15}{'workload':25}{'implementation':15}{'direction':18}"
-    lines = [head + f"{'ms':>10}{'GFLOP/s':>9}{'GB/s':>8}{'temp MiB':>10}"]
+    lines = [
+        head + f"{'ms':>10}{'clock':>8}{'GFLOP/s':>9}{'GB/s':>8}{'of peak':>9}{'temp MiB':>10}"
+    ]
     for row in rows:
         line = f"{row['op']:15}{row['workload']:25}{row['implementation']:15}{row['direction']:18}"
         if row["refused"]:
             lines.append(line + f"  {row['refused']}")
             continue
+        share = "-" if row["roofline"] is None else f"{row['roofline']:.0%}"
         lines.append(
-            line + f"{row['milliseconds']:>10.1f}{row['flops_per_second'] / 1e9:>9.2f}"
-            f"{row['bytes_per_second'] / 1e9:>8.2f}{(row['temp_bytes'] or 0) / 2**20:>10.1f}"
+            line + f"{row['milliseconds']:>10.1f}{row['clock']:>8}"
+            f"{row['flops_per_second'] / 1e9:>9.2f}{row['bytes_per_second'] / 1e9:>8.2f}"
+            f"{share:>9}{(row['temp_bytes'] or 0) / 2**20:>10.1f}"
         )
     return "\n".join(lines)

@@ -28,7 +28,6 @@ def measure(
       `states_per_chunk`, the same in units of the state.
     """
     import jax
-    from flax import nnx
 
     from nestedjax import models
     from nestedjax.benchmarks import peers
@@ -37,11 +36,11 @@ def measure(
     rows = []
     for remat in remats:
         changed = dataclasses.replace(config, remat=remat)
-        make = lambda c=changed: models.build(c, rngs=nnx.Rngs(0))  # noqa: E731
-        graphdef, weights = nnx.split(nnx.eval_shape(make))
+        make = lambda c=changed: models.create(c)  # noqa: E731
+        definition, weights = models.split(models.abstract(make))
         state = jax.eval_shape(lambda make=make: make().init_state(1)["memory"].state)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        temporaries = [_temporaries(graphdef, weights, length) for length in lengths]
+        temporaries = [_temporaries(definition, weights, length) for length in lengths]
         chunks = (lengths[1] - lengths[0]) / config.memory.chunk_size
         per_chunk = (temporaries[1] - temporaries[0]) / chunks
         rows.append(
@@ -57,13 +56,13 @@ def measure(
     return rows
 
 
-def _temporaries(graphdef, weights, length: int) -> int:
+def _temporaries(definition, weights, length: int) -> int:
     import jax
     import jax.numpy as jnp
 
     from nestedjax import runs
 
-    loss = runs.language_loss(graphdef)
+    loss = runs.language_loss(definition)
     tokens, mask = (jax.ShapeDtypeStruct((1, length), dtype) for dtype in (jnp.int32, bool))
     batch = {"tokens": tokens, "targets": tokens, "mask": mask, "resets": None}
     gradient = jax.jit(jax.grad(lambda weights, batch: loss(weights, batch, None)[0]))

@@ -45,12 +45,11 @@ def measure(
       AdamW's, `state_bytes`, `parameters`.
     """
     import jax
-    from flax import nnx
 
     from nestedjax import configs, models, runs
 
     config = configs.change(configs.run_preset(preset), [f"batch={batch}", f"length={length}"])
-    model = models.build(config.model, rngs=nnx.Rngs(0))
+    model = models.create(config.model)
     axes, base = models.matrix_axes(model), None
     forward = _forward(model, config, runs)
     for name, tx in optimizers(axes).items():
@@ -58,9 +57,9 @@ def measure(
             continue
         used, passes = model, forward
         if name == "dgd":  # its layers hand out their inputs too
-            used = models.add_taps(models.build(config.model, rngs=nnx.Rngs(0)))
+            used = models.add_taps(models.create(config.model))
             tx, passes = optimizers(models.matrix_axes(used))[name], _forward(used, config, runs)
-        params = nnx.state(used, nnx.Param)
+        params = models.weights(used)
         state = jax.jit(tx.init)(params)
         grads = jax.tree.map(lambda p: p * 1e-3 + 1e-4, params)
         seconds = _seconds(jax.jit(tx.update), grads, state, params, SLOW.get(name, STEPS))
@@ -99,10 +98,11 @@ def _forward(model: Any, config: Any, runs: Any) -> float:
     """Seconds of a forward and backward pass: the median of five after one that compiles."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    graphdef, params = nnx.split(model)
-    loss = runs.language_loss(graphdef)
+    from nestedjax import models
+
+    definition, params = models.split(model)
+    loss = runs.language_loss(definition)
     shape = config.data.batch, config.data.length
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab)
     batch = {

@@ -123,8 +123,6 @@ def _return_freed_memory() -> None:
 
 def _train_step(workload: Workload, config: Any) -> tuple[Any, Any, int]:
     """The training step of a run, its first state and its number of parameters."""
-    from flax import nnx
-
     from nestedjax import models, runs
     from nestedjax.configs import DataConfig, OptimizerConfig, RunConfig
     from nestedjax.training import make_dispatch
@@ -132,10 +130,10 @@ def _train_step(workload: Workload, config: Any) -> tuple[Any, Any, int]:
     data = DataConfig(length=workload.length, batch=workload.batch)
     run = RunConfig("peers", config, data, OptimizerConfig(warmup=0))
     tx, _ = runs.optimizer(run)
-    graphdef = nnx.graphdef(runs.abstract_model(run))
+    definition, _ = models.split(runs.abstract_model(run))
     state = runs.new_state(run, tx)
     count = models.parameter_count(runs.abstract_model(run))
-    return make_dispatch(runs.language_loss(graphdef), tx), state, count
+    return make_dispatch(runs.language_loss(definition), tx), state, count
 
 
 def isolated(workload: Workload, *, core: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from nestedjax.benchmarks import tpu_cycles
+from nestedjax.benchmarks import devices, tpu_cycles
 from nestedjax.benchmarks.kernels import Workload, _refused, newton_schulz, workloads
 from nestedjax.overrides import ConfigError
 
@@ -33,19 +33,17 @@ class Generation(NamedTuple):
       topology: name of the smallest one.
       kind: of its devices.
       clock: cycles a second.
-      bandwidth: of HBM, bytes a second.
     """
 
     topology: str
     kind: str
     clock: float
-    bandwidth: float
 
 
 GENERATIONS = {
-    "v5e": Generation("v5e:2x2", "TPU v5 lite", 1.5e9, 819e9),
-    "v5p": Generation("v5p:2x2x1", "TPU v5", 1.75e9, 2765e9),
-    "v6e": Generation("v6e:2x2", "TPU v6 lite", 1.75e9, 1640e9),
+    "v5e": Generation("v5e:2x2", "TPU v5 lite", 1.5e9),
+    "v5p": Generation("v5p:2x2x1", "TPU v5", 1.75e9),
+    "v6e": Generation("v6e:2x2", "TPU v6 lite", 1.75e9),
 }
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -187,17 +185,20 @@ def _figures(directory: str, index: str, name: str, implementation: str, directi
         return _refused(str(error))
     program = tpu_cycles.program(compiled.as_text())
     kernels = tpu_cycles.schedules(directory)
-    per_byte = generation.clock / generation.bandwidth
+    per_byte = generation.clock / devices.PEAKS[generation.kind].bytes_per_second
     cycles = program.cycles + sum(
         calls * max(kernels[kernel].cycles, program.moved[kernel] * per_byte)
         for kernel, calls in program.calls.items()
     )
     seconds = cycles / generation.clock
     leaves = jax.tree.leaves((arrays, jax.eval_shape(function, arrays)))
+    flops = passes * workload.flops
+    moved = float(sum(a.size * a.dtype.itemsize for a in leaves))
     return {
         "milliseconds": 1e3 * seconds,
-        "flops_per_second": passes * workload.flops / seconds,
-        "bytes_per_second": sum(a.size * a.dtype.itemsize for a in leaves) / seconds,
+        "flops_per_second": flops / seconds,
+        "bytes_per_second": moved / seconds,
+        "roofline": devices.roofline(generation.kind, flops, moved, seconds),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "cycles": cycles,
         "bundles": sum(kernels[kernel].bundles for kernel in program.calls),

@@ -121,6 +121,11 @@ def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ConfigError(f"no operation {op!r} in this benchmark; {', '.join(known)}")
     if args.repeats < 1:
         raise ConfigError(f"--repeats {args.repeats} must be at least 1")
+    if args.against and args.ops:
+        raise ConfigError(
+            f"--ops {' '.join(args.ops)} does not go with --against {args.against}, which times the"
+            " gated delta rule alone; leave one of them out"
+        )
     if args.against == "fla":
         from nestedjax.benchmarks import against_fla
 

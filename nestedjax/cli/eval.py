@@ -29,23 +29,22 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
     import jax
     import numpy as np
-    from flax import nnx
 
-    from nestedjax import runs
+    from nestedjax import models, runs
     from nestedjax.data import DataError
     from nestedjax.evaluation import Losses, Totals, stream_losses
 
     config = runs.require_config(args.run)
     texts = _texts(config, args.data)
     loaded = runs.load(args.run)
-    graphdef, params = nnx.split(loaded.model)
+    definition, params = models.split(loaded.model)
 
     @jax.jit
     def score(params, tokens, targets, state):
-        logits, state = nnx.merge(graphdef, params)(tokens, state)
+        logits, state = models.merge(definition, params)(tokens, state)
         return runs.token_losses(logits, targets), state
 
-    start = jax.jit(lambda params: nnx.merge(graphdef, params).init_state(1))(params)
+    start = jax.jit(lambda params: models.merge(definition, params).init_state(1))(params)
     files: dict[str, Losses] = {}
     for name, documents in texts:
         found = Losses(Totals(), {})

@@ -40,9 +40,8 @@ def run(args: argparse.Namespace) -> int:
     """Generate; returns the exit code."""
     import jax
     import numpy as np
-    from flax import nnx
 
-    from nestedjax import runs
+    from nestedjax import models, runs
     from nestedjax.cli.printing import printable
     from nestedjax.overrides import ConfigError, at_least
 
@@ -59,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
     if not prompt.size:
         raise ConfigError("--prompt is empty; give at least one character, or leave it out")
     model = _learner(loaded.model, prompt.size, args) if args.adapt else loaded.model
-    graphdef, params = nnx.split(model)
+    definition, params = models.split(model)
     draw = runs.sampler(
-        graphdef,
+        definition,
         tokens=args.tokens,
         temperature=args.temperature,
         top_k=args.top_k,

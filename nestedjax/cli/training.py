@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import jax
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from nestedjax import configs, overrides, runs, sharding
+from nestedjax import configs, models, overrides, runs, sharding
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.cli.printing import printable
 from nestedjax.cli.progress import Progress
@@ -110,7 +109,7 @@ def train(config: RunConfig, folder: str, mesh: Mesh | None = None) -> Result:
       TrainingError: a number is not finite.
     """
     model = runs.abstract_model(config)
-    graphdef, params = nnx.split(model)
+    definition, params = models.split(model)
     tx, schedule = runs.optimizer(config)
     vocabulary = runs.vocabulary_of(config)
     dataset, valid = runs.datasets(config, vocabulary)
@@ -118,7 +117,7 @@ def train(config: RunConfig, folder: str, mesh: Mesh | None = None) -> Result:
     state = runs.place_new_state(config, tx, mesh)
     # What is there stays until the loop has found that data and checkpoint belong to it.
     runs.save_config(folder, runs.load_config(folder) or config)
-    sampler = _Sampler(config, graphdef, vocabulary)
+    sampler = _Sampler(config, definition, vocabulary)
     progress = Progress(config, folder, sum(x.size for x in jax.tree.leaves(params)), dataset)
     path = epath.Path(folder)
 
@@ -133,7 +132,7 @@ def train(config: RunConfig, folder: str, mesh: Mesh | None = None) -> Result:
         progress,
     ):
         result = loop(
-            runs.language_loss(graphdef),
+            runs.language_loss(definition),
             state,
             tx=tx,
             dataset=dataset,
@@ -143,7 +142,7 @@ def train(config: RunConfig, folder: str, mesh: Mesh | None = None) -> Result:
             metrics=metrics,
             hooks=sampler.hooks(progress),
             on_event=watch,
-            probe=runs.probe(graphdef),
+            probe=runs.probe(definition),
             learning_rate=schedule,
             sharding=batches,
             meta=configs.to_json(config),
@@ -172,10 +171,10 @@ def _batches(config: RunConfig, mesh: Mesh | None) -> NamedSharding | None:
 class _Sampler:
     """Draws text from a run's weights; the text depends on the run's seed and step alone."""
 
-    def __init__(self, config: RunConfig, graphdef: nnx.GraphDef, vocabulary: Vocabulary):
+    def __init__(self, config: RunConfig, definition: models.Definition, vocabulary: Vocabulary):
         self._config, self._vocabulary = config, vocabulary
         self._prompt = vocabulary.encode("\n")[-1:]
-        self._draw = runs.sampler(graphdef, tokens=SAMPLE)
+        self._draw = runs.sampler(definition, tokens=SAMPLE)
 
     def text(self, state: TrainState) -> str:
         """A sample of the weights of a step."""

@@ -9,6 +9,7 @@ from nestedjax.models.config import (
     InnerConfig,
     TransformerConfig,
 )
+from nestedjax.models.functional import Definition, abstract, create, merge, split, weights
 from nestedjax.models.in_context import InContextModel, Reading, adapting
 from nestedjax.models.language_model import LanguageModel, logical_axes, parameter_count
 from nestedjax.models.matrices import add_taps, matrix_axes
@@ -20,6 +21,7 @@ __all__ = [
     "STEP_TOKENS",
     "AttentionConfig",
     "CMSConfig",
+    "Definition",
     "HopeAttentionConfig",
     "HopeConfig",
     "InContextModel",
@@ -28,14 +30,19 @@ __all__ = [
     "Model",
     "Reading",
     "TransformerConfig",
+    "abstract",
     "adapting",
     "add_taps",
     "build",
+    "create",
     "labels",
     "logical_axes",
     "matrix_axes",
+    "merge",
     "optimizer",
     "parameter_count",
     "periods",
+    "split",
     "step_tokens_by_label",
+    "weights",
 ]

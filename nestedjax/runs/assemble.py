@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from nestedjax import configs, levels, models
@@ -80,7 +79,7 @@ def new_model(config: RunConfig) -> models.Model:
         if how == "pallas_tpu" and device != "tpu":
             raise ConfigError(f"implementation={how} needs a TPU, this is a {device}: use xla")
     try:
-        model = models.build(config.model, rngs=nnx.Rngs(config.seed))
+        model = models.create(config.model, seed=config.seed)
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
     return models.add_taps(model) if config.optimizer.name == "dgd" else model
@@ -88,7 +87,7 @@ def new_model(config: RunConfig) -> models.Model:
 
 def abstract_model(config: RunConfig) -> models.Model:
     """The model of a run with shapes in place of weights."""
-    return nnx.eval_shape(lambda: new_model(config))
+    return models.abstract(lambda: new_model(config))
 
 
 def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -164,7 +163,7 @@ def nested_system(config: RunConfig) -> NestedSystem:
     """
     model = abstract_model(config)
     tx, _ = optimizer(config)
-    memories = jax.eval_shape(tx.init, nnx.state(model, nnx.Param))
+    memories = jax.eval_shape(tx.init, models.weights(model))
     tokens = models.step_tokens_by_label(config.model, step_tokens=config.step_tokens)
     own = model.boxes()
     boxes = levels.describe(own, memories, step_tokens=tokens)
@@ -180,7 +179,7 @@ def new_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState
         carry = levels.at_boundary(model.init_state(config.data.batch // parts))
         if parts > 1:
             carry = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (parts, *x.shape)), carry)
-    return init_state(nnx.state(model, nnx.Param), tx, seed=config.seed, carry=carry)
+    return init_state(models.weights(model), tx, seed=config.seed, carry=carry)
 
 
 def abstract_state(config: RunConfig) -> TrainState:

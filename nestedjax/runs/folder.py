@@ -5,7 +5,6 @@ import os
 from typing import NamedTuple
 
 from etils import epath
-from flax import nnx
 
 from nestedjax import configs, models
 from nestedjax.checkpoint import CheckpointError, Checkpoints
@@ -97,6 +96,6 @@ def load(folder: str | os.PathLike) -> Model:
             restored = found.restore(like)
     if restored is None:
         raise CheckpointError(f"no checkpoint in {os.fspath(folder)} yet; train it first")
-    graphdef, _ = nnx.split(abstract_model(config))
-    model = nnx.merge(graphdef, restored.state.params)
+    definition, _ = models.split(abstract_model(config))
+    model = models.merge(definition, restored.state.params)
     return Model(config, restored.step, model, vocabulary_of(config))

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from nestedjax import levels
+from nestedjax import levels, models
 from nestedjax.evaluation import generate
 from nestedjax.training import LossFn
 
@@ -17,8 +16,8 @@ PyTree = Any
 PIECE = 256  # tokens of a prompt read at once
 
 
-def language_loss(graphdef: nnx.GraphDef) -> LossFn:
-    """Next-token cross-entropy, in nats per token, of the model that `graphdef` describes.
+def language_loss(definition: models.Definition) -> LossFn:
+    """Next-token cross-entropy, in nats per token, of the model that `definition` describes.
 
     Returns:
       `loss_fn(params, batch, carry) -> (loss, ({"tokens": n}, carry))`, the mean over the n tokens
@@ -27,7 +26,7 @@ def language_loss(graphdef: nnx.GraphDef) -> LossFn:
     """
 
     def loss_fn(params, batch, carry):
-        model = nnx.merge(graphdef, params)
+        model = models.merge(definition, params)
         state = None if carry is None else jax.lax.stop_gradient(carry)
         logits, state = model(batch["tokens"], state, resets=batch["resets"])
         losses = token_losses(logits, batch["targets"])
@@ -53,7 +52,7 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def sampler(
-    graphdef: nnx.GraphDef,
+    definition: models.Definition,
     *,
     tokens: int,
     temperature: float | int = 0.8,
@@ -63,7 +62,7 @@ def sampler(
     """Compile the continuation of a prompt; memory grows with neither prompt nor continuation.
 
     Args:
-      graphdef: of a model; with `settle` of a `models.InContextModel`.
+      definition: of a model; with `settle` of a `models.InContextModel`.
       tokens: how many to draw.
       temperature: see `nestedjax.evaluation.generate`.
       top_k: see there.
@@ -74,16 +73,18 @@ def sampler(
     """
 
     def start(params):
-        return nnx.merge(graphdef, params).init_state(1)
+        return models.merge(definition, params).init_state(1)
 
     def read(params, state, piece):
-        return nnx.merge(graphdef, params)(piece[None], state)[1]
+        return models.merge(definition, params)(piece[None], state)[1]
 
     def go_on(params, state, prompt, key):
-        model = nnx.merge(graphdef, params)
+        model = models.merge(definition, params)
         options = {"tokens": tokens, "key": key, "temperature": temperature, "top_k": top_k}
-        step, state = (model.read, model.settle(state)) if settle else (model, state)
-        return generate(step, state, prompt[None], **options)[0][0]
+        if not settle:
+            return generate(model, state, prompt[None], **options)[0][0]
+        assert isinstance(model, models.InContextModel)
+        return generate(model.read, model.settle(state), prompt[None], **options)[0][0]
 
     start, read, go_on = jax.jit(start), jax.jit(read), jax.jit(go_on)
 
@@ -96,27 +97,29 @@ def sampler(
     return draw
 
 
-def probe(graphdef: nnx.GraphDef) -> Callable[[PyTree, PyTree], dict[str, PyTree]]:
+def probe(definition: models.Definition) -> Callable[[PyTree, PyTree], dict[str, PyTree]]:
     """What the training loop asks where a number ceased to be finite."""
 
     @jax.jit
     def activations(params, batch):
-        return nnx.merge(graphdef, params).probe(batch["tokens"], resets=batch["resets"])
+        return models.merge(definition, params).probe(batch["tokens"], resets=batch["resets"])
 
     def in_order(params, batch):
         found = activations(params, batch)
         # A dict comes out of jit sorted by key; the model's own order is that of cause and effect.
-        return {name: found[name] for name in probe_names(graphdef, params, batch)}
+        return {name: found[name] for name in probe_names(definition, params, batch)}
 
     return in_order
 
 
-def probe_names(graphdef: nnx.GraphDef, params: PyTree, batch: PyTree) -> list[str]:
+def probe_names(definition: models.Definition, params: PyTree, batch: PyTree) -> list[str]:
     """The names of a probe's activations in the order in which they are computed."""
     names: list[str] = []
 
     def record(params, batch):
-        names.extend(nnx.merge(graphdef, params).probe(batch["tokens"], resets=batch["resets"]))
+        names.extend(
+            models.merge(definition, params).probe(batch["tokens"], resets=batch["resets"])
+        )
 
     jax.eval_shape(record, params, batch)
     return names

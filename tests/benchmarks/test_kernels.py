@@ -23,6 +23,7 @@ def test_rows_of_one_workload():
     for row in rows[:4]:
         assert row["refused"] is None and row["milliseconds"] > 0 and row["temp_bytes"] >= 0
         assert row["flops_per_second"] > 0 and row["bytes_per_second"] > 0
+        assert row["clock"] == "host" and row["roofline"] is None
     refusals = [f"a {kind} kernel does not run on a cpu" for kind in ("TPU", "GPU")]
     assert [row["refused"] for row in rows[4:]] == [r for r in refusals for _ in range(2)]
     assert len(kernels.table(rows).splitlines()) == 9
@@ -57,6 +58,8 @@ def test_against_fla_says_what_it_needs(capsys, monkeypatch):
             importlib.util, "find_spec", lambda name, m=missing: None if name in m else name
         )
         assert f"pip install {named}" in refused(capsys, *arguments)
+    also = refused(capsys, *arguments, "--ops", "delta_rule")
+    assert "--ops delta_rule does not go with --against fla" in also
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert "needs a GPU, this device is a cpu" in refused(capsys, *arguments)
     with pytest.raises(ConfigError, match="--against fla needs a GPU"):

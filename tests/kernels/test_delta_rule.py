@@ -116,6 +116,29 @@ def test_hard_inputs_in_float32(case, length):
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in gradient.values())
 
 
+def test_a_chunk_of_padding_changes_nothing():
+    """What padding is: nothing written, nothing erased, all kept; the chunks around it learn."""
+    given = operands(np.random.default_rng(6), ("keep", "erase", "momentum"), length=12)
+    chunk = slice(4, 8)
+    for name, padding in {"rate": 0.0, "erase": 0.0, "keep": 1.0}.items():
+        given[name] = given[name].at[:, chunk].set(padding)
+    given |= {name: given[name].at[:, chunk].set(0.0) for name in ("x", "error", "momentum")}
+    given["initial_momentum"] = 0 * given["initial_momentum"]
+    both = jax.jit(jax.value_and_grad(lambda g: jnp.sum(delta_rule(**g, chunk_size=4).final ** 2)))
+    states = ("initial", "initial_momentum")
+    without = {
+        name: array if name in states else jnp.delete(array, np.r_[chunk], axis=1)
+        for name, array in given.items()
+    }
+    # The padded chunk ends the momentum; so does this in the other text.
+    without["momentum"] = without["momentum"].at[:, 4].set(0.0)
+    given["momentum"] = given["momentum"].at[:, 8].set(0.0)
+    (value, gradient), (expected, of_expected) = both(given), both(without)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for name in states:
+        np.testing.assert_allclose(gradient[name], of_expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_shared_keys_broadcast_over_memories():
     given = operands(np.random.default_rng(3), ("keep", "erase"))
     many = jnp.stack([given["initial"], 2 * given["initial"]], axis=1)
