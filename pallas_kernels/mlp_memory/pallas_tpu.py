@@ -32,9 +32,10 @@ def mlp_memory_pallas_tpu(
 ):
     """As `mlp_memory_xla`, with the fast weights in VMEM across all chunks.
 
-    Tokens are read in the dtype they come in. Those beyond the last whole chunk run in XLA. A state
-    is stored `every` so many chunks, a step takes so many `sequences`: see `chunk_plan`. Operands
-    of products are `rounded` to bfloat16; None: see `vmem.rounds_products`.
+    Tokens are read in the dtype they come in; the reads have that of the keys. Tokens beyond the
+    last whole chunk run in XLA. A state is stored `every` so many chunks, a step takes so many
+    `sequences`: see `chunk_plan`. Operands of products are `rounded` to bfloat16; None: see
+    `vmem.rounds_products`.
 
     Raises:
       NotImplementedError: numbers of 64 bits; memories too large for the VMEM.
@@ -57,26 +58,17 @@ def mlp_memory_pallas_tpu(
     whole = length // chunk_size * chunk_size
     state, pieces = start, []
     if whole:
-        rows = None if readout is None else _as_rows(readout)
-        fresh, begins = None, None
-        if documents is not None:
-            fresh = (documents.inner, documents.outer)
-            begins = documents.begins[:, : whole // chunk_size, None, None].astype(jnp.float32)
-        parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), tokens)
-        rounded = rounds_products() if rounded is None else rounded
-        chunk = partial(_chunk, rule, Form(dense=True, rounded=rounded))
-        arguments = ((rows, fresh), start, (parts, begins))
-        options = plan(
-            chunk,
-            *arguments,
-            name="mlp_memory",
+        form = Form(dense=True, rounded=rounds_products() if rounded is None else rounded)
+        options = dict(
             vmem_limit=vmem_limit,
             abreast=max(1, _ABREAST // start.inner.shape[1]),
             every=every,
             sequences=sequences,
             interpret=interpret,
         )
-        state, reads = chunk_loop(chunk, options, *arguments)
+        chunk = partial(_chunk, rule, form)
+        parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), tokens)
+        state, reads = _loop(chunk, start, parts, readout, documents, options)
         if reads is not None:
             pieces.append(jnp.swapaxes(reads.reshape(len(reads), whole, -1), -1, -2))
     if whole < length:
@@ -87,8 +79,19 @@ def mlp_memory_pallas_tpu(
             state, rest, readout, documents, rule=rule, chunk_size=chunk_size
         )
         if reads is not None:
-            pieces.append(reads)
+            pieces.append(reads.astype(tokens.keys.dtype))
     return jnp.concatenate(pieces, axis=-1) if pieces else None, state
+
+
+def _loop(chunk, start, parts, readout, documents, options):
+    """All whole chunks in the kernels: the state and the reads, [S, N, C, d]."""
+    rows = None if readout is None else _as_rows(readout)
+    fresh, begins = None, None
+    if documents is not None:
+        fresh = (documents.inner, documents.outer)
+        begins = documents.begins[:, : parts.keys.shape[1], None, None].astype(jnp.float32)
+    arguments = ((rows, fresh), start, (parts, begins))
+    return chunk_loop(chunk, plan(chunk, *arguments, name="mlp_memory", **options), *arguments)
 
 
 def _as_rows(readout: Readout) -> Readout:

@@ -180,7 +180,7 @@ def test_bfloat16_tokens_are_read_as_they_are(interpreted):
 
     text = str(jax.make_jaxpr(forward)(given))
     kernel = text[text.index("pallas_call") :]
-    assert kernel.count(f"{{bf16[2,2,{D},{CHUNK}]}}") >= 3  # keys, values, queries
+    assert kernel.count(f"{{bf16[2,2,{CHUNK},{D}]}}") >= 3  # keys, values, queries
     assert kernel.count(f"{{bf16[2,2,1,{CHUNK}]}}") >= 3  # rate, keep, momentum
 
 
