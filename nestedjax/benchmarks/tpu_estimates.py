@@ -121,9 +121,9 @@ def measure(generations: Sequence[str], *, ops: Sequence[str] = ()) -> Iterator[
                         "clock": "estimate",
                     }
                     row |= {"implementation": implementation, "direction": direction}
-                    row |= {"device": GENERATIONS[generation].kind, "refused": None}
+                    row["device"] = GENERATIONS[generation].kind
                     found = _isolated([str(index), generation, implementation, direction])
-                    yield row | {"cycles": None, "bundles": None} | found
+                    yield {"cycles": None, "bundles": None, "refused": None} | found | row
 
 
 def _isolated(arguments: list[str]) -> dict[str, Any]:
