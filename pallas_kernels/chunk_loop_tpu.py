@@ -2,9 +2,14 @@
 
 The chunk's function is the same jnp code that runs elsewhere, traced into the kernel. The forward
 kernel leaves the state of every k-th chunk's start in memory; the backward kernel takes k chunks at
-a time from the last to the first, runs them again from there, keeps their starts in VMEM, and pulls
-the cotangents back through one after another. What is stored is one state for k chunks, and nothing
-for a token; k > 1 costs one more forward pass and k states of VMEM.
+a time from the last to the first, runs them again from there, and pulls the cotangents back through
+one after another. What is stored is one state for k chunks, and nothing for a token. Of the second
+run the kernel keeps in VMEM either what the pullbacks need, or only the chunks' starts, and then
+runs each chunk a third time.
+
+What a kernel carries from chunk to chunk lies in the block of its last result, which stays the same
+over all chunks of a sequence: it costs no memory of its own and is written out once. A grid step
+takes several sequences, each with code of its own: one's products fill the pauses of another's.
 """
 
 from collections.abc import Callable
@@ -15,6 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.lockstep import Window, lockstep, value_of
+from pallas_kernels.pullback import split_pullback
 
 # (constants, state, tokens) -> (state, outputs): trees of arrays, one leading axis of size one
 Chunk = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -28,12 +36,16 @@ class Options(NamedTuple):
       interpret: run on the CPU, for tests.
       name: of the kernel, in profiles and lowered text.
       save_every: k, chunks between two states that the forward pass stores; divides the chunks.
+      sequences: that a grid step takes, forward and backward; the last step takes what is left.
+      residuals: keep what the pullbacks of k chunks need in VMEM; else each chunk runs once more.
     """
 
     vmem_limit: int
     interpret: bool = False
     name: str = "chunk_loop"
     save_every: int = 1
+    sequences: tuple[int, int] = (1, 1)
+    residuals: bool = False
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -61,30 +73,46 @@ def _loop_fwd(chunk, options, constants, state, tokens):
     return (final, outputs), (constants, starts, tokens)
 
 
-def _of_state(leaf, **options):
-    rest = (0,) * (leaf.ndim - 1)
-    return pl.BlockSpec((1, *leaf.shape[1:]), lambda s, c: (s, *rest), **options)
+class _Blocks(NamedTuple):
+    """The blocks of a grid of sequences and chunks."""
+
+    sequences: int
+    order: Callable[[Any], Any] = lambda c: c
+
+    def of_state(self, leaf, **options):
+        rest = (0,) * (leaf.ndim - 1)
+        shape = (self.sequences, *leaf.shape[1:])
+        return pl.BlockSpec(shape, lambda s, c: (s, *rest), **options)
+
+    def of_start(self, leaf):
+        """A state that is read once a sequence: waited for, not fetched ahead, to save VMEM."""
+        return self.of_state(leaf, pipeline_mode=pl.Buffered(1))
+
+    def of_chunks(self, leaf, count=1):
+        """A block of `count` chunks of each sequence."""
+        rest = (0,) * (leaf.ndim - 2)
+        shape = (self.sequences, count, *leaf.shape[2:])
+        return pl.BlockSpec(shape, lambda s, c: (s, self.order(c), *rest))
 
 
-def _of_start(leaf):
-    """A state that is read once a sequence: waited for, not fetched ahead, to save VMEM."""
-    return _of_state(leaf, pipeline_mode=pl.Buffered(1))
+def _all(refs, s):
+    """Sequence s of a block: windows of [1, ...]."""
+    return [Window(ref, slice(s, s + 1)) for ref in refs]
 
 
-def _of_chunks(leaf, order, count=1):
-    """A block of `count` chunks of one sequence."""
-    rest = (0,) * (leaf.ndim - 2)
-    return pl.BlockSpec((1, count, *leaf.shape[2:]), lambda s, c: (s, order(c), *rest))
+def _at(refs, s, k):
+    """Chunk k of sequence s of a block: windows of [1, ...]."""
+    return [Window(ref, (slice(s, s + 1), k)) for ref in refs]
 
 
-def _at(refs, tree, k):
-    """Chunk k of a block: a tree of [1, ...]."""
-    return jax.tree.unflatten(tree, [ref[0, pl.ds(k, 1)] for ref in refs])
+def _hold(refs, values, s):
+    """Write what is carried, after everything that reads it."""
+    for ref, value in zip(refs, jax.tree.leaves(values, is_leaf=_is_window), strict=True):
+        ref[s : s + 1] = value_of(value)
 
 
-def _put(refs, values, k):
-    for ref, value in zip(refs, jax.tree.leaves(values), strict=True):
-        ref[0, pl.ds(k, 1)] = value
+def _is_window(value):
+    return isinstance(value, Window)
 
 
 def _repeat(count, body):
@@ -95,26 +123,24 @@ def _repeat(count, body):
         jax.lax.fori_loop(0, count, lambda k, _: body(k), None)
 
 
-def _shape(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
 def _stacked(leaf, count: int, chunks: int):
     """The shape of what one sequence and chunk give, [1, rows, columns], over all of them."""
     return jax.ShapeDtypeStruct((count, chunks, *leaf.shape[1:]), leaf.dtype)
 
 
-def _inside(chunk, constants, state, tokens):
-    """What a chunk gives, as shapes."""
+def _of_chunk(leaf):
+    return jax.ShapeDtypeStruct((1, *leaf.shape[2:]), leaf.dtype)
+
+
+def arguments_of_one(constants, state, tokens):
+    """The shapes of what a chunk of one sequence is given."""
     one = lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype)  # noqa: E731
     constants, state = jax.tree.map(one, (constants, state))
-    tokens = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[2:]), a.dtype), tokens)
-    return jax.eval_shape(chunk, constants, state, tokens)
+    return constants, state, jax.tree.map(_of_chunk, tokens)
 
 
-def _all(refs, tree):
-    """A tree of [1, ...]."""
-    return jax.tree.unflatten(tree, [ref[...] for ref in refs])
+def _shape(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _load(held, given, begins):
@@ -135,20 +161,6 @@ def _clear(sums, begins):
             ref[...] = jnp.zeros_like(ref)
 
 
-def _hold(held, values):
-    for ref, value in zip(held, jax.tree.leaves(values), strict=True):
-        ref[...] = value
-
-
-def _give(final, held, ends):
-    """Give the carried state out after the last block."""
-
-    @pl.when(ends)
-    def _():
-        for ref, value in zip(final, held, strict=True):
-            ref[...] = value[...]
-
-
 def _blocks(chunks: int, options: Options) -> int:
     if chunks % options.save_every:
         raise ValueError(f"save_every={options.save_every} does not divide {chunks} chunks")
@@ -160,49 +172,47 @@ def _forward(chunk, options, constants, state, tokens, *, keep: bool):
     leaves, tree = jax.tree.flatten(state)
     given, token_tree = jax.tree.flatten(tokens)
     count, chunks = given[0].shape[:2]
-    after, outputs = _inside(chunk, constants, state, tokens)
+    after, outputs = jax.eval_shape(chunk, *arguments_of_one(constants, state, tokens))
     assert [a.shape[1:] for a in jax.tree.leaves(after)] == [a.shape[1:] for a in leaves]
     made, out_tree = jax.tree.flatten(outputs)
     out_shapes = [_stacked(a, count, chunks) for a in made]
     every, blocks = options.save_every, _blocks(chunks, options)
     kept = [jax.ShapeDtypeStruct((count, blocks, *a.shape[1:]), a.dtype) for a in leaves]
-    order = lambda c: c  # noqa: E731
+    kept = kept if keep else []
+    sequences = min(options.sequences[0], count)
+    each, shapes = range(sequences), arguments_of_one(constants, state, tokens)
 
     def kernel(*arguments):
         refs = list(arguments)
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
         fixed_refs, first, token_refs = take(len(fixed)), take(len(leaves)), take(len(given))
-        final_refs, out_refs = take(len(leaves)), take(len(made))
-        start_refs, held = take(len(kept) if keep else 0), refs
-        at = pl.program_id(1)
+        held, out_refs, start_refs = take(len(leaves)), take(len(made)), refs
 
         def body(k):
-            tokens = _at(token_refs, token_tree, k)
-            new, out = chunk(_all(fixed_refs, fixed_tree), _all(held, tree), tokens)
-            _put(out_refs, out, k)
-            _hold(held, new)
+            inputs = [[*_all(fixed_refs, s), *_all(held, s), *_at(token_refs, s, k)] for s in each]
+            kept = [[None] * len(held) + _at(out_refs, s, k) for s in each]
+            for s, (new, _) in enumerate(lockstep(chunk, shapes, inputs, kept)):
+                _hold(held, new, s)
 
-        _load(held, first, at == 0)
+        _load(held, first, pl.program_id(1) == 0)
         for ref, value in zip(start_refs, held, strict=False):
-            ref[0] = value[...]
+            ref[:, 0] = value[...]
         _repeat(every, body)
-        _give(final_refs, held, at == blocks - 1)
 
-    shapes = [*map(_shape, leaves), *out_shapes, *(kept if keep else [])]
-    specs = [_of_state(a) for a in leaves]
-    specs += [_of_chunks(a, order, every) for a in out_shapes]
-    specs += [_of_chunks(a, order) for a in (kept if keep else [])]
+    specs = _Blocks(sequences)
     found = pl.pallas_call(
         kernel,
-        grid=(count, blocks),
+        grid=(pl.cdiv(count, sequences), blocks),
         in_specs=[
-            *map(_of_start, fixed),
-            *map(_of_start, leaves),
-            *(_of_chunks(a, order, every) for a in given),
+            *map(specs.of_start, [*fixed, *leaves]),
+            *(specs.of_chunks(a, every) for a in given),
         ],
-        out_specs=specs,
-        out_shape=shapes,
-        scratch_shapes=[pltpu.VMEM((1, *a.shape[1:]), a.dtype) for a in leaves],
+        out_specs=[
+            *map(specs.of_state, leaves),
+            *(specs.of_chunks(a, every) for a in out_shapes),
+            *map(specs.of_chunks, kept),
+        ],
+        out_shape=[*map(_shape, leaves), *out_shapes, *kept],
         compiler_params=_compiler(options),
         interpret=options.interpret,
         name=f"{options.name}_forward",
@@ -230,66 +240,87 @@ def _loop_bwd(chunk, options, residuals, cotangents):
     ends, _ = jax.tree.flatten(of_final)
     outs, out_tree = jax.tree.flatten(of_outputs)
     count, every = given[0].shape[0], options.save_every
-    blocks = _blocks(given[0].shape[1], options)
-    order = lambda c: blocks - 1 - c  # noqa: E731
+    blocks, sequences = _blocks(given[0].shape[1], options), min(options.sequences[1], count)
+    shapes, split = arguments_of_one(constants, of_final, tokens), None
+    if options.residuals and every > 1:
+        split = split_pullback(chunk, shapes)
+    each = range(sequences)
 
     def kernel(*arguments):
         refs = list(arguments)
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
         fixed_refs, start_refs, token_refs = take(len(fixed)), take(len(leaves)), take(len(given))
         end_refs, of_out = take(len(ends)), take(len(outs))
-        of_fixed, first_refs, of_tokens = take(len(fixed)), take(len(ends)), take(len(given))
-        sums, held = take(len(fixed)), take(len(ends))
-        states = refs or start_refs  # the starts of the block's chunks, [1, every, ...]
-        at = pl.program_id(1)
+        sums, held, of_tokens = take(len(fixed)), take(len(ends)), take(len(given))
+        states = take(len(leaves)) if every > 1 else start_refs  # where a chunk's start is read
+        kept = refs
+        begins = pl.program_id(1) == 0
 
-        def inputs(k):
-            state, tokens = _at(states, tree, k), _at(token_refs, token_tree, k)
-            return _all(fixed_refs, fixed_tree), state, tokens
+        def inputs(s, k):
+            return [*_all(fixed_refs, s), *_at(states, s, k), *_at(token_refs, s, k)]
 
         def again(k):
-            _put(states, chunk(*inputs(k))[0], k + 1)
+            given, new = [inputs(s, k) for s in each], [_at(states, s, k + 1) for s in each]
+            lockstep(lambda *x: chunk(*x)[0], shapes, given, new)
+
+        def again_and_keep(k):
+            given = [inputs(s, k) for s in each]
+            new = [_at(states, s, k + 1) + [Window(ref, (s, k)) for ref in kept] for s in each]
+            assert split is not None
+            lockstep(split.run, shapes, given, new)
+
+        def pulled(inputs, kept, cotangents):
+            if split:
+                return split.back(inputs, kept, cotangents)
+            return jax.vjp(chunk, *inputs)[1](cotangents)
 
         def back(step):
             k = every - 1 - step
-            _, pull = jax.vjp(chunk, *inputs(k))
-            of_constants, of_state, found = pull((_all(held, tree), _at(of_out, out_tree, k)))
-            _put(of_tokens, found, k)
-            for ref, value in zip(sums, jax.tree.leaves(of_constants), strict=True):
-                ref[...] += value
-            _hold(held, of_state)
+            given, places = [], []
+            for s in each:
+                values = [Window(ref, (s, k)) for ref in kept]
+                given.append([*inputs(s, k), *values, *_all(held, s), *_at(of_out, s, k)])
+                places.append([None] * len([*sums, *held]) + _at(of_tokens, s, k))
+            of_out_shapes = jax.tree.map(lambda a: _of_chunk(a), of_outputs)
+            arguments = (shapes, split.kept if split else [], (shapes[1], of_out_shapes))
+            found = lockstep(pulled, arguments, given, places)
+            for s, (of_constants, of_state, _) in enumerate(found):
+                of_constants = jax.tree.leaves(of_constants, is_leaf=_is_window)
+                for ref, value in zip(sums, of_constants, strict=True):
+                    ref[s : s + 1] += value_of(value)
+                _hold(held, of_state, s)
 
-        _load(held, end_refs, at == 0)
-        _clear(sums, at == 0)
+        _load(held, end_refs, begins)
+        _clear(sums, begins)
+        for ref, start in zip(states if every > 1 else [], start_refs, strict=False):
+            ref[:, 0] = start[:, 0]
         if every > 1:
-            _put(states, _at(start_refs, tree, 0), 0)
-            _repeat(every - 1, again)
+            _repeat(every if split else every - 1, again_and_keep if split else again)
         _repeat(every, back)
-        _give(first_refs, held, at == blocks - 1)
-        _give(of_fixed, sums, at == blocks - 1)
 
-    def scratch(leading, of=ends):
-        return [pltpu.VMEM((*leading, *a.shape[1:]), a.dtype) for a in of]
-
+    lead = (sequences, every + 1 if split else every)  # with the pullback, the last one's end, too
+    specs = _Blocks(sequences, lambda c: blocks - 1 - c)
     found = pl.pallas_call(
         kernel,
-        grid=(count, blocks),
+        grid=(pl.cdiv(count, sequences), blocks),
         in_specs=[
-            *map(_of_start, fixed),
-            *(_of_chunks(a, order) for a in leaves),
-            *(_of_chunks(a, order, every) for a in given),
-            *map(_of_start, ends),
-            *(_of_chunks(a, order, every) for a in outs),
+            *map(specs.of_start, fixed),
+            *map(specs.of_chunks, leaves),
+            *(specs.of_chunks(a, every) for a in given),
+            *map(specs.of_start, ends),
+            *(specs.of_chunks(a, every) for a in outs),
         ],
         out_specs=[
-            *map(_of_state, [*fixed, *ends]),
-            *(_of_chunks(a, order, every) for a in given),
+            *map(specs.of_state, [*fixed, *ends]),
+            *(specs.of_chunks(a, every) for a in given),
         ],
         out_shape=[*map(_shape, [*fixed, *ends, *given])],
         scratch_shapes=[
-            *scratch((1,), fixed),
-            *scratch((1,)),
-            *(scratch((1, every)) if every > 1 else []),
+            *(pltpu.VMEM((*lead, *a.shape[1:]), a.dtype) for a in (ends if every > 1 else [])),
+            *(
+                pltpu.VMEM((sequences, every, *a.shape), a.dtype)
+                for a in (split.kept if split else [])
+            ),
         ],
         compiler_params=_compiler(options),
         interpret=options.interpret,

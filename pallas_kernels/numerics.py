@@ -1,6 +1,50 @@
-"""The precision that memories are accumulated in."""
+"""The precision that memories are accumulated in, and that of the products in a chunk."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
+
+
+class Form(NamedTuple):
+    """How a chunk is written down: the same numbers, as XLA or as a TPU kernel likes them.
+
+    Attributes:
+      dense: whole matrices under masks, no slices and no turned rows: as a kernel likes it.
+      rounded: round the operands of products to bfloat16; sums stay in float32. This is what the
+        default precision of float32 products does on TPUs up to v5; later ones take more passes.
+    """
+
+    dense: bool = False
+    rounded: bool = False
+
+    def operand(self, array):
+        """An array as the products take it."""
+        return array.astype(jnp.bfloat16) if self.rounded else array
+
+
+PLAIN = Form()
+
+
+def dot(a, b, contract: tuple[int, int], form: Form):
+    """A stack of products over one axis of each matrix (0: its rows, 1: its columns).
+
+    Args:
+      a: [..., m, n], leading axes as those of b.
+      b: [..., k, l].
+      contract: the axis of a and that of b.
+      form: whether the operands are rounded.
+    """
+    if a.ndim > 3 and a.shape[0] == 1:  # TPU kernels multiply with one batch axis, no more
+        return dot(a[0], b[0], contract, form)[None]
+    batch = tuple(range(a.ndim - 2))
+    left, right = (a.ndim - 2 + axis for axis in contract)
+    dimensions = (((left,), (right,)), (batch, batch))
+    if not form.rounded:
+        return jax.lax.dot_general(a, b, dimensions)
+    return jax.lax.dot_general(
+        form.operand(a), form.operand(b), dimensions, preferred_element_type=jnp.float32
+    )
 
 
 def accumulation_dtype(*arrays):

@@ -6,48 +6,40 @@ layout of what it belongs to. Reverse mode only, of any order.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from pallas_kernels.numerics import PLAIN, Form, dot
 from pallas_kernels.triangular import invert_unit_lower, masked
 
 # Names the inverses in `solve_unit_lower` for checkpoint policies: what is dear to recompute.
 INVERSE = "invert_unit_lower"
 
 
-def _dot(a, b, contract: tuple[int, int]):
-    if a.ndim > 3 and a.shape[0] == 1:  # TPU kernels multiply with one batch axis, no more
-        return _dot(a[0], b[0], contract)[None]
-    batch = tuple(range(a.ndim - 2))
-    left, right = (a.ndim - 2 + axis for axis in contract)
-    return jax.lax.dot_general(a, b, (((left,), (right,)), (batch, batch)))
+def _product(contract: tuple[int, int]) -> Any:
+    return jax.custom_vjp(lambda a, b, form: dot(a, b, contract, form), nondiff_argnums=(2,))
 
 
-@jax.custom_vjp
-def _nn(a, b):
-    return _dot(a, b, (1, 0))
+_nn, _nt, _tn = _product((1, 0)), _product((1, 1)), _product((0, 0))
 
 
-@jax.custom_vjp
-def _nt(a, b):
-    return _dot(a, b, (1, 1))
+def _keep(form_of_product):
+    """What goes in is what the gradient needs, as the product takes it."""
+
+    def forward(a, b, form):
+        a, b = form.operand(a), form.operand(b)
+        return form_of_product(a, b, form), (a, b)
+
+    return forward
 
 
-@jax.custom_vjp
-def _tn(a, b):
-    return _dot(a, b, (0, 0))
-
-
-def _keep(form):
-    return lambda a, b: (form(a, b), (a, b))
-
-
-_nn.defvjp(_keep(_nn), lambda kept, g: (_nt(g, kept[1]), _tn(kept[0], g)))
-_nt.defvjp(_keep(_nt), lambda kept, g: (_nn(g, kept[1]), _tn(g, kept[0])))
-_tn.defvjp(_keep(_tn), lambda kept, g: (_nt(kept[1], g), _nn(kept[0], g)))
+_nn.defvjp(_keep(_nn), lambda form, kept, g: (_nt(g, kept[1], form), _tn(kept[0], g, form)))
+_nt.defvjp(_keep(_nt), lambda form, kept, g: (_nn(g, kept[1], form), _tn(g, kept[0], form)))
+_tn.defvjp(_keep(_tn), lambda form, kept, g: (_nt(kept[1], g, form), _nn(kept[0], g, form)))
 
 
 def _same_batch(a, b):
@@ -55,69 +47,108 @@ def _same_batch(a, b):
     return tuple(jnp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (a, b))
 
 
-def nn(a: Float[Array, "*a m k"], b: Float[Array, "*b k n"]) -> Float[Array, "*c m n"]:
+def nn(
+    a: Float[Array, "*a m k"], b: Float[Array, "*b k n"], form: Form = PLAIN
+) -> Float[Array, "*c m n"]:
     """a b; leading dimensions of size one broadcast, also in `nt` and `tn`."""
-    return _nn(*_same_batch(a, b))
+    return _nn(*_same_batch(a, b), form)
 
 
-def nt(a: Float[Array, "*a m k"], b: Float[Array, "*b n k"]) -> Float[Array, "*c m n"]:
+def nt(
+    a: Float[Array, "*a m k"], b: Float[Array, "*b n k"], form: Form = PLAIN
+) -> Float[Array, "*c m n"]:
     """a b^T."""
-    return _nt(*_same_batch(a, b))
+    return _nt(*_same_batch(a, b), form)
 
 
-def tn(a: Float[Array, "*a k m"], b: Float[Array, "*b k n"]) -> Float[Array, "*c m n"]:
+def tn(
+    a: Float[Array, "*a k m"], b: Float[Array, "*b k n"], form: Form = PLAIN
+) -> Float[Array, "*c m n"]:
     """a^T b."""
-    return _tn(*_same_batch(a, b))
+    return _tn(*_same_batch(a, b), form)
 
 
-@jax.custom_vjp
-def _scaled(a, b, scale):
-    return scale[..., None, :] * _dot(a, b, (1, 0))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scaled(a, b, scale, form):
+    return scale[..., None, :] * dot(a, b, (1, 0), form)
 
 
-def _scaled_bwd(kept, g):
+def _scaled_fwd(a, b, scale, form):
+    a, b = form.operand(a), form.operand(b)
+    return _scaled(a, b, scale, form), (a, b, scale)
+
+
+def _scaled_bwd(form, kept, g):
     a, b, scale = kept
-    back = _tn(a, g)
-    return _nt(scale[..., None, :] * g, b), scale[..., None, :] * back, jnp.sum(b * back, axis=-2)
+    back = _tn(a, g, form)
+    of_scale = jnp.sum(b.astype(back.dtype) * back, axis=-2)
+    return _nt(scale[..., None, :] * g, b, form), scale[..., None, :] * back, of_scale
 
 
-_scaled.defvjp(lambda a, b, scale: (_scaled(a, b, scale), (a, b, scale)), _scaled_bwd)
+_scaled.defvjp(_scaled_fwd, _scaled_bwd)
 
 
 def scaled_nn(
-    a: Float[Array, "*a m k"], b: Float[Array, "*b k n"], scale: Float[Array, "*s n"]
+    a: Float[Array, "*a m k"],
+    b: Float[Array, "*b k n"],
+    scale: Float[Array, "*s n"],
+    form: Form = PLAIN,
 ) -> Float[Array, "*c m n"]:
     """a b with its columns scaled; the gradient of the scale needs no product kept or redone."""
     a, b = _same_batch(a, b)
-    return _scaled(a, b, jnp.broadcast_to(scale, (*a.shape[:-2], scale.shape[-1])))
+    return _scaled(a, b, jnp.broadcast_to(scale, (*a.shape[:-2], scale.shape[-1])), form)
 
 
-@jax.custom_vjp
-def gram(x: Float[Array, "*b k n"]) -> Float[Array, "*b n n"]:
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gram(x: Float[Array, "*b k n"], form: Form = PLAIN) -> Float[Array, "*b n n"]:
     """x^T x; its gradient is one product, x (g + g^T), not two."""
-    return _dot(x, x, (0, 0))
+    return dot(x, x, (0, 0), form)
 
 
-gram.defvjp(lambda x: (gram(x), x), lambda x, g: (_nn(x, g + jnp.swapaxes(g, -1, -2)),))
+def _gram_fwd(x, form):
+    x = form.operand(x)
+    return gram(x, form), x
+
+
+gram.defvjp(_gram_fwd, lambda form, x, g: (_nn(x, g + jnp.swapaxes(g, -1, -2), form),))
+
+
+def _inverses(lowers, form: Form):
+    """Of each; in a kernel those of the same size at once, so that their products run abreast."""
+    if not form.dense or len(lowers) == 1:
+        return [invert_unit_lower(lower, form) for lower in lowers]
+    size = lowers[0].shape[-1]
+    stacks = [lower.reshape(-1, size, size) for lower in lowers]
+    found = invert_unit_lower(jnp.concatenate(stacks), form)
+    ends = [sum(len(stack) for stack in stacks[: i + 1]) for i in range(len(stacks))]
+    parts = [found[end - len(stack) : end] for stack, end in zip(stacks, ends, strict=True)]
+    return [part.reshape(lower.shape) for part, lower in zip(parts, lowers, strict=True)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _solve(lower, right, named, dense):
-    return _nt(right, invert_unit_lower(lower, dense=dense))
+def _solve(lowers, rights, named, form):
+    return _solve_fwd(lowers, rights, named, form)[0]
 
 
-def _solve_fwd(lower, right, named, dense):
-    inverse = invert_unit_lower(lower, dense=dense)
-    if named:  # here: it is this value, not a copy of it, that the gradient needs
-        inverse = checkpoint_name(inverse, INVERSE)
-    solution = _nt(right, inverse)
-    return solution, (inverse, solution)
+def _solve_fwd(lowers, rights, named, form):
+    inverses = [form.operand(inverse) for inverse in _inverses(lowers, form)]
+    # named here: it is this value, not a copy of it, that the gradient needs
+    inverses = [
+        checkpoint_name(inverse, INVERSE) if name else inverse
+        for inverse, name in zip(inverses, named, strict=True)
+    ]
+    pairs = zip(rights, inverses, strict=True)
+    solutions = tuple(_nt(right, inverse, form) for right, inverse in pairs)
+    return solutions, (inverses, solutions)
 
 
-def _solve_bwd(named, dense, kept, g):
-    inverse, solution = kept
-    right = _nn(g, inverse)
-    return masked(-_tn(right, solution), lambda i, j: i > j), right
+def _solve_bwd(named, form, kept, gradients):
+    of_lowers, of_rights = [], []
+    for inverse, solution, g in zip(*kept, gradients, strict=True):
+        of_rights.append(_nn(g, inverse, form))
+        product = -_tn(of_rights[-1], solution, form)
+        of_lowers.append(masked(product, lambda i, j: i > j))
+    return tuple(of_lowers), tuple(of_rights)
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
@@ -128,11 +159,16 @@ def solve_unit_lower(
     right: Float[Array, "*b m n"],
     *,
     named: bool = True,
-    dense: bool = False,
+    form: Form = PLAIN,
 ) -> Float[Array, "*c m n"]:
     """X with X (I + L)^T = right, L the strict lower triangle of `lower`: rows are right sides.
 
-    `named` says whether policies that save `INVERSE` save the one behind this;
-    `dense`: see `invert_unit_lower`.
+    `named` says whether policies that save `INVERSE` save the one behind this.
     """
-    return _solve(*_same_batch(lower, right), named, dense)
+    return solve_unit_lowers([(lower, right)], named=(named,), form=form)[0]
+
+
+def solve_unit_lowers(systems, *, named: tuple[bool, ...], form: Form = PLAIN):
+    """`solve_unit_lower` of each (lower, right), all of as many tokens."""
+    lowers, rights = zip(*(_same_batch(*system) for system in systems), strict=True)
+    return _solve(lowers, rights, named, form)

@@ -6,15 +6,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.numerics import PLAIN, Form, dot
+
 BLOCK = 16  # inverted under masks; larger matrices are merged from such blocks
+_SUBLANES = 8  # rows of a register: a kernel takes such blocks of rows apart for nothing
 
 
 def masked(matrix, keep, *, other: float = 0.0):
     """`matrix` where `keep(row, column)`, else `other`; `keep` takes arrays of indices.
 
     The indices have the rank of the matrix from the start: a mask that is reshaped or broadcast
-    over more than axes of size one does not compile in a TPU kernel.
+    over more than axes of size one does not compile in a TPU kernel. Nor is a mask kept for the
+    gradient, which makes its own.
     """
+    return _masked(matrix, keep, other)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _masked(matrix, keep, other):
     shape = (1,) * (matrix.ndim - 2) + matrix.shape[-2:]
     row, column = (
         jax.lax.broadcasted_iota(jnp.int32, shape, matrix.ndim - axis) for axis in (2, 1)
@@ -22,21 +31,51 @@ def masked(matrix, keep, *, other: float = 0.0):
     return jnp.where(keep(row, column), matrix, other)
 
 
+_masked.defvjp(
+    lambda matrix, keep, other: (_masked(matrix, keep, other), None),
+    lambda keep, other, _, g: (_masked(g, keep, 0.0),),
+)
+
+
 def _identity_minus(matrix):
     return masked(jnp.ones_like(matrix), lambda i, j: i == j) - matrix
 
 
-def _invert_small(lower):
+def _matmul(a, b, form: Form):
+    return dot(a, b, (1, 0), form)
+
+
+def _invert_small(lower, form: Form):
     """(I + L)^-1 of one block: fours in closed form, then pairs merged under masks."""
+    matmul = partial(_matmul, form=form)
     fours = masked(lower, lambda i, j: (i > j) & (i >> 2 == j >> 2))
     # I - N + N^2 - N^3, since N^4 = 0
-    inverse = _identity_minus(fours) @ _identity_minus(-fours @ fours)
-    bits = 2
-    while 1 << bits < lower.shape[-1]:
-        between = partial(_between, bits=bits)
-        inverse = inverse - inverse @ masked(lower, between) @ inverse
+    inverse = matmul(_identity_minus(fours), _identity_minus(-matmul(fours, fours)))
+    bits, n = 2, lower.shape[-1]
+    while 1 << bits < n:
+        corner = masked(lower, partial(_between, bits=bits))
+        size = 1 << bits
+        if form.dense and size >= _SUBLANES and n % (2 * size) == 0:  # only every other block moves
+            rows = _every_other(inverse, size)
+            moved = rows[1] - matmul(matmul(rows[1], corner), inverse)
+            inverse = _in_turn(rows[0], moved, size)
+        else:
+            inverse = inverse - matmul(matmul(inverse, corner), inverse)
         bits += 1
     return inverse
+
+
+def _every_other(matrix, size: int):
+    """The rows of the even blocks of `size` rows, and those of the odd ones."""
+    blocks = [matrix[..., i : i + size, :] for i in range(0, matrix.shape[-2], size)]
+    return jnp.concatenate(blocks[0::2], axis=-2), jnp.concatenate(blocks[1::2], axis=-2)
+
+
+def _in_turn(even, odd, size: int):
+    """The inverse of `_every_other`."""
+    starts = range(0, even.shape[-2], size)
+    blocks = [rows[..., i : i + size, :] for i in starts for rows in (even, odd)]
+    return jnp.concatenate(blocks, axis=-2)
 
 
 def _between(i, j, bits):
@@ -50,26 +89,25 @@ def _diagonal_blocks(matrix, size):
     return jnp.stack([matrix[..., i : i + size, i : i + size] for i in starts], axis=-3)
 
 
-def invert_unit_lower(
-    lower: Float[Array, "*b n n"], *, dense: bool = False
-) -> Float[Array, "*b n n"]:
+def invert_unit_lower(lower: Float[Array, "*b n n"], form: Form = PLAIN) -> Float[Array, "*b n n"]:
     """(I + L)^-1, L the strict lower triangle of `lower`, by products alone.
 
     Fours in closed form, then merged: doubling over a whole chunk overflows for correlated keys.
-    `dense` merges whole matrices under masks, without a slice: more products, as a kernel likes it.
+    A dense `form` merges whole matrices under masks, without a slice: more products, as a kernel
+    likes it.
     """
     n = lower.shape[-1]
-    if n <= BLOCK or dense:
-        return _invert_small(lower)
+    if n <= BLOCK or form.dense:
+        return _invert_small(lower, form)
     padded = BLOCK
     while padded < n:
         padded *= 2
     lower = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, padded - n)] * 2)
-    inverse, size = _invert_small(_diagonal_blocks(lower, BLOCK)), BLOCK
+    inverse, size = _invert_small(_diagonal_blocks(lower, BLOCK), form), BLOCK
     while size < padded:
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         corner = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
-        corner = -(second @ corner @ first)
+        corner = -_matmul(_matmul(second, corner, form), first, form)
         top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         bottom = jnp.concatenate([corner, second], axis=-1)
         inverse, size = jnp.concatenate([top, bottom], axis=-2), 2 * size

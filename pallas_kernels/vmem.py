@@ -1,4 +1,4 @@
-"""How much of a TPU core's vector memory a kernel may take."""
+"""What a kernel may take of a TPU core: its vector memory, its products."""
 
 import math
 from typing import Any
@@ -14,35 +14,58 @@ VMEM = {
     "TPU v6 lite": 128 * MIB,
     "TPU7x": 64 * MIB,
 }
+ROUNDED = ("TPU v6 lite", "TPU7x")
+STORED = 512 * MIB  # of HBM, for the states that a forward pass leaves
+MOST = 8  # chunks between two stored states
 
 
 def vmem_limit_of(kind: str | None = None) -> int:
     """Bytes of VMEM that a kernel may use on a kind of device; of an unknown one the least."""
-    kind = jax.devices()[0].device_kind if kind is None else kind
-    return VMEM.get(kind, min(VMEM.values())) * 7 // 8
+    return VMEM.get(kind or device_kind(), min(VMEM.values())) * 7 // 8
 
 
-def save_every(state: Any, chunks: int, vmem_limit: int) -> int:
-    """Chunks between two stored states: as many states as an eighth of the VMEM holds, at most 8.
+def rounds_products(kind: str | None = None) -> bool:
+    """Whether a kernel rounds the operands of products itself, where the device would not.
 
-    Of what is left after 12 MiB for the values of a chunk.
+    The default precision of a float32 product is one pass of bfloat16 up to v5; a later device
+    takes as many passes as float32 needs.
+    """
+    return (kind or device_kind()) in ROUNDED
+
+
+def device_kind() -> str:
+    """Of the devices that are compiled for: of the abstract mesh, if it says so, or this one's."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def save_every(state: Any, chunks: int, spare: int) -> int:
+    """Chunks between two stored states: as many states as VMEM has room for, at most 8.
 
     Args:
       state: a tree of [S, ..., m, n]; a kernel holds that of one sequence.
       chunks: of a sequence; the result divides it.
-      vmem_limit: bytes.
+      spare: bytes of VMEM for the starts of the chunks between.
     """
-    bytes_of_one = state_bytes(state)
-    most = max(1, min(8, (vmem_limit - 12 * MIB) // 8 // bytes_of_one))
+    most = max(1, min(MOST, spare // state_bytes(state)))
     return next(k for k in range(most, 0, -1) if chunks % k == 0)
+
+
+def least_every(state: Any, chunks: int) -> int:
+    """The fewest chunks between two stored states with which these take at most `STORED` bytes."""
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    allowed = [k for k in range(1, chunks + 1) if chunks % k == 0 and chunks // k * one <= STORED]
+    return allowed[0] if allowed else chunks
 
 
 def state_bytes(state: Any) -> int:
     """Bytes of VMEM that one sequence's part of a tree of [S, ..., m, n] takes."""
-    return sum(_padded_bytes(leaf.shape[1:]) for leaf in jax.tree.leaves(state))
+    return sum(padded_bytes(leaf.shape[1:]) for leaf in jax.tree.leaves(state))
 
 
-def _padded_bytes(shape: tuple[int, ...]) -> int:
-    """Of float32 in tiles of 8 x 128."""
+def padded_bytes(shape: tuple[int, ...], itemsize: int = 4) -> int:
+    """Bytes of VMEM that an array takes, in tiles of 8 x 128 words."""
     *lead, rows, columns = shape
-    return 4 * math.prod(lead) * -(-rows // 8) * 8 * -(-columns // 128) * 128
+    sublanes = 32 // itemsize
+    tiles = -(-rows // sublanes) * -(-columns // 128)
+    return math.prod(lead) * tiles * sublanes * 128 * itemsize

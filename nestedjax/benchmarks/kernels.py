@@ -188,7 +188,8 @@ def _selective_scan(name: str, batch: int, length: int, channels: int, states: i
     return Workload("selective_scan", name, make, call, flops, ("reference", "xla", "pallas_tpu"))
 
 
-def _newton_schulz(name: str, stack: int, rows: int, columns: int) -> Workload:
+def newton_schulz(name: str, stack: int, rows: int, columns: int) -> Workload:
+    """The quintic iteration on a stack of float32 matrices."""
     import jax
 
     from pallas_kernels.newton_schulz import newton_schulz
@@ -232,7 +233,7 @@ def workloads(scale: str) -> list[Workload]:
         made += [_mlp_memory("L1024 64-64-64 chunk 32", 1, 4, 1024, 64, 64, 32)]
         made += [_selective_scan("L1024 256 x 16", 4, 1024, 256, 16)]
         made += [_attention("L1024 d64", 4, 4, 1024, 64, "float32")]
-        return [*made, _newton_schulz("8 x 256 x 256", 8, 256, 256)]
+        return [*made, newton_schulz("8 x 256 x 256", 8, 256, 256)]
     made = [_delta_rule(f"L{n} d128 chunk 64", 8, 16, n, 128, 64) for n in (4096, 16384)]
     made += [gated_delta_rule(f"L{n} d128 gated", 8, 16, n, 128) for n in (4096, 16384)]
     made += [_mlp_memory("340m chunk 64", 8, 16, 4096, 64, 64, 64)]
@@ -243,7 +244,7 @@ def workloads(scale: str) -> list[Workload]:
     made += [_selective_scan("L4096 2048 x 16", 8, 4096, 2048, 16)]
     made += [_attention("L4096 d64 bfloat16", 8, 16, 4096, 64, "bfloat16")]
     made += [_attention("L16384 d128 window 2048", 1, 16, 16384, 128, "bfloat16", 2048)]
-    return [*made, _newton_schulz("16 x 1024 x 1024", 16, 1024, 1024)]
+    return [*made, newton_schulz("16 x 1024 x 1024", 16, 1024, 1024)]
 
 
 def measure(
@@ -283,11 +284,10 @@ def measure(
     return rows
 
 
-def _row(workload, arrays, implementation, direction, repeats) -> dict[str, Any]:
+def passes_of(workload: Workload, implementation: str, direction: str) -> tuple[Any, int]:
+    """The function of one row, and how many forward passes its work counts as."""
     import jax
     import jax.numpy as jnp
-
-    from nestedjax.benchmarks import devices
 
     def forward(arrays):
         return workload.call(arrays, implementation)
@@ -296,7 +296,15 @@ def _row(workload, arrays, implementation, direction, repeats) -> dict[str, Any]
         leaves = (leaf.astype(jnp.float32) for leaf in jax.tree.leaves(forward(arrays)))
         return sum(jnp.sum(leaf * leaf) for leaf in leaves)
 
-    function = forward if direction == "forward" else jax.grad(total)
+    return (forward, 1) if direction == "forward" else (jax.grad(total), 3)
+
+
+def _row(workload, arrays, implementation, direction, repeats) -> dict[str, Any]:
+    import jax
+
+    from nestedjax.benchmarks import devices
+
+    function, passes = passes_of(workload, implementation, direction)
     platform = jax.devices()[0].platform
     for kind in ("tpu", "gpu"):
         if implementation == f"pallas_{kind}" and platform != kind:
@@ -308,7 +316,7 @@ def _row(workload, arrays, implementation, direction, repeats) -> dict[str, Any]
     out = jax.block_until_ready(compiled(arrays))
     seconds, clock = devices.seconds(lambda: compiled(arrays), repeats)
     memory = compiled.memory_analysis()
-    flops = workload.flops * (1 if direction == "forward" else 3)
+    flops = passes * workload.flops
     moved = float(sum(leaf.nbytes for leaf in jax.tree.leaves((arrays, out))))
     return {
         "milliseconds": 1e3 * seconds,

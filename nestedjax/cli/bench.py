@@ -16,6 +16,7 @@ EXAMPLE = """example:
   nestedjax bench optimizers --names m3 adamuon
   nestedjax bench kernels --ops delta_rule --json kernels.json
   nestedjax bench kernels --against fla --repeats 20
+  nestedjax bench kernels --tpu-estimates v5e v5p v6e --json estimates.json
   nestedjax bench memory --lengths 4096 16384
 
 A row of peers has model, length, batch, parameters, tokens_per_cpu_second (of the median step) and
@@ -68,6 +69,12 @@ def _kernels_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         choices=["fla"],
         help="only the gated delta rule, against that of flash-linear-attention (needs a GPU)",
+    )
+    parser.add_argument(
+        "--tpu-estimates",
+        nargs="*",
+        metavar="TPU",
+        help="the TPU compiler's estimates for v5e, v5p, v6e (needs the tpu extra, no TPU)",
     )
 
 
@@ -125,8 +132,24 @@ def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows = against_fla.measure(repeats=args.repeats)
         print(against_fla.table(rows))
         return rows
+    if args.tpu_estimates is not None:
+        return _tpu_estimates(args)
     rows = kernels.measure(ops=args.ops, repeats=args.repeats)
     print(kernels.table(rows))
+    return rows
+
+
+def _tpu_estimates(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from nestedjax.benchmarks import kernels, tpu_estimates
+
+    rows: list[dict[str, Any]] = []
+    for row in tpu_estimates.measure(args.tpu_estimates, ops=args.ops):
+        rows.append(row)
+        head, *line = kernels.table([row]).splitlines()
+        if len(rows) == 1:
+            print(f"{'device':14}{head}")
+        print(f"{row['device']:14}{line[0]}", flush=True)
+        _write(args, rows)
     return rows
 
 

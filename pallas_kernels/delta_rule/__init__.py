@@ -8,6 +8,7 @@ from pallas_kernels.delta_rule.xla import (
     chunk_tables,
     read_chunk,
     solve_chunk,
+    solve_chunks,
     write_chunk,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "delta_rule",
     "read_chunk",
     "solve_chunk",
+    "solve_chunks",
     "write_chunk",
 ]

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.chunk_loop_tpu import Options, chunk_loop
+from pallas_kernels.chunk_loop_tpu import chunk_loop
+from pallas_kernels.chunk_plan import plan
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.delta_rule.xla import (
     chunk_tables,
@@ -14,9 +15,11 @@ from pallas_kernels.delta_rule.xla import (
     solve_chunk,
     write_chunk,
 )
+from pallas_kernels.numerics import Form
 from pallas_kernels.products import nn
-from pallas_kernels.vmem import save_every, vmem_limit_of
+from pallas_kernels.vmem import vmem_limit_of
 
+_FORM = Form(dense=True)
 _GATES = ("rate", "keep", "erase", "momentum")
 
 
@@ -32,7 +35,7 @@ def delta_rule_pallas_tpu(
     """As `delta_rule_xla`, with the memory in VMEM across all chunks.
 
     Operands with leading axes of size one are repeated in memory first. Tokens beyond the last
-    whole chunk run in XLA. A state is stored `every` so many chunks; None: see `save_every`.
+    whole chunk run in XLA. A state is stored `every` so many chunks; None: see `chunk_plan`.
 
     Raises:
       NotImplementedError: numbers of 64 bits.
@@ -56,9 +59,17 @@ def delta_rule_pallas_tpu(
     if whole:
         flat = {n: a.reshape(-1, *a.shape[-2:]) for n, a in states.items()}
         chunks = {n: _chunks(a[..., :whole], chunk_size) for n, a in given.items()}
-        every = every or save_every(flat, whole // chunk_size, vmem_limit)
-        options = Options(vmem_limit, interpret, "delta_rule", every)
-        flat, out = chunk_loop(partial(_chunk, read), options, None, flat, chunks)
+        chunk, arguments = partial(_chunk, read), (None, flat, chunks)
+        options = plan(
+            chunk,
+            *arguments,
+            name="delta_rule",
+            vmem_limit=vmem_limit,
+            abreast=4,
+            every=every,
+            interpret=interpret,
+        )
+        flat, out = chunk_loop(chunk, options, *arguments)
         states = {n: a.reshape(*batch, *a.shape[-2:]) for n, a in flat.items()}
         if out:
             reads = jnp.moveaxis(out["reads"], 1, 2)
@@ -85,8 +96,8 @@ def _chunk(read, _, states, tokens):
     """One chunk of one sequence, inside the kernel: axes [1, rows, C]."""
     tokens = {n: a[:, 0] if n in _GATES else a for n, a in tokens.items()}
     operands = Operands(**tokens, **states)
-    tables = chunk_tables(operands.rate, operands.keep, operands.momentum, dense=True)
-    solved = solve_chunk(operands, tables, named=False, dense=True)
+    tables = chunk_tables(operands.rate, operands.keep, operands.momentum, _FORM)
+    solved = solve_chunk(operands, tables, named=False, form=_FORM)
     final, velocity = write_chunk(solved)
     new = {"initial": final}
     if velocity is not None:

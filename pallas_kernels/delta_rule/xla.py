@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.chunk_scan import chunk_scan
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
-from pallas_kernels.products import gram, nn, nt, scaled_nn, solve_unit_lower, tn
+from pallas_kernels.numerics import PLAIN, Form
+from pallas_kernels.products import gram, nn, nt, scaled_nn, solve_unit_lowers, tn
 from pallas_kernels.triangular import masked
 
 
@@ -42,28 +43,30 @@ def _logs(gate):
     return jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
 
 
-def _log_sums(gate):
-    logs = _logs(gate)
+def _turned(row):
+    """A row [..., 1, C] as a column, by sums alone: a kernel turns no rows."""
+    square = jnp.broadcast_to(row, (*row.shape[:-2], row.shape[-1], row.shape[-1]))
+    return jnp.sum(masked(square, lambda i, j: i == j), axis=-1, keepdims=True)
+
+
+def _log_sums(gate, form: Form):
+    """Running sums of the logs, as a row [..., 1, C] and as a column."""
+    row = _logs(gate)[..., None, :]
+    square = (*gate.shape, gate.shape[-1])
+    if form.dense:
+        column = jnp.broadcast_to(_turned(row), square)
+        row_of_sums = jnp.sum(masked(column, lambda i, j: i <= j), axis=-2, keepdims=True)
+        row = masked(jnp.broadcast_to(row, square), lambda i, j: i >= j)
+        return row_of_sums, jnp.sum(row, axis=-1, keepdims=True)
     # a running sum as a product: `cumsum` is a window of all tokens for every token on a CPU
     earlier = masked(jnp.ones((gate.shape[-1],) * 2, gate.dtype), lambda i, j: i <= j)
-    return jnp.matmul(logs, earlier, precision="highest")
+    sums = jnp.matmul(row[..., 0, :], earlier, precision="highest")
+    return sums[..., None, :], sums[..., :, None]
 
 
-def _products(gate, log_sums, *, dense: bool):
-    """exp(s_t - s_i) for i <= t, else 0; masked before exp, so that nothing overflows.
-
-    `dense` adds up the logs between i and t in a product: a kernel need not turn rows to columns.
-    """
-    if dense:
-        logs = jnp.broadcast_to(_logs(gate)[..., None, :], (*gate.shape, gate.shape[-1]))
-        difference = jnp.matmul(
-            masked(logs, lambda i, j: i >= j),
-            masked(jnp.ones_like(logs), lambda i, j: i > j),
-            precision="highest",
-        )
-    else:
-        difference = log_sums[..., :, None] - log_sums[..., None, :]
-    return jnp.exp(masked(difference, lambda i, j: i >= j, other=-jnp.inf))
+def _products(row, column):
+    """exp(s_t - s_i) for i <= t, else 0; masked before exp, so that nothing overflows."""
+    return jnp.exp(masked(column - row, lambda i, j: i >= j, other=-jnp.inf))
 
 
 def _before(table, *, axis: int, first: float = 0.0):
@@ -73,28 +76,29 @@ def _before(table, *, axis: int, first: float = 0.0):
     return jnp.concatenate([ahead, rest], axis=axis)
 
 
-def chunk_tables(rate, keep, momentum, *, dense: bool = False) -> Tables:
+def chunk_tables(rate, keep, momentum, form: Form = PLAIN) -> Tables:
     """The decay products of one chunk; memories that share gates share them.
 
     Args:
       rate: [..., T]; gives dtype, length and leading dimensions.
       keep: [..., T], or None for a memory that forgets nothing.
       momentum: [..., T], or None.
-      dense: in the form that a kernel likes.
+      form: see `Form`.
     """
     if keep is None:
         ones = jnp.ones((1,) * (rate.ndim - 1) + (rate.shape[-1],) * 2, rate.dtype)
         products = masked(ones, lambda i, j: i >= j)
         keep_start = None
     else:
-        sums = _log_sums(keep)
-        products, keep_start = _products(keep, sums, dense=dense), jnp.exp(sums)
+        sums = _log_sums(keep, form)
+        products, keep_start = _products(*sums), jnp.exp(sums[0][..., 0, :])
     before = _before(products, axis=products.ndim - 2)
     if momentum is None:
         return Tables(products, before, products, before, keep_start, None, None, None)
-    sums = _log_sums(momentum)
-    momentum_start = jnp.exp(sums)
-    write = products @ _products(momentum, sums, dense=dense)
+    row, column = _log_sums(momentum, form)
+    write = nn(products, _products(row, column), form)
+    row = row[..., 0, :]
+    momentum_start = jnp.exp(row)
     return Tables(
         products,
         before,
@@ -102,8 +106,8 @@ def chunk_tables(rate, keep, momentum, *, dense: bool = False) -> Tables:
         _before(write, axis=write.ndim - 2),
         keep_start,
         momentum_start,
-        jnp.exp(sums[..., -1:] - sums),
-        nt(momentum_start[..., None, :], products)[..., 0, :],
+        jnp.exp(row[..., -1:] - row),
+        nt(momentum_start[..., None, :], products, form)[..., 0, :],
     )
 
 
@@ -117,6 +121,7 @@ class Solved(NamedTuple):
       initial_momentum: S_0, [..., m, n], or None.
       written: rate_i error_i, [..., m, C].
       erased: erase_i W_{i-1} x_i, [..., m, C], or None without erasure.
+      form: how its products are made.
     """
 
     tables: Tables
@@ -125,6 +130,7 @@ class Solved(NamedTuple):
     initial_momentum: Float[Array, "*b m n"] | None
     written: Float[Array, "*c m C"]
     erased: Float[Array, "*d m C"] | None
+    form: Form = PLAIN
 
 
 def _from_start(rows, anchored, solved: Solved, *, before: bool):
@@ -136,35 +142,54 @@ def _from_start(rows, anchored, solved: Solved, *, before: bool):
     if anchored is not None:
         out = anchored if scale is None else scale[..., None, :] * anchored
     elif scale is None:
-        out = nn(solved.initial, rows)
+        out = nn(solved.initial, rows, solved.form)
     else:
-        out = scaled_nn(solved.initial, rows, scale)
+        out = scaled_nn(solved.initial, rows, scale, solved.form)
     if tables.carried is not None and solved.initial_momentum is not None:
         scale = tables.carried
         scale = _before(scale, axis=scale.ndim - 1) if before else scale
-        out = out + scaled_nn(solved.initial_momentum, rows, scale)
+        out = out + scaled_nn(solved.initial_momentum, rows, scale, solved.form)
     return out
 
 
 def solve_chunk(
-    operands: Operands, tables: Tables, *, named: bool = True, dense: bool = False
+    operands: Operands, tables: Tables, *, named: bool = True, form: Form = PLAIN
 ) -> Solved:
     """Find what every token of a chunk erases: one unit-lower-triangular inverse (spec C6.8).
 
     Tokens are the last axis: then no product needs a transpose, and memories that share keys stack
-    along the rows of one tall matrix. `named` and `dense`: see `solve_unit_lower`.
+    along the rows of one tall matrix. `named`: see `solve_unit_lower`; `form`: see `Form`.
     """
-    x = operands.x
-    written = operands.rate[..., None, :] * operands.error
-    start = Solved(tables, x, operands.initial, operands.initial_momentum, written, None)
-    if operands.erase is None:
-        return start
-    overlap = gram(x)
-    right = _from_start(x, operands.anchored, start, before=True)
-    right = right - nt(written, tables.write_before * overlap)
-    lower = tables.keep_before * overlap * operands.erase[..., None, :]
-    solution = solve_unit_lower(lower, right, named=named, dense=dense)
-    return start._replace(erased=operands.erase[..., None, :] * solution)
+    return solve_chunks([(operands, tables, named)], form)[0]
+
+
+def solve_chunks(given: list[tuple[Operands, Tables, bool]], form: Form = PLAIN) -> list[Solved]:
+    """`solve_chunk` of several memories: a kernel inverts their matrices abreast.
+
+    Args:
+      given: operands, decay products, and whether policies save the inverse, of each.
+      form: see `Form`.
+    """
+    starts, systems = [], []
+    for operands, tables, _ in given:
+        x, written = operands.x, operands.rate[..., None, :] * operands.error
+        start = Solved(tables, x, operands.initial, operands.initial_momentum, written, None, form)
+        starts.append(start)
+        if operands.erase is None:
+            continue
+        overlap = gram(x, form)
+        right = _from_start(x, operands.anchored, start, before=True)
+        right = right - nt(written, tables.write_before * overlap, form)
+        systems.append((tables.keep_before * overlap * operands.erase[..., None, :], right))
+    if not systems:
+        return starts
+    named = tuple(name for operands, _, name in given if operands.erase is not None)
+    found, solutions = [], list(solve_unit_lowers(systems, named=named, form=form))
+    for start, (operands, _, _) in zip(starts, given, strict=True):
+        if operands.erase is not None:
+            start = start._replace(erased=operands.erase[..., None, :] * solutions.pop(0))
+        found.append(start)
+    return found
 
 
 def read_chunk(solved: Solved, queries, *, read: str, anchored=None) -> Float[Array, "..."]:
@@ -177,17 +202,17 @@ def read_chunk(solved: Solved, queries, *, read: str, anchored=None) -> Float[Ar
       anchored: W_0 @ queries where the caller has it already.
     """
     if read == "anchor":
-        return nn(solved.initial, queries) if anchored is None else anchored
-    before, tables = read == "running_prev", solved.tables
+        return nn(solved.initial, queries, solved.form) if anchored is None else anchored
+    before, tables, form = read == "running_prev", solved.tables, solved.form
     out = _from_start(queries, anchored, solved, before=before)
-    scores = tn(queries, solved.x)
+    scores = tn(queries, solved.x, form)
     write = tables.write_before if before else tables.write
     if solved.erased is None:
-        return out - nt(solved.written, write * scores)
+        return out - nt(solved.written, write * scores, form)
     if tables.carried is None:
-        return out - nt(solved.written + solved.erased, write * scores)
+        return out - nt(solved.written + solved.erased, write * scores, form)
     keep = tables.keep_before if before else tables.keep
-    return out - nt(solved.written, write * scores) - nt(solved.erased, keep * scores)
+    return out - nt(solved.written, write * scores, form) - nt(solved.erased, keep * scores, form)
 
 
 def write_chunk(solved: Solved) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
@@ -199,7 +224,7 @@ def write_chunk(solved: Solved) -> tuple[Float[Array, "..."], Float[Array, "..."
     final = solved.initial
     if tables.keep_start is not None:
         final = tables.keep_start[..., -1, None, None] * final
-    final = final - nt(change, solved.x)
+    final = final - nt(change, solved.x, solved.form)
     momentum = solved.initial_momentum
     if tables.carried is None or momentum is None:
         return final, None
@@ -207,7 +232,7 @@ def write_chunk(solved: Solved) -> tuple[Float[Array, "..."], Float[Array, "..."
     final = final + tables.carried[..., -1, None, None] * momentum
     velocity = tables.momentum_start[..., -1, None, None] * momentum
     tail = tables.momentum_end[..., None, :] * solved.written
-    return final, velocity - nt(tail, solved.x)
+    return final, velocity - nt(tail, solved.x, solved.form)
 
 
 def delta_chunk_xla(operands: Operands, *, read: str) -> DeltaOutput:

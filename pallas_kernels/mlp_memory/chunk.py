@@ -16,29 +16,54 @@ from jaxtyping import Array, Float
 from pallas_kernels import delta_rule
 from pallas_kernels.delta_rule import Operands
 from pallas_kernels.mlp_memory.types import FastWeights, Readout, Reads, Rule, Tokens, Written
+from pallas_kernels.numerics import PLAIN, Form
 from pallas_kernels.products import nn, tn
 
 _BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
+def _gelu(z):
+    """GELU in the tanh form, its slope and its curvature; what is not used costs nothing."""
+    squared = z * z
+    bent = jnp.tanh(z * (_BEND + _BEND * _CUBIC * squared))
+    inside = _BEND + 3.0 * _BEND * _CUBIC * squared
+    share, steep = 0.5 + 0.5 * bent, 0.5 - 0.5 * bent * bent
+    turn = steep * inside
+    bending = 6.0 * _BEND * _CUBIC * z - 2.0 * bent * inside * inside  # of the slope of tanh
+    curvature = 2.0 * turn + z * steep * bending
+    return z * share, share + z * turn, curvature
+
+
+@jax.custom_vjp
 def activation(z):
     """GELU (the paper leaves sigma open); the tanh form, whose slope is cheap."""
-    return jax.nn.gelu(z, approximate=True)
+    return _gelu(z)[0]
 
 
+# Gradients that keep no more than they need: what autodiff keeps would fill a kernel's memory.
+activation.defvjp(lambda z: _gelu(z)[:2], lambda slope, g: (g * slope,))
+
+
+@jax.custom_vjp
 def activation_and_slope(z):
     """GELU and its derivative from one tanh."""
-    squared = z * z
-    bent = jnp.tanh(_BEND * z * (1.0 + _CUBIC * squared))
-    share = 0.5 * (1.0 + bent)
-    slope = share + 0.5 * z * (1.0 - bent * bent) * _BEND * (1.0 + 3.0 * _CUBIC * squared)
-    return z * share, slope
+    return _gelu(z)[:2]
 
 
-def predict(weights: FastWeights, z: Float[Array, "H n d C"]) -> Reads:
+def _activation_and_slope_fwd(z):
+    value, slope, curvature = _gelu(z)
+    return (value, slope), (slope, curvature)
+
+
+activation_and_slope.defvjp(
+    _activation_and_slope_fwd, lambda kept, g: (g[0] * kept[0] + g[1] * kept[1],)
+)
+
+
+def predict(weights: FastWeights, z: Float[Array, "H n d C"], form: Form = PLAIN) -> Reads:
     """M(z) = z + U s(V z) for every memory of the group (paper eq. 89)."""
-    before = nn(weights.inner, z)
-    return Reads(z, before, z + nn(weights.outer, activation(before)))
+    before = nn(weights.inner, z, form)
+    return Reads(z, before, z + nn(weights.outer, activation(before), form))
 
 
 def write_chunk(
@@ -47,7 +72,7 @@ def write_chunk(
     rule: Rule,
     reads: Reads | None = None,
     *,
-    dense: bool = False,
+    form: Form = PLAIN,
 ) -> tuple[FastWeights, Float[Array, "H d C"] | None]:
     """Write one chunk into every memory of the group, and read the last one on the way.
 
@@ -60,48 +85,42 @@ def write_chunk(
       chunk: what is written.
       rule: how.
       reads: `predict` of the group, whose last inputs are the queries; None reads nothing.
-      dense: see `triangular.invert_unit_lower`.
+      form: see `Form`.
 
     Returns:
       The fast weights after the chunk and the reads, [H, d, C] (None without queries).
     """
-    anchor = _at_anchor(weights, chunk, rule)
+    anchor = _at_anchor(weights, chunk, rule, form)
     heads, n, f, d = weights.inner.shape
     tall = (heads, n * f, d)
     size, wide = jnp.sum(chunk.keys**2, axis=-2), jnp.sum(anchor.h**2, axis=-2)
-    inner_error = tn(weights.outer, anchor.error) * anchor.slope
+    inner_error = tn(weights.outer, anchor.error, form) * anchor.slope
     inner_error = _clipped(inner_error, size[:, None], rule)
     rate, erase = chunk.rate, _erase(rule, "inner", chunk.rate, size)
-    tables = delta_rule.chunk_tables(rate, chunk.keep, chunk.momentum, dense=dense)
-    inner = delta_rule.solve_chunk(
-        Operands(
-            x=chunk.keys,
-            error=inner_error.reshape(heads, n * f, -1),
-            rate=rate,
-            erase=erase,
-            initial=weights.inner.reshape(tall),
-            initial_momentum=_shaped(weights.inner_momentum, tall),
-            anchored=anchor.before.reshape(heads, n * f, -1),
-        ),
-        tables,
-        named=False,  # one small factor for all memories: cheaper to solve again than to keep
-        dense=dense,
+    tables = delta_rule.chunk_tables(rate, chunk.keep, chunk.momentum, form)
+    of_inner = Operands(
+        x=chunk.keys,
+        error=inner_error.reshape(heads, n * f, -1),
+        rate=rate,
+        erase=erase,
+        initial=weights.inner.reshape(tall),
+        initial_momentum=_shaped(weights.inner_momentum, tall),
+        anchored=anchor.before.reshape(heads, n * f, -1),
     )
     rate = rate[:, None]
-    outer = delta_rule.solve_chunk(
-        Operands(
-            x=anchor.h,
-            error=_clipped(anchor.error, wide, rule),
-            rate=rate,
-            erase=_erase(rule, "outer", rate, wide),
-            initial=weights.outer,
-            initial_momentum=weights.outer_momentum,
-            anchored=anchor.out,
-        ),
-        jax.tree.map(lambda table: table[:, None], tables),
-        named=not dense,
-        dense=dense,
+    of_outer = Operands(
+        x=anchor.h,
+        error=_clipped(anchor.error, wide, rule),
+        rate=rate,
+        erase=_erase(rule, "outer", rate, wide),
+        initial=weights.outer,
+        initial_momentum=weights.outer_momentum,
+        anchored=anchor.out,
     )
+    outer_tables = jax.tree.map(lambda table: table[:, None], tables)
+    # Not named: one small factor for all memories, cheaper to solve again than to keep.
+    both = [(of_inner, tables, False), (of_outer, outer_tables, not form.dense)]
+    inner, outer = delta_rule.solve_chunks(both, form)
     read = None if reads is None else _read_last(inner, outer, reads, f, rule.read)
     (inner_end, inner_momentum), (outer_end, outer_momentum) = map(
         delta_rule.write_chunk, (inner, outer)
@@ -145,20 +164,21 @@ class _Anchor(NamedTuple):
     error: Float[Array, "H n d C"]
 
 
-def _at_anchor(weights: FastWeights, chunk: Written, rule: Rule) -> _Anchor:
+def _at_anchor(weights: FastWeights, chunk: Written, rule: Rule, form: Form) -> _Anchor:
     """Keys, and values where they are a memory's own, in one product with each matrix."""
     keys, values = chunk.keys[:, None], chunk.values[:, None]
     if rule.values == "self":
-        both = _tall(weights.inner, jnp.concatenate([chunk.keys, chunk.values], axis=-1))
+        both = jnp.concatenate([chunk.keys, chunk.values], axis=-1)
+        both = _tall(weights.inner, both, form)
         before, value_before = jnp.split(both, 2, axis=-1)
         h, slope = activation_and_slope(before)
-        out = nn(weights.outer, jnp.concatenate([h, activation(value_before)], axis=-1))
+        out = nn(weights.outer, jnp.concatenate([h, activation(value_before)], axis=-1), form)
         out, value_out = jnp.split(out, 2, axis=-1)
         target = values + value_out
     else:
-        before = _tall(weights.inner, chunk.keys)
+        before = _tall(weights.inner, chunk.keys, form)
         h, slope = activation_and_slope(before)
-        out, target = nn(weights.outer, h), values
+        out, target = nn(weights.outer, h, form), values
     if rule.objective == "dot":
         error = jnp.broadcast_to(-target, out.shape)
     else:
@@ -176,10 +196,10 @@ def _clipped(error, squared_norm, rule: Rule):
     return error * jnp.minimum(1.0, rule.inner_clip / norm)[..., None, :]
 
 
-def _tall(inner, columns):
+def _tall(inner, columns, form: Form):
     """V z of shared inputs [H, d, C] for every memory of the group, as one tall matrix."""
     heads, n, f, d = inner.shape
-    return nn(inner.reshape(heads, n * f, d), columns).reshape(heads, n, f, -1)
+    return nn(inner.reshape(heads, n * f, d), columns, form).reshape(heads, n, f, -1)
 
 
 def _shaped(array, shape):
@@ -207,7 +227,13 @@ def _gate(weights, bias, out):
 
 
 def generate(
-    weights: FastWeights, x: Tokens, readout: Readout, rule: Rule, *, queried: bool
+    weights: FastWeights,
+    x: Tokens,
+    readout: Readout,
+    rule: Rule,
+    *,
+    queried: bool,
+    form: Form = PLAIN,
 ) -> tuple[Float[Array, "H d C"] | None, Written, Reads]:
     """A chunk's context from the memories at its start (paper eq. 79-85): queries, context, reads.
 
@@ -221,11 +247,12 @@ def generate(
         assert queries is not None
         inputs.append(queries)
     own = jax.tree.map(lambda a: a[:, : len(inputs)], weights)
-    reads = predict(own, jnp.stack(inputs, axis=1))
+    reads = predict(own, jnp.stack(inputs, axis=1), form)
     key, rate, keep, value = (reads.out[:, i] for i in range(4))
     if rule.adaptive_query:
         queries = unit(reads.out[:, 4])
-        reads = predict(jax.tree.map(lambda a: a[:, -1:], weights), queries[:, None])
+        last = jax.tree.map(lambda a: a[:, -1:], weights)
+        reads = predict(last, queries[:, None], form)
     rate = rule.max_rate * _gate(readout.rate, readout.rate_bias, rate)
     keep = _gate(readout.keep, readout.keep_bias, keep)
     return queries, Written(unit(key), value, rate, keep, x.momentum), reads
@@ -245,7 +272,7 @@ def memory_chunk(
     readout: Readout | None,
     rule: Rule,
     *,
-    dense: bool = False,
+    form: Form = PLAIN,
 ) -> tuple[FastWeights, Float[Array, "H d C"] | None]:
     """One chunk of all memories of a group: make its context, write it everywhere, read the last.
 
@@ -254,19 +281,19 @@ def memory_chunk(
       tokens: of the chunk, one leading axis H.
       readout: how the memories make their context; None where `tokens` is the context.
       rule: see `Rule`.
-      dense: see `triangular.invert_unit_lower`.
+      form: see `Form`.
 
     Returns:
       The fast weights after the chunk and the reads, [H, d, C] (None without queries).
     """
     reads: Reads | None
     if readout is not None:
-        _, written, reads = generate(weights, tokens, readout, rule, queried=True)
-        return write_chunk(weights, written, rule, reads, dense=dense)
+        _, written, reads = generate(weights, tokens, readout, rule, queried=True, form=form)
+        return write_chunk(weights, written, rule, reads, form=form)
     assert tokens.rate is not None and tokens.keep is not None
     written = Written(tokens.keys, tokens.values, tokens.rate, tokens.keep, tokens.momentum)
     reads = None
     if tokens.queries is not None:
         last = jax.tree.map(lambda a: a[:, -1:], weights)
-        reads = predict(last, tokens.queries[:, None])
-    return write_chunk(weights, written, rule, reads, dense=dense)
+        reads = predict(last, tokens.queries[:, None], form)
+    return write_chunk(weights, written, rule, reads, form=form)

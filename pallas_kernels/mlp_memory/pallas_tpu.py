@@ -5,13 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chunk_loop_tpu import Options, chunk_loop
+from pallas_kernels.chunk_loop_tpu import chunk_loop
+from pallas_kernels.chunk_plan import plan
 from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
-from pallas_kernels.vmem import MIB, save_every, state_bytes, vmem_limit_of
+from pallas_kernels.numerics import Form
+from pallas_kernels.vmem import MIB, rounds_products, state_bytes, vmem_limit_of
 
-_GATES = ("rate", "keep", "momentum")
+_ABREAST = 4  # memories of a step: one product of each, for a core has up to four matrix units
 
 
 def mlp_memory_pallas_tpu(
@@ -24,12 +26,16 @@ def mlp_memory_pallas_tpu(
     chunk_size: int,
     vmem_limit: int | None = None,
     every: int | None = None,
+    sequences: int | None = None,
+    rounded: bool | None = None,
     interpret: bool = False,
 ):
     """As `mlp_memory_xla`, with the fast weights in VMEM across all chunks.
 
-    Tokens are read in the dtype they come in. Those beyond the last whole chunk run in XLA. A state
-    is stored `every` so many chunks; None: see `save_every`.
+    Tokens are read in the dtype they come in; the reads have that of the keys. Tokens beyond the
+    last whole chunk run in XLA. A state is stored `every` so many chunks, a step takes so many
+    `sequences`: see `chunk_plan`. Operands of products are `rounded` to bfloat16; None: see
+    `vmem.rounds_products`.
 
     Raises:
       NotImplementedError: numbers of 64 bits; memories too large for the VMEM.
@@ -52,21 +58,19 @@ def mlp_memory_pallas_tpu(
     whole = length // chunk_size * chunk_size
     state, pieces = start, []
     if whole:
-        rows = None if readout is None else _as_rows(readout)
-        fresh, begins = None, None
-        if documents is not None:
-            fresh = (documents.inner, documents.outer)
-            begins = documents.begins[:, : whole // chunk_size, None, None].astype(jnp.float32)
-        parts = tokens._replace(**{n: _row(getattr(tokens, n)) for n in _GATES})
-        parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), parts)
-        every = every or save_every(start, whole // chunk_size, vmem_limit)
-        options = Options(vmem_limit, interpret, "mlp_memory", every)
-        state, reads = chunk_loop(
-            partial(_chunk, rule), options, (rows, fresh), start, (parts, begins)
+        form = Form(dense=True, rounded=rounds_products() if rounded is None else rounded)
+        options = dict(
+            vmem_limit=vmem_limit,
+            abreast=max(1, _ABREAST // start.inner.shape[1]),
+            every=every,
+            sequences=sequences,
+            interpret=interpret,
         )
+        chunk = partial(_chunk, rule, form)
+        parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), tokens)
+        state, reads = _loop(chunk, start, parts, readout, documents, options)
         if reads is not None:
-            reads = jnp.moveaxis(reads, 1, 2)
-            pieces.append(reads.reshape(*reads.shape[:2], whole))
+            pieces.append(jnp.swapaxes(reads.reshape(len(reads), whole, -1), -1, -2))
     if whole < length:
         rest = jax.tree.map(lambda a: a[..., whole:].astype(start.inner.dtype), tokens)
         if documents is not None:
@@ -75,12 +79,19 @@ def mlp_memory_pallas_tpu(
             state, rest, readout, documents, rule=rule, chunk_size=chunk_size
         )
         if reads is not None:
-            pieces.append(reads)
+            pieces.append(reads.astype(tokens.keys.dtype))
     return jnp.concatenate(pieces, axis=-1) if pieces else None, state
 
 
-def _row(gate):
-    return None if gate is None else gate[:, None, :]
+def _loop(chunk, start, parts, readout, documents, options):
+    """All whole chunks in the kernels: the state and the reads, [S, N, C, d]."""
+    rows = None if readout is None else _as_rows(readout)
+    fresh, begins = None, None
+    if documents is not None:
+        fresh = (documents.inner, documents.outer)
+        begins = documents.begins[:, : parts.keys.shape[1], None, None].astype(jnp.float32)
+    arguments = ((rows, fresh), start, (parts, begins))
+    return chunk_loop(chunk, plan(chunk, *arguments, name="mlp_memory", **options), *arguments)
 
 
 def _as_rows(readout: Readout) -> Readout:
@@ -90,20 +101,25 @@ def _as_rows(readout: Readout) -> Readout:
 
 
 def _chunks(array, *, whole: int, size: int):
-    """[S, rows, T] -> [S, N, rows, C]."""
-    array = array[..., :whole]
-    return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, size), -2, 1)
+    """Gates [S, T] -> [S, N, 1, C]; features [S, d, T] -> [S, N, C, d], as the caller had them."""
+    if array.ndim == 2:
+        return array[:, :whole].reshape(len(array), -1, 1, size)
+    array = jnp.swapaxes(array, -1, -2)[:, :whole]
+    return array.reshape(len(array), -1, size, array.shape[-1])
 
 
-def _chunk(rule, constants, weights, given):
+def _chunk(rule, form, constants, weights, given):
     """One chunk of one sequence, inside the kernel."""
     (rows, fresh), (tokens, begins) = constants, given
     if fresh is not None:
         weights = restarted(weights, begins[0, 0, 0] > 0.5, *fresh)
+    dtype = tokens.keys.dtype
     tokens = jax.tree.map(lambda a: a.astype(weights.inner.dtype), tokens)
-    gates = {n: getattr(tokens, n) for n in _GATES}
-    tokens = tokens._replace(**{n: None if g is None else g[:, 0] for n, g in gates.items()})
+    columns = [None if a is None else jnp.swapaxes(a, -1, -2) for a in tokens[:3]]
+    gates = [None if g is None else g[:, 0] for g in tokens[3:]]
     readout = None
     if rows is not None:
         readout = Readout(*(a[..., 0] for a in rows[:2]), *(a[:, 0, 0] for a in rows[2:]))
-    return memory_chunk(weights, tokens, readout, rule, dense=True)
+    tokens = tokens._replace(**dict(zip(Tokens._fields, [*columns, *gates], strict=True)))
+    weights, reads = memory_chunk(weights, tokens, readout, rule, form=form)
+    return weights, None if reads is None else jnp.swapaxes(reads, -1, -2).astype(dtype)

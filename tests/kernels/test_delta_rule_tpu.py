@@ -77,8 +77,8 @@ def test_the_kernels_run_and_keep_one_state_for_every_so_many_chunks(every):
 
 def test_states_are_stored_as_often_as_vmem_asks_for():
     state = {"initial": jax.ShapeDtypeStruct((7, 5, 64, 64), jnp.float32)}  # 160 KiB in tiles
-    assert [save_every(state, n, 28 * 2**20) for n in (64, 12, 7, 1)] == [8, 6, 7, 1]
-    assert save_every(state, 64, 15 * 2**20) == 2 and save_every(state, 64, 4 * 2**20) == 1
+    assert [save_every(state, n, 2 * 2**20) for n in (64, 12, 7, 1)] == [8, 6, 7, 1]
+    assert save_every(state, 64, 3 * 2**17) == 2 and save_every(state, 64, -(2**20)) == 1
 
 
 def test_memories_that_share_keys_and_no_queries():

@@ -180,8 +180,55 @@ def test_bfloat16_tokens_are_read_as_they_are(interpreted):
 
     text = str(jax.make_jaxpr(forward)(given))
     kernel = text[text.index("pallas_call") :]
-    assert kernel.count(f"{{bf16[1,2,{D},{CHUNK}]}}") >= 3  # keys, values, queries
-    assert kernel.count(f"{{bf16[1,2,1,{CHUNK}]}}") >= 3  # rate, keep, momentum
+    assert kernel.count(f"{{bf16[2,2,{CHUNK},{D}]}}") >= 3  # keys, values, queries
+    assert kernel.count(f"{{bf16[2,2,1,{CHUNK}]}}") >= 3  # rate, keep, momentum
+
+
+def gradients(given, **options):
+    """Outputs and gradients of the kernel itself, of sequences as rows."""
+    rule = given.pop("rule")
+    last = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
+
+    def total(arrays):
+        tokens = (last(arrays[name]) for name in ("queries", "keys", "values"))
+        gates = (arrays.get(name) for name in ("rate", "keep", "momentum"))
+        run = functools.partial(mlp_memory_pallas_tpu, rule=rule, chunk_size=CHUNK, **options)
+        out = run(arrays["initial"], Tokens(*tokens, *gates), arrays.get("readout"), interpret=True)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out)), out
+
+    return jax.jit(jax.grad(total, has_aux=True))(given)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("every", [1, 2])
+def test_sequences_of_a_step_need_not_divide_them(sequences, every):
+    """Three sequences, two a step: the last step takes one."""
+    case = dict(batch=(3,), length=4 * CHUNK, memories=1, readout=False)
+    with jax.enable_x64(True):
+        expected = results(operands(jnp.float64, **case), "reference")
+        expected = jax.tree.map(lambda a: a.astype(jnp.float32), expected)
+    gradient, (reads, final) = gradients(
+        operands(jnp.float32, **case), sequences=sequences, every=every
+    )
+    found = gradient, expected[1]._replace(reads=jnp.swapaxes(reads, -1, -2), final=final)
+    close(found, expected, 2e-4)
+
+
+def test_rounded_products_are_those_of_bfloat16():
+    """Far from float32's 2e-4, and within what eight bits of a hundred products leave."""
+    case = dict(length=4 * CHUNK, memories=1, readout=False)
+    exact, rounded = (
+        gradients(operands(jnp.float32, **case), rounded=rounded)[1] for rounded in (False, True)
+    )
+    for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True):
+        difference = float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+        assert 1e-4 < difference < 2e-2
+
+
+def test_stored_states_take_no_more_than_their_share():
+    state = jax.ShapeDtypeStruct((128, 1, 512, 128), jnp.float32)  # 32 MiB for each chunk
+    assert [vmem.least_every(state, n) for n in (8, 32, 64, 1)] == [1, 2, 4, 1]
+    assert vmem.least_every(jax.ShapeDtypeStruct((128, 8, 1024, 256), jnp.float32), 6) == 6
 
 
 def test_the_kernels_run_and_keep_one_state_for_eight_chunks(interpreted, monkeypatch):
@@ -253,9 +300,9 @@ def compiled(generation, heads, d, f, chunk, limit, length=512):
         tokens = (last(given[name]) for name in ("queries", "keys", "values"))
         tokens = Tokens(*tokens, None, None, given["momentum"])
         start, readout = given["initial"], given["readout"]
-        reads, final = mlp_memory_pallas_tpu(
-            start, tokens, readout, rule=Rule(), chunk_size=chunk, vmem_limit=limit
-        )
+        run = functools.partial(mlp_memory_pallas_tpu, rule=Rule(), chunk_size=chunk)
+        rounded = vmem.rounds_products(tpu.GENERATIONS[generation][1])
+        reads, final = run(start, tokens, readout, vmem_limit=limit, rounded=rounded)
         leaves = [reads.astype(jnp.float32), *jax.tree.leaves(final)]
         return sum(jnp.sum(leaf**2) for leaf in leaves)
 

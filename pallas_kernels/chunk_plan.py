@@ -1,0 +1,89 @@
+"""How much a chunk loop's kernels do in one step, by what VMEM holds; see `chunk_loop_tpu`."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_kernels.chunk_loop_tpu import Chunk, Options, arguments_of_one
+from pallas_kernels.pullback import split_pullback
+from pallas_kernels.vmem import MIB, MOST, least_every, padded_bytes, save_every
+
+# Values between the products of a chunk, in what its pullback keeps: as the compiler asked for.
+_BETWEEN = 1.25
+
+
+class _Bytes(NamedTuple):
+    """VMEM of one sequence, or of one of its chunks: constants, state, tokens and their results."""
+
+    constants: int
+    state: int
+    tokens: int
+    outputs: int
+    kept: int
+
+    def forward(self, every: int) -> float:
+        """Blocks of one sequence are there once where they stay, else twice."""
+        moving = 2 * every * (self.tokens + self.outputs)
+        return self.constants + 5 * self.state + moving + _BETWEEN * self.kept
+
+    def backward(self, every: int, kept: bool) -> float:
+        """With what the pullbacks of `every` chunks keep, or the chunks' starts."""
+        moving = 2 * every * (2 * self.tokens + self.outputs)
+        inside = every * self.state + (every * self.kept if kept else 0)
+        return 3 * self.constants + 6 * self.state + moving + inside + _BETWEEN * self.kept
+
+
+def _of(tree, lead: int) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(padded_bytes(a.shape[lead:], a.dtype.itemsize) for a in leaves)
+
+
+def plan(
+    chunk: Chunk,
+    constants: Any,
+    state: Any,
+    tokens: Any,
+    *,
+    name: str,
+    vmem_limit: int,
+    abreast: int,
+    every: int | None = None,
+    sequences: int | None = None,
+    interpret: bool = False,
+) -> Options:
+    """How the kernels of `chunk_loop(chunk, ..., constants, state, tokens)` are to be compiled.
+
+    What the pullbacks need is kept in VMEM where that of so many chunks fits that the stored
+    states take no more than `vmem.STORED` bytes of HBM; else only the chunks' starts are.
+
+    Args:
+      chunk, constants, state, tokens: see `chunk_loop`.
+      name: of the kernels.
+      vmem_limit: bytes.
+      abreast: sequences of a step that fill the matrix units; fewer where VMEM does not hold them.
+      every: chunks between two stored states; None chooses.
+      sequences: of a step, in place of what fits.
+      interpret: run on the CPU, for tests.
+    """
+    shapes = arguments_of_one(constants, state, tokens)
+    outputs = jax.eval_shape(chunk, *shapes)[1]
+    kept = sum(padded_bytes(a.shape, a.dtype.itemsize) for a in split_pullback(chunk, shapes).kept)
+    fixed, held, given = (_of(tree, 1) for tree in shapes)
+    sizes = _Bytes(fixed, held, given, _of(outputs, 1), kept)
+    count, chunks = jax.tree.leaves(tokens)[0].shape[:2]
+    steps = [k for k in (4, 2, 1) if k <= abreast] if sequences is None else [sequences]
+    everies = [k for k in range(MOST, 0, -1) if chunks % k == 0 and k >= least_every(state, chunks)]
+    everies = everies if every is None else [every]
+    fitting = (
+        (step, k)
+        for step in steps
+        for k in everies
+        if step * sizes.backward(k, True) <= vmem_limit or sequences is not None
+    )
+    back, chosen = next(fitting, (1, None))
+    residuals = chosen is not None
+    if chosen is None:
+        spare = (vmem_limit - 12 * MIB) // 8
+        chosen = save_every(state, chunks, spare) if every is None else every
+    ahead = next((k for k in steps if k * sizes.forward(chosen) <= vmem_limit), steps[-1])
+    return Options(vmem_limit, interpret, name, chosen, (ahead, back), residuals)
