@@ -264,10 +264,10 @@ def delta_rule_xla(operands: Operands, *, read: str, chunk_size: int) -> DeltaOu
         batch = start.shape[:-2]
         tokens = _over_tokens(operands, lambda a: a[..., :whole])
         # Rows of tokens, as the caller had them: slices of them are whole runs of memory.
-        tokens = {n: _turned(a) if n in _MATRICES else a for n, a in tokens.items()}
+        tokens = {n: _swapped(a) if n in _MATRICES else a for n, a in tokens.items()}
         carry, reads = chunk_scan(partial(_scanned, read), chunk_size, len(batch), carry, tokens)
         if reads is not None:
-            pieces.append(_turned(reads))
+            pieces.append(_swapped(reads))
     if whole < length:
         rest = _over_tokens(operands, lambda a: a[..., whole:])
         out = delta_chunk_xla(_with_states(rest, carry), read=read)
@@ -286,15 +286,15 @@ def delta_rule_xla(operands: Operands, *, read: str, chunk_size: int) -> DeltaOu
 _MATRICES = ("x", "error", "queries")
 
 
-def _turned(array):
+def _swapped(array):
     return None if array is None else jnp.swapaxes(array, -1, -2)
 
 
 def _scanned(read, carry, part):
     """One chunk of a scan: tokens are rows there, and columns here."""
-    part = {n: _turned(a) if n in _MATRICES else a for n, a in part.items()}
+    part = {n: _swapped(a) if n in _MATRICES else a for n, a in part.items()}
     out = delta_chunk_xla(_with_states(part, carry), read=read)
-    return (out.final, out.final_momentum), _turned(out.reads)
+    return (out.final, out.final_momentum), _swapped(out.reads)
 
 
 def _with_states(tokens, carry) -> Operands:
