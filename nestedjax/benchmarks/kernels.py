@@ -11,6 +11,8 @@ profiler's, and `roofline` the least time it could take as a fraction of that.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from pallas_kernels.workloads import PRESETS
+
 DELTA_RULE = MLP_MEMORY = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
@@ -236,10 +238,9 @@ def workloads(scale: str) -> list[Workload]:
         return [*made, newton_schulz("8 x 256 x 256", 8, 256, 256)]
     made = [_delta_rule(f"L{n} d128 chunk 64", 8, 16, n, 128, 64) for n in (4096, 16384)]
     made += [gated_delta_rule(f"L{n} d128 gated", 8, 16, n, 128) for n in (4096, 16384)]
-    made += [_mlp_memory("340m chunk 64", 8, 16, 4096, 64, 64, 64)]
+    made += [_mlp_memory(f"{n} chunk 64", 8, h.heads, 4096, *h[1:], 64) for n, h in PRESETS.items()]
     made += [bfloat16_memory("340m bfloat16", 8, 16, 4096, 64)]
     made += [bfloat16_memory("340m given context", 8, 16, 4096, 64, given=True)]
-    made += [_mlp_memory("1p3b chunk 64", 8, 16, 4096, 128, 128, 64)]
     made += [_mlp_memory("128-512-128 chunk 64", 8, 16, 4096, 128, 512, 64)]
     made += [_selective_scan("L4096 2048 x 16", 8, 4096, 2048, 16)]
     made += [_attention("L4096 d64 bfloat16", 8, 16, 4096, 64, "bfloat16")]

@@ -1,4 +1,4 @@
-"""The chunked delta rule as one Mosaic GPU kernel each way; see `gpu_kernels`."""
+"""The chunked delta rule as one Mosaic GPU kernel each way; see `gpu_forward`."""
 
 from functools import partial
 from typing import Any
@@ -6,16 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.delta_rule.around import GATES, around
 from pallas_kernels.delta_rule.gpu_backward import backward
 from pallas_kernels.delta_rule.gpu_chunk import GRADIENTS
 from pallas_kernels.delta_rule.gpu_forward import Spec, forward, shared_bytes
 from pallas_kernels.delta_rule.gpu_vectors import log_sums, logs_of, of_logs, stacked
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
-from pallas_kernels.delta_rule.xla import delta_chunk_xla
 from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles
-from pallas_kernels.products import nn
 
-_GATES = ("rate", "keep", "erase")
 _COLUMNS = (64, 128)  # of a memory: what a warpgroup's registers hold
 
 
@@ -28,10 +26,7 @@ def delta_rule_pallas_gpu(
     every: int | None = None,
     interpret: Any = False,
 ) -> DeltaOutput:
-    """As `delta_rule_xla`, with the memory in registers across all chunks.
-
-    Operands with leading axes of size one are repeated in memory first. Tokens beyond the last
-    whole chunk run in XLA.
+    """As `delta_rule_xla`, with the memory in registers across all chunks; see `around`.
 
     Args:
       operands: see `Operands`.
@@ -47,39 +42,21 @@ def delta_rule_pallas_gpu(
       NotImplementedError: what the kernel does not take, with the reason.
     """
     _check(operands, chunk_size, dtype)
-    start, queries = operands.initial, operands.queries
-    batch, length = start.shape[:-2], operands.x.shape[-1]
-    whole = length // ROWS * ROWS
-    if read == "anchor":  # the anchor of the whole call, not of each chunk
-        operands = operands._replace(queries=None)
-    names = ("x", "error", "queries", *_GATES)
-    given = {n: getattr(operands, n) for n in names if getattr(operands, n) is not None}
-    given = {n: a[..., None, :] if n in _GATES else a for n, a in given.items()}
-    given = {n: jnp.broadcast_to(a, (*batch, *a.shape[-2:])) for n, a in given.items()}
-    pieces: list[Any] = []
-    final = start
-    if whole:
-        flat = {n: a[..., :whole].reshape(-1, a.shape[-2], whole) for n, a in given.items()}
-        tokens = {n: as_tiles(a, dtype) for n, a in flat.items() if n not in _GATES}
-        gates = {n: a.reshape(-1, whole // ROWS, ROWS) for n, a in flat.items() if n in _GATES}
+
+    def kernel(given, states):
+        start, whole = states["initial"], given["x"].shape[-1]
+        tokens = {n: as_tiles(a, dtype) for n, a in given.items() if n not in GATES}
+        gates = {n: a.reshape(-1, whole // ROWS, ROWS) for n, a in given.items() if n in GATES}
         if "keep" in gates:
             gates["keep"] = logs_of(gates["keep"])
-        spec = _spec(operands, read, dtype, whole // ROWS, every, interpret)
-        final, reads = _loop(spec, tokens, gates, start.reshape(-1, *start.shape[-2:]))
-        final = final.reshape(start.shape)
+        spec = _spec(operands, None if read == "anchor" else read, dtype, whole, every, interpret)
+        final, reads = _loop(spec, tokens, gates, start)
         if reads is not None:
-            reads = reads.reshape(*batch, whole, -1).astype(start.dtype)
-            pieces.append(jnp.swapaxes(reads, -1, -2))
-    if whole < length:
-        rest = {n: a[..., whole:] for n, a in given.items()}
-        rest = {n: a[..., 0, :] if n in _GATES else a for n, a in rest.items()}
-        after = delta_chunk_xla(Operands(**rest, initial=final), read=read)
-        final = after.final
-        pieces.append(after.reads)
-    found = None
-    if queries is not None:
-        found = nn(start, queries) if read == "anchor" else jnp.concatenate(pieces, axis=-1)
-    return DeltaOutput(found, final, None)
+            reads = reads.reshape(reads.shape[0], whole, -1).astype(start.dtype)
+            reads = jnp.swapaxes(reads, -1, -2)
+        return {"initial": final}, reads
+
+    return around(operands, kernel, read=read, chunk_size=ROWS)
 
 
 def _check(operands: Operands, chunk_size, dtype):
@@ -102,9 +79,9 @@ def _check(operands: Operands, chunk_size, dtype):
         )
 
 
-def _spec(operands: Operands, read, dtype, chunks, every, interpret) -> Spec:
+def _spec(operands: Operands, read, dtype, whole, every, interpret) -> Spec:
     """What the kernels are compiled for; refuses what does not fit a block's shared memory."""
-    n = operands.initial.shape[-1]
+    n, chunks = operands.initial.shape[-1], whole // ROWS
     if every is not None and chunks % every:
         raise ValueError(f"every={every} must divide the {chunks} chunks of 64 tokens")
     reads = None if operands.queries is None else read

@@ -18,6 +18,7 @@ from pallas_kernels.mlp_memory import (
 )
 from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
 from pallas_kernels.vmem import vmem_limit_of
+from pallas_kernels.workloads import PRESETS
 from tests.kernels import tpu
 
 D, F, LENGTH, CHUNK = 6, 7, 11, 4  # two whole chunks and a rest of three
@@ -270,19 +271,15 @@ def test_mistakes_are_named(x64):
         mlp_memory(**given, implementation="pallas_tpu")
 
 
-# heads, features, hidden: one layer of the presets, and of the issue's own workload
-WORKLOADS = {"340m": (16, 64, 64), "760m": (16, 96, 96), "1p3b": (16, 128, 128)}
-
-
 SMALL = (("340m", 16), ("340m", 64))  # what fits the 16 MiB of a v4
 
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("generation", tpu.GENERATIONS)
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", PRESETS)
 @pytest.mark.parametrize("chunk", [16, 64, 128])
 def test_compiles_ahead_of_time(generation, workload, chunk):
-    heads, d, f = WORKLOADS[workload]
+    heads, d, f = PRESETS[workload]
     limit = vmem_limit_of(tpu.GENERATIONS[generation][1])
     if generation == "v4" and (workload, chunk) not in SMALL:
         with pytest.raises(NotImplementedError, match="MiB of VMEM, more than 14"):
