@@ -206,4 +206,4 @@ def _figures(directory: str, index: str, name: str, implementation: str, directi
 
 
 if __name__ == "__main__":
-    print(json.dumps(_figures(*sys.argv[1:])))
+    sys.stdout.write(json.dumps(_figures(*sys.argv[1:])) + "\n")
