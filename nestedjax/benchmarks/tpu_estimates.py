@@ -155,7 +155,7 @@ def isolated(directory: str, *arguments: str) -> dict[str, Any]:
 
 
 def compiled_for(generation: Generation, function, *operands):
-    """The program of a function for one chip, compiled ahead of time; operands are shapes."""
+    """The program of a function for one chip, compiled ahead of time, and its results' shapes."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -168,7 +168,8 @@ def compiled_for(generation: Generation, function, *operands):
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), operands
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask what they are for
-        return jax.jit(function).lower(*placed).compile()
+        lowered = jax.jit(function).lower(*placed)
+        return lowered.compile(), lowered.out_info
 
 
 def _figures(directory: str, index: str, name: str, implementation: str, direction: str):
@@ -180,7 +181,7 @@ def _figures(directory: str, index: str, name: str, implementation: str, directi
     arrays = jax.eval_shape(workload.make, jax.random.key(0))
     function, passes = passes_of(workload, implementation, direction)
     try:
-        compiled = compiled_for(generation, function, arrays)
+        compiled, results = compiled_for(generation, function, arrays)
     except NotImplementedError as error:
         return _refused(str(error))
     program = tpu_cycles.program(compiled.as_text())
@@ -191,7 +192,7 @@ def _figures(directory: str, index: str, name: str, implementation: str, directi
         for kernel, calls in program.calls.items()
     )
     seconds = cycles / generation.clock
-    leaves = jax.tree.leaves((arrays, jax.eval_shape(function, arrays)))
+    leaves = jax.tree.leaves((arrays, results))
     flops = passes * workload.flops
     moved = float(sum(a.size * a.dtype.itemsize for a in leaves))
     return {

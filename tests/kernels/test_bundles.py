@@ -32,3 +32,13 @@ def test_no_kernel_has_become_slower(case, tmp_path):
         (bundles,) = (n for name, n in found.items() if f"{case[0]}_{direction}" in name)
         assert bundles <= 1.1 * recorded, f"{direction}: {bundles} bundles, {recorded} recorded"
         assert bundles >= 0.7 * recorded, f"faster: record {bundles} for {case}, {direction}"
+
+
+@pytest.mark.tpu_compile
+def test_a_workload_is_judged_by_the_memory_of_its_own_tpu(tmp_path):
+    """36 MiB, of which this machine's device, a CPU, is thought to have 14."""
+    pytest.importorskip("libtpu", reason="needs the tpu extra: make tpu-compile")
+    names = [(w.op, w.name) for w in tpu_estimates.estimated()]
+    index = names.index(("newton_schulz", "16 x 1024 x 1024"))
+    row = tpu_estimates.isolated(str(tmp_path), str(index), "v5e", "pallas_tpu", "forward")
+    assert row.get("refused") is None and row["milliseconds"] > 0, row
