@@ -126,6 +126,8 @@ def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
             f"--ops {' '.join(args.ops)} does not go with --against {args.against}, which times the"
             " gated delta rule alone; leave one of them out"
         )
+    if args.against and args.tpu_estimates is not None:
+        raise ConfigError("--against and --tpu-estimates are two benchmarks: leave one of them out")
     if args.against == "fla":
         from nestedjax.benchmarks import against_fla
 

@@ -52,6 +52,8 @@ def test_what_is_missing_is_named(capsys, monkeypatch):
     assert "pip install 'nestedjax[tpu]'" in refused(capsys, *arguments)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert "no estimates for 'v9'; v5e, v5p, v6e" in refused(capsys, *arguments, "v9")
+    both = refused(capsys, "bench", "kernels", "--against", "fla", *arguments[2:])
+    assert "--against and --tpu-estimates are two benchmarks" in both
 
 
 @pytest.mark.parametrize("answer", [{"milliseconds": 1.0, "flops_per_second": 1e9}, None])
