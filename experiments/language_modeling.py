@@ -76,7 +76,7 @@ def fit(config, heldout, *, folder: Path) -> dict:
         length=config.data.length,
         batch=config.data.batch,
         seed=config.seed,
-        align=configs.alignment(config.model),
+        align=config.model.period,
     )
     curve: list[tuple[int, float]] = []
     before = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
@@ -88,7 +88,7 @@ def fit(config, heldout, *, folder: Path) -> dict:
         tx=tx,
         dataset=dataset,
         config=loop,
-        valid=heldout(configs.alignment(config.model)),
+        valid=heldout(config.model.period),
         on_event=lambda event: _record(event, curve),
     )
     return {

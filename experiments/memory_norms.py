@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestedjax import data, models
-from nestedjax.mixers.self_modifying import MEMORIES
+from nestedjax.layers import MEMORIES
 from pallas_kernels.mlp_memory import FastWeights
 
 PIECE = 512  # tokens between two looks

@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nestedjax import data, levels, memory, mixers, models, optim, training
+    from nestedjax import data, layers, levels, memory, models, optim, training
     from nestedjax.levels import Level
 
-__all__ = ["Level", "data", "levels", "memory", "mixers", "models", "optim", "training"]
+__all__ = ["Level", "data", "levels", "memory", "layers", "models", "optim", "training"]
 
 
 def __getattr__(name: str) -> Any:

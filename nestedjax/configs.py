@@ -7,18 +7,15 @@ configuration (`layers`, `memory.chunk_size`, `cms.periods`). `optimizer=m3` cho
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from nestedjax import models, overrides
-from nestedjax.models.build import BLOCKS
 from nestedjax.optim import menu
 from nestedjax.overrides import ConfigError, at_least
 from nestedjax.training import LoopConfig
 
-ModelConfig = Any  # one of MODELS
-MODELS = {kind.__name__: kind for kind in BLOCKS}
+ModelConfig = models.ModelConfig
 
 # Settings of a run that may change when it continues: they decide when it looks, not what it does.
 CHANGEABLE = ("steps", "validate_every", "checkpoint_every", "sample_every")
@@ -163,8 +160,7 @@ def run_preset(name: str) -> RunConfig:
     """
     if name not in models.PRESETS:
         raise ConfigError(f"no preset {name!r}; {overrides.near(name, models.PRESETS)}")
-    size = next(part for part in name.split("_") if part in SIZES)
-    run = RunConfig(preset=name, model=models.PRESETS[name], **SIZES[size])
+    run = RunConfig(preset=name, model=models.PRESETS[name], **SIZES[models.size_of(name)])
     data = dataclasses.replace(run.data, **DATA.get(name, {}))
     return dataclasses.replace(run, data=data)
 
@@ -306,7 +302,7 @@ def check(config: RunConfig) -> RunConfig:
       ConfigError: a row shorter than a chunk or not made of whole ones, microbatches or periods
         that do not divide.
     """
-    period, length = alignment(config.model), config.data.length
+    period, length = config.model.period, config.data.length
     if length < period:
         raise ConfigError(
             f"length={length} is shorter than a chunk of {period} tokens, so that no memory would "
@@ -321,15 +317,6 @@ def check(config: RunConfig) -> RunConfig:
     if batch % parts:
         raise ConfigError(f"microbatches={parts} does not divide batch={batch}; change either")
     return config
-
-
-def alignment(model: ModelConfig) -> int:
-    """The common in-context period of a model, in tokens: documents begin on multiples of it."""
-    chunks = model.memory.chunk_sizes if isinstance(model, models.HopeConfig) else (1,)
-    cms = getattr(model, "cms", None)
-    if cms is not None and cms.lifetime == "in_context":
-        return math.lcm(*chunks, cms.timed[0])
-    return math.lcm(*chunks)
 
 
 def changed(saved: RunConfig, asked: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -356,7 +343,7 @@ def to_json(config: RunConfig) -> dict[str, Any]:
       True
     """
     found = overrides.to_dict(config)
-    return found | {"model": {"type": type(config.model).__name__, **found["model"]}}
+    return found | {"model": {"type": type(config.model).kind(), **found["model"]}}
 
 
 def from_json(values: Mapping[str, Any]) -> RunConfig:
@@ -366,9 +353,10 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
       ConfigError: it is none, or another version's.
     """
     model = dict(values.get("model", {}))
-    kind = MODELS.get(model.pop("type", ""))
-    if kind is None:
-        raise ConfigError(f"no model type in the run's configuration; known are {list(MODELS)}")
+    known, name = models.configurations(), model.pop("type", "")
+    if name not in known:
+        raise ConfigError(f"no model type {name!r} is known; there are {', '.join(known)}")
+    kind = known[name]
     rest = {name: value for name, value in values.items() if name != "model"}
     groups = {"data": DataConfig, "optimizer": OptimizerConfig, "loop": LoopConfig}
     for name, cls in groups.items():

@@ -59,19 +59,6 @@ def test_masked_tokens_do_not_count():
     np.testing.assert_allclose(losses[0], [-log_p[0, i, i + 1] for i in range(4)], rtol=1e-5)
 
 
-def test_what_decays():
-    model = runs.abstract_model(tiny("hope_nano"))
-    params = nnx.state(model, nnx.Param)
-    decaying = {
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, decay in jax.tree_util.tree_leaves_with_path(runs.decays(params))
-        if decay
-    }
-    assert "embed.embedding.value" in decaying
-    assert "blocks.memory.query.kernel.value" in decaying
-    assert not [name for name in decaying if "norm" in name or "memories" in name or "conv" in name]
-
-
 def test_the_nested_system_says_which_boxes_are_the_optimizers():
     system = runs.nested_system(tiny("hope_attention_nano"))
     assert {"matrix first moment", "cms.0 matrix second moment"} <= system.optimizer

@@ -40,8 +40,8 @@ class Workload:
 
 def configurations() -> dict[str, Any]:
     """The models that are compared: vocab 512, width 256, 4 layers, 4 heads, chunks of 64."""
-    from nestedjax.mixers.self_modifying import SelfModifyingConfig
-    from nestedjax.models.config import (
+    from nestedjax.layers import SelfModifyingConfig
+    from nestedjax.models import (
         AttentionConfig,
         CMSConfig,
         HopeAttentionConfig,

@@ -78,7 +78,7 @@ def _learner(model, size: int, args: argparse.Namespace):
     from nestedjax import models
     from nestedjax.overrides import ConfigError, one_line, parse
 
-    cms = getattr(model.config, "cms", None)
+    cms = model.config.continuum
     inner = None if cms is None else cms.inner
     periods = None
     if args.periods is not None:
@@ -91,7 +91,7 @@ def _learner(model, size: int, args: argparse.Namespace):
         learner = models.adapting(model, periods=periods, inner=inner)
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
-    timed = learner.config.cms.timed
+    timed = learner.config.continuum.timed
     # A chunk is written once the token behind it is read; the last token of the prompt is not
     # learned from, because it is what generation begins with.
     writes = [max(size - 2, 0) // period for period in timed]

@@ -4,6 +4,7 @@ from nestedjax.levels.adapt import Adaptation, Adapting, adapt, adaptive_level
 from nestedjax.levels.boundary import at_boundary, batch_axes, resumed
 from nestedjax.levels.compose import chain, flow, parallel
 from nestedjax.levels.describe import HasBoxes, describe, table
+from nestedjax.levels.heads import per_head
 from nestedjax.levels.level import Level, due, read_write
 from nestedjax.levels.nested import nested
 from nestedjax.levels.order import TRANSFERS, Box, order
@@ -28,6 +29,7 @@ __all__ = [
     "nested",
     "order",
     "parallel",
+    "per_head",
     "read_write",
     "reset",
     "resumed",

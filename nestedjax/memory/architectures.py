@@ -29,6 +29,7 @@ class Architecture(NamedTuple):
         matrix is asked for exactly once.
       residual: whether the output is `x + body(x)`.
       inputs: the matrices whose layer input is the key itself.
+      activation: between two matrices; None without any.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Architecture(NamedTuple):
     body: Callable[[Multiply, Array], Array]
     residual: bool = False
     inputs: tuple[int, ...] = (0,)
+    activation: Activation | None = None
 
     @property
     def key_dim(self) -> int:
@@ -151,7 +153,9 @@ def mlp(
             x = multiply(m, activation(x))
         return x
 
-    return Architecture("mlp", shapes, (*scales[:-1], scales[-1] * output_scale), body)
+    return Architecture(
+        "mlp", shapes, (*scales[:-1], scales[-1] * output_scale), body, activation=activation
+    )
 
 
 def residual_mlp(
@@ -203,6 +207,7 @@ def gated_mlp(
         body,
         residual=True,
         inputs=(0, 1),
+        activation=activation,
     )
 
 

@@ -39,6 +39,7 @@ def linear_attention(
     chunk_size: int,
     read: str = "running",
     feature_map: FeatureMap = identity,
+    implementation: str = "xla",
 ) -> Level:
     """Linear attention without normaliser: `M_t = M_{t-1} + v_t phi(k_t)^T` (rate 1).
 
@@ -48,6 +49,7 @@ def linear_attention(
       chunk_size: tokens; it changes only the speed.
       read: "running" attends to the present token, "running_prev" does not.
       feature_map: phi.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
@@ -60,6 +62,7 @@ def linear_attention(
         chunk_size=chunk_size,
         read=read,
         feature_map=feature_map,
+        implementation=implementation,
         name="linear_attention",
     )
 
@@ -71,6 +74,7 @@ def normalised_linear_attention(
     chunk_size: int,
     feature_map: FeatureMap,
     epsilon: float = 1e-6,
+    implementation: str = "xla",
 ) -> Level:
     """Linear attention with normaliser: `y = M phi(q) / (z . phi(q) + epsilon)`, `z = z' + phi(k)`.
 
@@ -82,19 +86,39 @@ def normalised_linear_attention(
       chunk_size: tokens; it changes only the speed.
       feature_map: phi, with positive scores, e.g. `elu_plus_one`.
       epsilon: added to the normaliser.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens` with params `(M_0 [value_dim + 1, key_dim],)` and y [T, value_dim].
     """
-    plain = linear_attention(key_dim, value_dim + 1, chunk_size=chunk_size, feature_map=feature_map)
+    plain = linear_attention(
+        key_dim,
+        value_dim + 1,
+        chunk_size=chunk_size,
+        feature_map=feature_map,
+        implementation=implementation,
+    )
+    inner = plain.whole
 
-    def step(params: Weights, state: MemoryState, x: Tokens) -> tuple[MemoryState, Array]:
+    def counted(x: Tokens) -> Tokens:
         ones = jnp.ones_like(x.values[:, :1])
-        values = jnp.concatenate([x.values, ones], axis=-1)
-        state, y = plain.step(params, state, x._replace(values=values))
+        return x._replace(values=jnp.concatenate([x.values, ones], axis=-1))
+
+    def normalised(state: MemoryState, y: Array) -> tuple[MemoryState, Array]:
         return state, y[:, :-1] / (y[:, -1:] + epsilon)
 
-    return plain._replace(name="normalised_linear_attention", step=step)
+    def step(params: Weights, state: MemoryState, x: Tokens) -> tuple[MemoryState, Array]:
+        return normalised(*plain.step(params, state, counted(x)))
+
+    def whole(
+        params: Weights, state: MemoryState, x: Tokens, begins: Array | None
+    ) -> tuple[MemoryState, Array]:
+        assert inner is not None
+        return normalised(*inner(params, state, counted(x), begins))
+
+    return plain._replace(
+        name="normalised_linear_attention", step=step, whole=None if inner is None else whole
+    )
 
 
 def retention_decays(num_heads: int) -> Array:
@@ -103,7 +127,12 @@ def retention_decays(num_heads: int) -> Array:
 
 
 def retention_memory(
-    key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running"
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk_size: int,
+    read: str = "running",
+    implementation: str = "xla",
 ) -> Level:
     """RetNet's memory `M_t = keep M_{t-1} + v_t k_t^T` (rate 1, keep `retention_decays`).
 
@@ -112,14 +141,24 @@ def retention_memory(
       value_dim: features of a value.
       chunk_size: tokens; it changes only the speed.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
     """
-    return _linear("retention", key_dim, value_dim, rules.gradient(), chunk_size, read)
+    return _linear(
+        "retention", key_dim, value_dim, rules.gradient(), chunk_size, read, implementation
+    )
 
 
-def delta_net(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running") -> Level:
+def delta_net(
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk_size: int,
+    read: str = "running",
+    implementation: str = "xla",
+) -> Level:
     """DeltaNet `M_t = M_{t-1}(I - rate k k^T) + rate v k^T`; a rate of 2 reflects.
 
     Args:
@@ -127,6 +166,7 @@ def delta_net(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "run
       value_dim: features of a value.
       chunk_size: tokens; it changes only the speed.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
@@ -138,12 +178,18 @@ def delta_net(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "run
         rules.explicit_delta(),
         chunk_size=chunk_size,
         read=read,
+        implementation=implementation,
         name="delta_net",
     )
 
 
 def gated_delta_net(
-    key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running"
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk_size: int,
+    read: str = "running",
+    implementation: str = "xla",
 ) -> Level:
     """Gated DeltaNet `M_t = keep M_{t-1}(I - rate k k^T) + rate v k^T`.
 
@@ -152,14 +198,30 @@ def gated_delta_net(
       value_dim: features of a value.
       chunk_size: tokens; it changes only the speed.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
     """
-    return _linear("gated_delta_net", key_dim, value_dim, rules.coupled_delta(), chunk_size, read)
+    return _linear(
+        "gated_delta_net",
+        key_dim,
+        value_dim,
+        rules.coupled_delta(),
+        chunk_size,
+        read,
+        implementation,
+    )
 
 
-def hope_dot(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running_prev") -> Level:
+def hope_dot(
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk_size: int,
+    read: str = "running_prev",
+    implementation: str = "xla",
+) -> Level:
     """HOPE's linear memory, dot objective: `M_t = M_{t-1}(keep I - rate k k^T) + rate v k^T`.
 
     Args:
@@ -167,16 +229,24 @@ def hope_dot(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runn
       value_dim: features of a value.
       chunk_size: tokens; it changes only the speed.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
 
     Reference: Nested Learning (arXiv 2512.24695) eq. 92, with `+ v k^T` (printed minus).
     """
-    return _linear("hope_dot", key_dim, value_dim, rules.delta(), chunk_size, read)
+    return _linear("hope_dot", key_dim, value_dim, rules.delta(), chunk_size, read, implementation)
 
 
-def hope_l2(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running_prev") -> Level:
+def hope_l2(
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk_size: int,
+    read: str = "running_prev",
+    implementation: str = "xla",
+) -> Level:
     """HOPE's linear memory with the l2 objective.
 
     `M_t = M_{t-1}(keep I - rate k k^T) - rate (M_a k - v) k^T`: erased twice, so one repeated unit
@@ -187,6 +257,7 @@ def hope_l2(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runni
       value_dim: features of a value.
       chunk_size: tokens; part of the model.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
@@ -200,11 +271,19 @@ def hope_l2(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runni
         rules.delta(),
         chunk_size=chunk_size,
         read=read,
+        implementation=implementation,
         name="hope_l2",
     )
 
 
-def longhorn(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running") -> Level:
+def longhorn(
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk_size: int,
+    read: str = "running",
+    implementation: str = "xla",
+) -> Level:
     """Longhorn: DeltaNet with the implicit rate `rate / (1 + rate |k|^2)`.
 
     Args:
@@ -212,6 +291,7 @@ def longhorn(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runn
       value_dim: features of a value.
       chunk_size: tokens; it changes only the speed.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
@@ -223,11 +303,19 @@ def longhorn(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runn
         rules.closed_form_delta(),
         chunk_size=chunk_size,
         read=read,
+        implementation=implementation,
         name="longhorn",
     )
 
 
-def oja_memory(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running") -> Level:
+def oja_memory(
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk_size: int,
+    read: str = "running",
+    implementation: str = "xla",
+) -> Level:
     """Oja's rule `M_t = keep M_{t-1} + rate (v k^T - v (M_a^T v)^T)`.
 
     Args:
@@ -235,6 +323,7 @@ def oja_memory(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "ru
       value_dim: features of a value.
       chunk_size: tokens; part of the model.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
@@ -246,6 +335,7 @@ def oja_memory(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "ru
         rules.gradient(),
         chunk_size=chunk_size,
         read=read,
+        implementation=implementation,
         name="oja",
     )
 
@@ -257,6 +347,7 @@ def omega_memory(
     chunk_size: int,
     read: str = "running",
     feature_map: FeatureMap = identity,
+    implementation: str = "xla",
 ) -> Level:
     """OmegaNet: l2 on the last `window` tokens with decay (`feature_map=polynomial(p)` there).
 
@@ -266,6 +357,7 @@ def omega_memory(
       chunk_size: tokens; part of the model.
       read: as in `associative_memory`.
       feature_map: of keys and queries.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`, whose rates are the paper's gamma.
@@ -280,17 +372,25 @@ def omega_memory(
         chunk_size=chunk_size,
         read=read,
         feature_map=feature_map,
+        implementation=implementation,
         name="omega",
     )
 
 
-def titans(architecture: Architecture, *, chunk_size: int, read: str = "running") -> Level:
+def titans(
+    architecture: Architecture,
+    *,
+    chunk_size: int,
+    read: str = "running",
+    implementation: str = "xla",
+) -> Level:
     """Titans' long-term memory: l2, momentum and decay (`keep = 1 - alpha` there).
 
     Args:
       architecture: e.g. `mlp` or `residual_mlp`.
       chunk_size: tokens; part of the model.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
@@ -304,11 +404,19 @@ def titans(architecture: Architecture, *, chunk_size: int, read: str = "running"
         rules.momentum(),
         chunk_size=chunk_size,
         read=read,
+        implementation=implementation,
         name="titans",
     )
 
 
-def moneta(architecture: Architecture, *, chunk_size: int, p: float = 3.0, q: float = 4.0) -> Level:
+def moneta(
+    architecture: Architecture,
+    *,
+    chunk_size: int,
+    p: float = 3.0,
+    q: float = 4.0,
+    implementation: str = "xla",
+) -> Level:
     """MIRAS-Moneta: smooth lp objective, lq retention, anchor reads.
 
     Args:
@@ -316,6 +424,7 @@ def moneta(architecture: Architecture, *, chunk_size: int, p: float = 3.0, q: fl
       chunk_size: tokens; part of the model.
       p: of the objective.
       q: of the retention; the exact mirror map (`lq_printed` is the published text's).
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
@@ -327,17 +436,25 @@ def moneta(architecture: Architecture, *, chunk_size: int, p: float = 3.0, q: fl
         rules.gradient(),
         chunk_size=chunk_size,
         read="anchor",
+        implementation=implementation,
         name="moneta",
     )
 
 
-def yaad(architecture: Architecture, *, chunk_size: int, read: str = "running") -> Level:
+def yaad(
+    architecture: Architecture,
+    *,
+    chunk_size: int,
+    read: str = "running",
+    implementation: str = "xla",
+) -> Level:
     """MIRAS-Yaad: Huber objective with a threshold a token, decay.
 
     Args:
       architecture: e.g. `residual_mlp`.
       chunk_size: tokens; part of the model.
       read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens` (with `threshold`).
@@ -349,16 +466,23 @@ def yaad(architecture: Architecture, *, chunk_size: int, read: str = "running") 
         rules.gradient(),
         chunk_size=chunk_size,
         read=read,
+        implementation=implementation,
         name="yaad",
     )
 
 
-def memora(architecture: Architecture, *, chunk_size: int) -> Level:
+def memora(
+    architecture: Architecture,
+    *,
+    chunk_size: int,
+    implementation: str = "xla",
+) -> Level:
     """MIRAS-Memora: l2 objective, KL retention on the simplex, anchor reads.
 
     Args:
       architecture: its initial weights are the free parameters of the softmax.
       chunk_size: tokens; part of the model.
+      implementation: as in `associative_memory`.
 
     Returns:
       A level over `Tokens`.
@@ -370,12 +494,19 @@ def memora(architecture: Architecture, *, chunk_size: int) -> Level:
         rules.gradient(),
         chunk_size=chunk_size,
         read="anchor",
+        implementation=implementation,
         name="memora",
     )
 
 
 def _linear(
-    name: str, key_dim: int, value_dim: int, rule: rules.Rule, chunk_size: int, read: str
+    name: str,
+    key_dim: int,
+    value_dim: int,
+    rule: rules.Rule,
+    chunk_size: int,
+    read: str,
+    implementation: str,
 ) -> Level:
     """A linear memory with the dot objective and decay."""
     return associative_memory(
@@ -385,5 +516,6 @@ def _linear(
         rule,
         chunk_size=chunk_size,
         read=read,
+        implementation=implementation,
         name=name,
     )

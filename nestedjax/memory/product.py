@@ -14,9 +14,10 @@ from nestedjax.memory.retention import Retention
 from nestedjax.memory.rules import Rule
 from nestedjax.memory.sequential import reference_step, sequential_step
 from nestedjax.memory.state import Memory, MemoryState, Tokens, initial_state, prepare
+from nestedjax.memory.whole import KERNELS, kernel_for
 
 _READS = ("running_prev", "running", "anchor")
-_IMPLEMENTATIONS = ("chunked", "reference")
+_IMPLEMENTATIONS = ("xla", "reference", *KERNELS)
 Execution = Literal["delta", "omega", "sequential", "reference"]
 
 _STEPS = {
@@ -48,7 +49,7 @@ def plan(
     rule: Rule,
     *,
     read: str = "running_prev",
-    implementation: str = "chunked",
+    implementation: str = "xla",
 ) -> Plan:
     """Says how a combination is executed, or why it does not exist.
 
@@ -96,7 +97,7 @@ def associative_memory(
     read: str = "running_prev",
     feature_map: FeatureMap = identity,
     value_map: FeatureMap = identity,
-    implementation: str = "chunked",
+    implementation: str = "xla",
     name: str | None = None,
 ) -> Level:
     """An associative memory that learns from keys to values while it is read.
@@ -110,7 +111,7 @@ def associative_memory(
     line (see `nestedjax.memory.retention`). Chunk size 1 is the token recurrence with gradients at
     the previous token's weights. The chunk size is part of the function that is computed.
 
-    Executions that agree: `reference` (token by token) and `chunked`. Chunked is chunk-parallel for
+    Executions that agree: "reference" (token by token) and "xla", which is chunk-parallel for
     the retentions `none` and `decay` with every rule but `implicit_omega`, and for the retentions
     with a link (`kl`, `lq`, `bregman_sigmoid`) with anchor reads; there is no exact chunk-parallel
     form for the rest, which runs its recurrence token by token inside the chunk (`plan` says which
@@ -125,7 +126,9 @@ def associative_memory(
       read: "running_prev" reads `M_{t-1}(q_t)`, "running" `M_t(q_t)`, "anchor" `M_a(q_t)`.
       feature_map: applied to keys and queries, e.g. `l2_normalise`.
       value_map: applied to values.
-      implementation: "chunked" or "reference".
+      implementation: "xla"; "reference"; "pallas_tpu" or "pallas_gpu": the whole chunks of a call
+        run in one kernel each way, unfinished ones as steps in XLA. On a mesh the kernels run
+        inside `jax.shard_map`, as a mixer sees to.
       name: of the level; by default the names of the four menu entries.
 
     Returns:
@@ -135,6 +138,7 @@ def associative_memory(
     Raises:
       ValueError: chunk_size < 1; a combination that is not defined; and, when it is traced, tokens
         that lack something the menus need, bring something they do not use, or have other widths.
+      NotImplementedError: a kernel for a combination that has none, with the reason.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -190,7 +194,29 @@ def associative_memory(
         return architecture.apply(read_at, query).astype(x.queries.dtype)
 
     default = ".".join((architecture.name, objective.name, retention.name, rule.name))
-    return Level(name or default, chunk_size, init, step, token=token if read == "anchor" else None)
+    whole = None
+    if implementation in KERNELS:
+        kernel = kernel_for(memory, implementation, chunk_size)
+
+        def whole(
+            params: Weights, state: MemoryState, x: Tokens, begins: Array | None
+        ) -> tuple[MemoryState, Array]:
+            _check_tokens(memory, x)
+            tokens = prepare(memory, x, state.weights[0].dtype)
+            _check_widths(memory, tokens)
+            state, reads = kernel(init(params), state, tokens, begins)
+            return state, reads.astype(x.queries.dtype)
+
+    about = {"objective": objective.name, "rule": rule.name, "transfer": "param"}
+    return Level(
+        name or default,
+        chunk_size,
+        init,
+        step,
+        token=token if read == "anchor" else None,
+        whole=whole,
+        about=about,
+    )
 
 
 def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:
@@ -229,6 +255,7 @@ def _check_combination(
 def _check_tokens(memory: Memory, x: Tokens) -> None:
     keep = {"required": True, "optional": x.keep is not None, "unused": False}
     fields = (
+        ("rate", x.rate, True, memory.rule.name),
         ("keep", x.keep, keep[memory.retention.keep], memory.retention.name),
         ("momentum", x.momentum, memory.rule.momentum, memory.rule.name),
         ("threshold", x.threshold, memory.objective.token_threshold, memory.objective.name),

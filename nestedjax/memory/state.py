@@ -21,7 +21,7 @@ class Tokens(NamedTuple):
       keys: [T, dk].
       values: [T, dv].
       queries: [T, dk].
-      rate: [T], inner learning rate, at least 0.
+      rate: [T], inner learning rate, at least 0; None for a level that makes its own.
       keep: [T] in (0, 1], fraction kept; None where the retention has no use for it.
       momentum: [T] in [0, 1]; None unless the rule has momentum.
       threshold: [T], > 0; None unless the objective's threshold depends on the token.
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
     keys: Array
     values: Array
     queries: Array
-    rate: Array
+    rate: Array | None = None
     keep: Array | None = None
     momentum: Array | None = None
     threshold: Array | None = None

@@ -1,41 +1,49 @@
 """HOPE-Attention: softmax attention followed by a continuum memory (paper eq. 94-97, spec E)."""
 
+import dataclasses
+
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 
-from nestedjax.levels import Box
-from nestedjax.models.attention import AttentionLayer
-from nestedjax.models.cms import ContinuumMemory
-from nestedjax.models.config import HopeAttentionConfig
+from nestedjax.layers import Attention, AttentionConfig, CMSConfig, ContinuumMemory
+from nestedjax.models.block import Block
+from nestedjax.models.config import ModelConfig
+from nestedjax.models.presets import Size, attention_blocks, fitted, presets, stream_periods
 
 
-class HopeAttentionBlock(nnx.Module):
-    """One block: attention, then the continuum memory, each with norm and residual.
+@dataclasses.dataclass(frozen=True)
+class HopeAttentionConfig(ModelConfig):
+    """HOPE-Attention: softmax attention in place of the self-modifying memory (spec E).
 
-    With one frozen SwiGLU block in the continuum memory it is the block of Transformer++.
+    With one frozen SwiGLU block in the continuum memory it is Transformer++.
+
+    Attributes:
+      attention: its heads and window.
+      cms: the continuum memory.
     """
 
-    names = ("attention", "cms")
+    attention: AttentionConfig
+    cms: CMSConfig
 
-    def __init__(self, config: HopeAttentionConfig, *, rngs: nnx.Rngs):
-        width, layers, dtype = config.width, config.layers, config.dtype
-        self.attention = AttentionLayer(config.attention, width, layers, dtype=dtype, rngs=rngs)
-        self.cms = ContinuumMemory(config.cms, width, layers, dtype=dtype, rngs=rngs)
+    def block(self, *, rngs: nnx.Rngs) -> Block:
+        """Attention, then the continuum memory."""
+        mixer = Attention(self, self.attention, rngs=rngs)
+        return Block(self, mixer, ContinuumMemory(self, self.cms, rngs=rngs))
 
-    def init_state(self, batch: int) -> dict:
-        """The state at the start of a context."""
-        return self.attention.init_state(batch)
+    @property
+    def continuum(self) -> CMSConfig:
+        """The continuum memory of the blocks."""
+        return self.cms
 
-    def mix(
-        self, x: Float[Array, "B T d"], state: dict | None, *, resets: Bool[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T d"], dict]:
-        """Attention over the sequence."""
-        return self.attention(x, state, resets=resets)
 
-    def feed(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
-        """The continuum memory on each token."""
-        return self.cms(x)
+def _preset(size: Size) -> HopeAttentionConfig:
+    attention = AttentionConfig(heads=size.heads, context=size.context)
 
-    def boxes(self, state: dict) -> list[Box]:
-        """The boxes of the block; `state` as `init_state(1)` returns it (arrays or shapes)."""
-        return [*self.attention.boxes(state), *self.cms.boxes()]
+    def make(hidden: int) -> HopeAttentionConfig:
+        cms = CMSConfig(periods=stream_periods(size), hidden=hidden)
+        layers = attention_blocks(size)
+        return HopeAttentionConfig(size.vocab, size.width, layers, attention, cms, **size.options)
+
+    return fitted(make, size)
+
+
+presets("hope_attention", _preset)

@@ -10,13 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from nestedjax import levels
+from nestedjax.layers import CMSConfig, Embed, InnerConfig, param, weight_dtype
+from nestedjax.layers.boxes import count, size
 from nestedjax.levels import Box, Carry, Level
-from nestedjax.models.boxes import count, size
-from nestedjax.models.config import CMSConfig, InnerConfig
 from nestedjax.models.inner_optimizer import inner_optimizer
 from nestedjax.models.language_model import LanguageModel
-from nestedjax.models.layers import Embed, param, weight_dtype
-from nestedjax.models.periods import block_labels, block_periods
+from nestedjax.models.periods import block_labels
 from nestedjax.optim import in_tokens
 from nestedjax.sharding import over_batch
 
@@ -66,11 +65,11 @@ class InContextModel(nnx.Module):
     """
 
     def __init__(self, model: LanguageModel, cms: CMSConfig):
-        self.config = dataclasses.replace(model.config, cms=cms)
+        self.config = model.config.with_continuum(cms)
         self.base = model
         shape = (len(cms.timed), self.config.layers)
         start = jnp.zeros(shape, weight_dtype(self.config.dtype))
-        self.rates = param(start, "levels", "layers")
+        self.rates = param(start, ("levels", "layers"), matrix=None, weight_decay=False)
 
     @property
     def embed(self) -> Embed:
@@ -126,7 +125,7 @@ class InContextModel(nnx.Module):
         Pending tokens are read once more; the write that waits for the next token is not made.
         """
         level, weights = self._level()
-        forward, period = self._forward(), self.config.cms.timed[0]
+        forward, period = self._forward(), self._cms.timed[0]
 
         def one(carry: Carry) -> Reading:
             pending = carry.position % period
@@ -161,7 +160,7 @@ class InContextModel(nnx.Module):
 
     def boxes(self) -> list[Box]:
         """The boxes of the nested system; see `LanguageModel.boxes`."""
-        cms, graphdef = self.config.cms, nnx.split(self)[0]
+        cms, graphdef = self._cms, nnx.split(self)[0]
         rule = cms.inner.optimizer
         state = jax.eval_shape(
             lambda weights: nnx.merge(graphdef, weights).init_state(1), nnx.state(self)
@@ -176,7 +175,7 @@ class InContextModel(nnx.Module):
             if box.name not in steps
         ] + memories
         boxes.append(Box("inner rates", None, self.rates.size, 0, "next token", "", "gen_context"))
-        for label, period in block_periods(cms).items():
+        for label, period in cms.block_periods.items():
             held = state.fast[label]
             boxes += [
                 Box(f"{label} start", None, count(held), 0, "next token", "", "init"),
@@ -188,25 +187,30 @@ class InContextModel(nnx.Module):
     def _forward(self):
         """`forward(weights, fast, carry, tokens[P]) -> (hidden[P, d], carry)` of one sequence."""
         graphdef, _ = nnx.split(self.base)
-        config = self.config
 
         def forward(weights, fast, carry, tokens):
-            model = nnx.merge(graphdef, _put(weights.model, fast, config))
+            model = nnx.merge(graphdef, _put(weights.model, fast))
             hidden, carry = model.hidden(tokens[None], carry)
             return hidden[0], carry
 
         return forward
 
     @property
+    def _cms(self) -> CMSConfig:
+        """The continuum memory, which every in-context model has."""
+        cms = self.config.continuum
+        assert cms is not None
+        return cms
+
+    @property
     def _aligned(self) -> bool:
         """Whether the memories of the model have nothing pending where a chunk ends."""
-        memory = getattr(self.config, "memory", None)
-        return memory is None or self.config.cms.timed[0] % max(memory.chunk_sizes) == 0
+        return self._cms.timed[0] % max(self.config.chunks, default=1) == 0
 
     def _level(self) -> tuple[Level, Weights]:
         """The model as a level that learns from what it reads, and its slow parameters."""
         graphdef, weights = nnx.split(self.base)
-        config, cms, forward = self.config, self.config.cms, self._forward()
+        cms, forward = self._cms, self._forward()
         plain = levels.at_boundary if self._aligned else lambda carry: carry
 
         def chunk(weights, fast, carry, tokens):
@@ -223,7 +227,7 @@ class InContextModel(nnx.Module):
             forward=chunk,
             loss=loss,
             tx=lambda weights: inner_optimizer(cms, _in_chunks(cms), weights.rates),
-            init_fast=lambda weights: _take(weights.model, config),
+            init_fast=lambda weights: _take(weights.model, cms),
             init_carry=lambda weights: plain(nnx.merge(graphdef, weights.model).init_state(1)),
             second_order=cms.inner.second_order,
             reduction=cms.inner.reduction,
@@ -260,7 +264,7 @@ def adapting(
       >>> learner.config.cms.lifetime, learner.config.cms.timed
       ('in_context', (16, 64))
     """
-    cms = getattr(model.config, "cms", None)
+    cms = model.config.continuum
     if cms is None:
         raise ValueError(
             f"{type(model.config).__name__} has no continuum memory that could learn in context:"
@@ -279,22 +283,22 @@ def adapting(
 
 def _in_chunks(cms: CMSConfig) -> dict[str, int | None]:
     """Label -> chunks of the fastest period between two writes."""
-    return {label: period // cms.timed[0] for label, period in block_periods(cms).items()}
+    return {label: period // cms.timed[0] for label, period in cms.block_periods.items()}
 
 
-def _take(weights: PyTree, config: Any) -> dict[str, tuple[Array, ...]]:
+def _take(weights: PyTree, cms: CMSConfig) -> dict[str, tuple[Array, ...]]:
     """The weights that learn in context, by the label of their block."""
-    names = jax.tree.leaves(block_labels(weights, config))
+    names = jax.tree.leaves(block_labels(weights))
     leaves = jax.tree.leaves(weights)
     return {
         label: tuple(leaf for name, leaf in zip(names, leaves, strict=True) if name == label)
-        for label in block_periods(config.cms)
+        for label in cms.block_periods
     }
 
 
-def _put(weights: PyTree, fast: dict[str, tuple[Array, ...]], config: Any) -> PyTree:
+def _put(weights: PyTree, fast: dict[str, tuple[Array, ...]]) -> PyTree:
     """`weights` with the fast ones in their places."""
-    names = jax.tree.leaves(block_labels(weights, config))
+    names = jax.tree.leaves(block_labels(weights))
     leaves, structure = jax.tree.flatten(weights)
     queues = {label: iter(values) for label, values in fast.items()}
     new = [

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from nestedjax.models.config import CMSConfig, InnerConfig
+from nestedjax.layers import CMSConfig, InnerConfig
 from nestedjax.optim import by_period, nested_by_period
 
 PyTree = Any

@@ -1,7 +1,6 @@
 """A language model: embedding, stacked blocks, final norm, tied head."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +9,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nestedjax import levels
+from nestedjax.layers import Embed, RMSNorm, is_param
+from nestedjax.layers.boxes import merged, slow
 from nestedjax.levels import Box
-from nestedjax.models.blocks import Block, init_states, scan_blocks, stack
-from nestedjax.models.boxes import merged, slow
-from nestedjax.models.layers import Embed, RMSNorm
+from nestedjax.models.block import init_states, scan_blocks, stack
+from nestedjax.models.config import ModelConfig
 from nestedjax.sharding import constrain
 
 PyTree = Any
@@ -27,8 +27,7 @@ class LanguageModel(nnx.Module):
     gives what feeding it whole gives. Without dropout, training and evaluation are one function.
 
     Args:
-      config: a model configuration with `vocab, width, layers, dtype, remat`.
-      make_block: builds one block from the random streams.
+      config: the model's configuration, which builds its blocks.
       rngs: where the weights are drawn.
 
     Example:
@@ -44,10 +43,12 @@ class LanguageModel(nnx.Module):
       True
     """
 
-    def __init__(self, config: Any, make_block: Callable[[nnx.Rngs], Block], *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embed(config.vocab, config.width, dtype=config.dtype, rngs=rngs)
-        self.blocks = stack(make_block, config.layers, rngs=rngs)
+        self.blocks = stack(
+            lambda streams: config.block(rngs=streams), config.layers // config.pattern, rngs=rngs
+        )
         self.norm = RMSNorm((config.width,), ("embed",), dtype=config.dtype)
 
     def init_state(self, batch_size: int) -> PyTree:
@@ -93,16 +94,19 @@ class LanguageModel(nnx.Module):
     ) -> dict[str, Array]:
         """Every named intermediate activation of a fresh context, in the order it is computed.
 
-        Keys are "embed", "blocks.0.memory", "blocks.0.cms", ..., "norm" and "logits".
+        Keys are "embed", "blocks.0.memory", "blocks.0.cms", ..., "norm" and "logits"; the halves
+        of a block go by the names of their layers.
         """
         x = constrain(self.embed(tokens), "batch", "time", "embed")
         found = {"embed": x}
         x, halves = scan_blocks(
             self.blocks, x, None, resets=resets, remat=self.config.remat, probe=True
         )
-        for layer in range(self.config.layers):
-            for name, values in zip(self.blocks.names, halves, strict=True):
-                found[f"blocks.{layer}.{name}"] = values[layer]
+        pattern = len(self.blocks)
+        for index in range(self.config.layers):
+            block, outputs = self.blocks[index % pattern], halves[index % pattern]
+            for (_, layer, _), values in zip(block.halves(), outputs, strict=False):
+                found[f"blocks.{index}.{layer.name}"] = values[index // pattern]
         found["norm"] = self.norm(x)
         found["logits"] = self.embed.attend(found["norm"])
         return found
@@ -115,7 +119,9 @@ class LanguageModel(nnx.Module):
         """
         graphdef, weights = nnx.split(self)
         state = jax.eval_shape(lambda weights: nnx.merge(graphdef, weights).init_state(1), weights)
-        boxes = [slow("embedding", self.embed), *self.blocks.boxes(state), slow("norms", self.norm)]
+        boxes = [slow("embedding", self.embed), slow("norms", self.norm)]
+        for block, held in zip(self.blocks, state, strict=True):
+            boxes += block.boxes(held)
         return levels.describe(merged(boxes))
 
 
@@ -128,7 +134,7 @@ def logical_axes(params: PyTree) -> PyTree:
     Returns:
       The same structure with a `PartitionSpec` of names in place of each array.
     """
-    weights = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    weights = jax.tree.leaves(params, is_leaf=is_param)
     names = [PartitionSpec(*weight.get_metadata("axes")) for weight in weights]
     return jax.tree.unflatten(jax.tree.structure(params), names)
 

@@ -7,42 +7,27 @@ import jax
 import optax
 from flax import nnx
 
-from nestedjax.models.config import CMSConfig
+from nestedjax.layers import per_weight
+from nestedjax.models.config import ModelConfig
 from nestedjax.optim import by_period, in_steps, nested_by_period
 
 PyTree = Any
 
 
-def block_periods(cms: CMSConfig) -> dict[str, int]:
-    """ "cms.0" (the fastest), "cms.1", ... -> period in tokens, of the blocks that have one."""
-    return {f"cms.{i}": period for i, period in enumerate(cms.periods) if period is not None}
-
-
-def block_labels(params: PyTree, config: Any) -> PyTree:
-    """A tree like `params` with the label of each weight's block, "" outside of timed blocks.
+def block_labels(params: PyTree) -> PyTree:
+    """A tree like `params` with the label of each weight's block, "" outside of continuum blocks.
 
     A block's label covers its MLP in all layers; the norms in front of it are stepped with the
     rest.
     """
-    cms = getattr(config, "cms", None)
-    known = {} if cms is None else block_periods(cms)
-
-    def label(path, _):
-        names = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
-        for at, name in enumerate(names[:-2]):
-            if name == "cms" and names[at + 1] == "levels":
-                found = f"cms.{names[at + 2]}"
-                return found if found in known else ""
-        return ""
-
-    return jax.tree.map_with_path(label, params)
+    return per_weight(lambda weight: weight.get_metadata("group"), params)
 
 
-def periods(config: Any) -> dict[str, int | None]:
+def periods(config: ModelConfig) -> dict[str, int | None]:
     """Label -> tokens of the training stream between two writes, None for every step.
 
     Args:
-      config: a model configuration, with or without a continuum memory `cms`.
+      config: a model configuration, with or without a continuum memory.
 
     Returns:
       "" for everything that is stepped at every step; "cms.0" (the fastest), "cms.1", ... for the
@@ -53,12 +38,13 @@ def periods(config: Any) -> dict[str, int | None]:
       >>> models.periods(models.PRESETS["transformer_nano"])
       {'': None}
     """
-    cms = getattr(config, "cms", None)
-    timed = {} if cms is None or cms.lifetime != "stream" else block_periods(cms)
-    return {"": None, **timed}
+    cms = config.continuum
+    return (
+        {"": None} if cms is None or cms.lifetime != "stream" else {"": None, **cms.block_periods}
+    )
 
 
-def labels(params: PyTree, config: Any) -> PyTree:
+def labels(params: PyTree, config: ModelConfig) -> PyTree:
     """The label of every weight, as `periods` names them: a tree like `params`.
 
     Args:
@@ -66,7 +52,7 @@ def labels(params: PyTree, config: Any) -> PyTree:
       config: the model's configuration.
     """
     known = periods(config)
-    return jax.tree.map(lambda label: label if label in known else "", block_labels(params, config))
+    return jax.tree.map(lambda label: label if label in known else "", block_labels(params))
 
 
 def optimizer(
@@ -96,7 +82,7 @@ def optimizer(
       >>> from flax import nnx
       >>> from nestedjax import models
       >>> model = nnx.eval_shape(lambda: models.build("hope_nano", rngs=nnx.Rngs(0)))
-      >>> tokens = models.STEP_TOKENS["nano"]
+      >>> tokens = models.SIZES["nano"].step_tokens
       >>> tx = models.optimizer(model, lambda period: optax.adamw(1e-3), step_tokens=tokens)
     """
     config = model.config
@@ -104,12 +90,12 @@ def optimizer(
     groups = {label: (every, make(every or 1)) for label, every in steps.items()}
     names = labels(nnx.state(model, nnx.Param), config)
     chain = tuple(label for label in groups if label)
-    if len(chain) > 1 and config.cms.form == "nested":
-        return nested_by_period(groups, names, chain=chain, rule=config.cms.start)
+    if len(chain) > 1 and config.continuum.form == "nested":
+        return nested_by_period(groups, names, chain=chain, rule=config.continuum.start)
     return by_period(groups, names)
 
 
-def step_tokens_by_label(config: Any, *, step_tokens: int) -> Mapping[str, int]:
+def step_tokens_by_label(config: ModelConfig, *, step_tokens: int) -> Mapping[str, int]:
     """Tokens between two writes of each label, as `levels.describe(..., step_tokens=)` takes them.
 
     Args:

@@ -1,46 +1,41 @@
 """Transformer++: pre-norm attention with rotary positions and SwiGLU networks (spec F1)."""
 
+import dataclasses
+
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 
-from nestedjax.levels import Box
-from nestedjax.models.attention import AttentionLayer
-from nestedjax.models.boxes import slow
-from nestedjax.models.config import TransformerConfig
-from nestedjax.models.layers import MLP, RMSNorm, residual_scale
+from nestedjax.layers import Attention, AttentionConfig, FeedForward
+from nestedjax.models.block import Block
+from nestedjax.models.config import ModelConfig
+from nestedjax.models.presets import Size, attention_blocks, fitted, presets
 
 
-class TransformerBlock(nnx.Module):
-    """One block: attention, then a SwiGLU network, each with norm and residual.
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(ModelConfig):
+    """Transformer++ (spec F1; Touvron et al., Llama, arXiv 2302.13971, section 2.2).
 
-    Reference: Touvron et al., Llama (arXiv 2302.13971), section 2.2.
+    Attributes:
+      hidden: width of the SwiGLU network.
+      attention: its heads and window.
     """
 
-    names = ("attention", "mlp")
+    hidden: int
+    attention: AttentionConfig
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        width, dtype = config.width, config.dtype
-        self.attention = AttentionLayer(
-            config.attention, width, config.layers, dtype=dtype, rngs=rngs
-        )
-        self.norm = RMSNorm((width,), ("embed",), dtype=dtype)
-        scale = residual_scale(config.layers)
-        self.mlp = MLP(width, config.hidden, kind="swiglu", dtype=dtype, rngs=rngs, scale=scale)
+    def block(self, *, rngs: nnx.Rngs) -> Block:
+        """Attention, then a SwiGLU network."""
+        mixer = Attention(self, self.attention, rngs=rngs)
+        return Block(self, mixer, FeedForward(self, self.hidden, rngs=rngs))
 
-    def init_state(self, batch: int) -> dict:
-        """The state at the start of a context."""
-        return self.attention.init_state(batch)
 
-    def mix(
-        self, x: Float[Array, "B T d"], state: dict | None, *, resets: Bool[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T d"], dict]:
-        """Attention over the sequence."""
-        return self.attention(x, state, resets=resets)
+def _preset(size: Size) -> TransformerConfig:
+    attention = AttentionConfig(heads=size.heads, context=size.context)
 
-    def feed(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
-        """The network on each token."""
-        return x + self.mlp(self.norm(x))
+    def make(hidden: int) -> TransformerConfig:
+        layers = attention_blocks(size)
+        return TransformerConfig(size.vocab, size.width, layers, hidden, attention, **size.options)
 
-    def boxes(self, state: dict) -> list[Box]:
-        """The boxes of the block; `state` as `init_state(1)` returns it (arrays or shapes)."""
-        return [*self.attention.boxes(state), slow("mlp", self.mlp), slow("norms", self.norm)]
+    return fitted(make, size)
+
+
+presets("transformer", _preset)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from nestedjax import configs, levels, models
+from nestedjax import levels, models
 from nestedjax.configs import RunConfig
 from nestedjax.data import (
     Batch,
@@ -52,7 +52,7 @@ def datasets(config: RunConfig, vocabulary: Vocabulary) -> tuple[TextDataset, Se
       DataError: a file is missing or empty, or too short for the settings.
     """
     data, files = config.data, config.data.files or bundled()
-    common = {"length": data.length, "align": configs.alignment(config.model)}
+    common = {"length": data.length, "align": config.model.period}
     train = text_dataset(
         files,
         vocabulary,
@@ -74,10 +74,12 @@ def new_model(config: RunConfig) -> models.Model:
     Raises:
       ConfigError: its settings do not fit each other.
     """
-    if isinstance(config.model, models.HopeConfig):
-        how, device = config.model.implementation, jax.default_backend()
-        if how == "pallas_tpu" and device != "tpu":
-            raise ConfigError(f"implementation={how} needs a TPU, this is a {device}: use xla")
+    how, device = config.model.implementation, jax.default_backend()
+    needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(how, device)
+    if device != needed:
+        raise ConfigError(
+            f"implementation={how} needs a {needed.upper()}, this is a {device}: use xla"
+        )
     try:
         model = models.create(config.model, seed=config.seed)
     except ValueError as error:
@@ -118,7 +120,7 @@ def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sc
             "b1": settings.b1,
             "b2": settings.b2,
             "clip": None,
-            "decay_mask": decays,
+            "decay_mask": models.weight_decays,
         }
         if settings.name == "adamw":
             return adamw(rate, weight_decay=settings.weight_decay, **moments)
@@ -129,7 +131,7 @@ def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sc
             rest=adamw(rate, weight_decay=0.0, **moments),
             given=dict(settings.arguments),
         )
-        return optax.chain(rule, add_decay(rate, settings.weight_decay, mask=decays))
+        return optax.chain(rule, add_decay(rate, settings.weight_decay, mask=models.weight_decays))
 
     try:
         tx = models.optimizer(model, make, step_tokens=config.step_tokens)
@@ -140,19 +142,6 @@ def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sc
     if settings.clip is not None:
         tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx)
     return tx, schedule
-
-
-def decays(params: PyTree) -> PyTree:
-    """Whether weight decay pulls each weight to zero: projections and the embedding.
-
-    Not norms, the convolution (the identity at the start), nor the initial states of memories.
-    """
-
-    def decay(path, _):
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        return "embedding" in names or ("kernel" in names and "conv" not in names)
-
-    return jax.tree.map_with_path(decay, params)
 
 
 def nested_system(config: RunConfig) -> NestedSystem:

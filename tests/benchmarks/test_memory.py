@@ -4,7 +4,7 @@ import pytest
 
 from nestedjax.benchmarks import memory
 from nestedjax.cli import main
-from nestedjax.mixers.self_modifying import SelfModifyingConfig
+from nestedjax.layers import SelfModifyingConfig
 from nestedjax.models import CMSConfig, HopeConfig
 
 

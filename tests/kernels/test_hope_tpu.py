@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from nestedjax import models
-from nestedjax.mixers.self_modifying import SelfModifyingConfig
+from nestedjax.layers import SelfModifyingConfig
 from nestedjax.models import CMSConfig, HopeConfig
 from pallas_kernels import vmem
 from tests.kernels import tpu

@@ -69,7 +69,7 @@ def test_chunked_is_the_token_recurrence_in_float32(names):
     params, x = points.params(names), points.tokens(names, LENGTH)
     chunked, reference = (
         run(points.level(names, CHUNK, implementation=implementation), params, x)
-        for implementation in ("chunked", "reference")
+        for implementation in ("xla", "reference")
     )
     close(chunked, reference, 1e-5)
 
@@ -200,7 +200,7 @@ def test_a_sample_of_the_whole_product_agrees_with_its_recurrence(x64):
         x = points.tokens(names, CHUNK, np.float64)
         first, second = (
             points.level(names, CHUNK, implementation=implementation)
-            for implementation in ("chunked", "reference")
+            for implementation in ("xla", "reference")
         )
         close(
             first.step(params, first.init(params), x),

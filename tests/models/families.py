@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from nestedjax import models
-from nestedjax.mixers.self_modifying import SelfModifyingConfig
+from nestedjax.layers import SelfModifyingConfig
 
 VOCAB, WIDTH, LAYERS, PERIOD = 24, 8, 2, 4
 ATTENTION = models.AttentionConfig(heads=2, context=6, conv=2)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from nestedjax import models
-from nestedjax.models.cms import ContinuumMemory
+from nestedjax.layers import ContinuumMemory
 from tests.models.families import (
     FAMILIES,
     PERIOD,
@@ -39,7 +39,7 @@ def lax_promotion():
 
 def memory(**changes):
     config = models.CMSConfig(**{"periods": (None, None, None), "hidden": HIDDEN, **changes})
-    cms = ContinuumMemory(config, WIDTH, 1, dtype="float32", rngs=nnx.Rngs(0))
+    cms = ContinuumMemory(models.ModelConfig(1, WIDTH, 1), config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     graphdef, weights = nnx.split(cms)
     weights = jax.tree.map(
@@ -70,12 +70,12 @@ def test_forward(mlp):
     z = x
     for norm, level in zip(cms.norms, cms.levels, strict=True):
         z = z + network(level, normed(norm, z))
-    np.testing.assert_allclose(cms(jnp.asarray(x)), z, atol=1e-4)
+    np.testing.assert_allclose(cms(jnp.asarray(x))[0], z, atol=1e-4)
     cms = memory(mlp=mlp, form="headwise")
     share = np.exp(cms.weights[...]) / np.exp(cms.weights[...]).sum()
     h = normed(cms.norms[0], x)
     z = x + sum(a * network(level, h) for a, level in zip(share, cms.levels, strict=True))
-    np.testing.assert_allclose(cms(jnp.asarray(x)), z, atol=1e-4)
+    np.testing.assert_allclose(cms(jnp.asarray(x))[0], z, atol=1e-4)
 
 
 def test_one_frozen_block_is_a_feed_forward_network():
@@ -84,12 +84,12 @@ def test_one_frozen_block_is_a_feed_forward_network():
     for form in ("sequential", "headwise"):
         cms = memory(periods=(None,), form=form)
         expected = x + network(cms.levels[0], normed(cms.norms[0], x))
-        np.testing.assert_allclose(cms(jnp.asarray(x)), expected, atol=1e-5)
+        np.testing.assert_allclose(cms(jnp.asarray(x))[0], expected, atol=1e-5)
     cms = memory(form="headwise")
     for index in range(3):
         cms.weights[...] = jnp.where(jnp.arange(3) == index, 200.0, 0.0)
         expected = x + network(cms.levels[index], normed(cms.norms[0], x))
-        np.testing.assert_allclose(cms(jnp.asarray(x)), expected, atol=1e-5)
+        np.testing.assert_allclose(cms(jnp.asarray(x))[0], expected, atol=1e-5)
 
 
 # Learning in context.

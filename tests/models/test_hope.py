@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from nestedjax import configs, models, sharding
-from nestedjax.mixers.self_modifying import SelfModifyingConfig
+from nestedjax.layers import SelfModifyingConfig
 from nestedjax.models import CMSConfig, HopeConfig
 from pallas_kernels.mlp_memory import api, pallas_tpu
 from tests.models.families import built, token_losses, tokens_of
@@ -86,5 +86,5 @@ def test_one_name_is_one_size(size):
 def test_the_blocks_of_a_preset_have_different_periods(size):
     for name in (f"hope_{size}", f"hope_attention_{size}"):
         timed = models.PRESETS[name].cms.timed
-        assert len(set(timed)) == 4 and timed[0] == models.STEP_TOKENS[size]
-        assert configs.run_preset(name).step_tokens == models.STEP_TOKENS[size]
+        assert len(set(timed)) == 4 and timed[0] == models.SIZES[size].step_tokens
+        assert configs.run_preset(name).step_tokens == models.SIZES[size].step_tokens

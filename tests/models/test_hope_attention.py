@@ -34,7 +34,8 @@ def stacked(config, *, silent=()):
     """
     pretrained = built(TRANSFORMER)[1]
     graphdef, weights = built(config)
-    feed = pretrained["blocks"]["mlp"]
+    block = pretrained["blocks"][0]
+    feed = block["feed_forward"]["network"]
 
     def copied(tree):
         return jax.tree.map(lambda leaf: leaf, tree)
@@ -42,14 +43,15 @@ def stacked(config, *, silent=()):
     weights = copied(weights)
     for name in ("embed", "norm"):
         weights[name] = copied(pretrained[name])
-    weights["blocks"]["attention"] = copied(pretrained["blocks"]["attention"])
-    cms = weights["blocks"]["cms"]
+    for name in ("mixer", "mixer_norm"):
+        weights["blocks"][0][name] = copied(block[name])
+    cms = weights["blocks"][0]["feed_forward"]
     for index in range(len(config.cms.periods)):
         cms["levels"][index] = copied(feed)
         if index in silent:
             cms["levels"][index]["wo"] = jax.tree.map(jnp.zeros_like, feed["wo"])
     for index in cms["norms"]:
-        cms["norms"][index] = copied(pretrained["blocks"]["norm"])
+        cms["norms"][index] = copied(block["feed_forward_norm"])
     if config.cms.form == "headwise":
         cms["weights"] = jax.tree.map(jnp.zeros_like, cms["weights"])
     return nnx.merge(graphdef, weights)
@@ -96,7 +98,7 @@ def test_order_of_levels():
 @pytest.mark.parametrize("name", ["hope_nano", "hope_attention_nano", "transformer_nano"])
 def test_a_preset_and_its_optimizer_as_a_table(name):
     model = nnx.eval_shape(lambda: models.build(name, rngs=nnx.Rngs(0)))
-    step = models.STEP_TOKENS["nano"]
+    step = models.SIZES["nano"].step_tokens
     tx = models.optimizer(model, lambda period: optax.adamw(1e-3), step_tokens=step)
     state = jax.eval_shape(tx.init, nnx.state(model, nnx.Param))
     tokens = models.step_tokens_by_label(model.config, step_tokens=step)

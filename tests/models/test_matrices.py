@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 
 from nestedjax import models, optim
-from nestedjax.models.layers import Linear, param
+from nestedjax.layers import Linear, param
 from nestedjax.optim.matrices import fold, layouts, unfold
 
-SMALLEST = {type(config): name for name, config in reversed(models.PRESETS.items())}
+NANO = [name for name in models.PRESETS if name.endswith("_nano")]
 
 
-@pytest.mark.parametrize("preset", SMALLEST.values())
+@pytest.mark.parametrize("preset", NANO)
 def test_every_weight_of_every_architecture_is_known(preset):
     model = nnx.eval_shape(lambda: models.build(preset, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
@@ -50,7 +50,7 @@ def test_memories_are_one_matrix_a_head_and_optax_reads_the_same_labels():
     shapes = {layout.name: layout.matrix for layout in layouts(axes, params) if layout is not None}
     config = model.config
     heads, width, hidden = config.memory.heads, config.memory.head_dim, config.memory.hidden
-    memory = shapes["blocks.memory.memories.key.inner.value"]
+    memory = shapes["blocks.0.mixer.start.memories.key.inner.value"]
     assert memory == (config.layers, heads, hidden, width)
     muon = optax.contrib.muon(0.1, muon_weight_dimension_numbers=axes)
     state = jax.eval_shape(muon.init, params)
@@ -58,9 +58,31 @@ def test_memories_are_one_matrix_a_head_and_optax_reads_the_same_labels():
     assert len(momenta) == len(shapes)
 
 
-def test_an_unknown_weight_is_named():
-    layer = Linear((6,), (4,), ("embed", "mlp"), dtype="float32", rngs=nnx.Rngs(0))
-    layer.extra = param(jnp.ones((2, 3)), "mlp", "mlp")
-    with pytest.raises(ValueError, match=r"weight 'extra' has axes \('mlp', 'mlp'\)"):
-        models.matrix_axes(layer)
+def test_a_weight_says_what_it_is():
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) needs 2 axis names, got \('mlp',\)"):
+        param(jnp.ones((2, 3)), ("mlp",), matrix=None, weight_decay=False)
+    with pytest.raises(TypeError, match="matrix"):
+        param(jnp.ones((2, 3)), ("mlp", "mlp"))
+    gate = Linear((6,), (4,), ("embed", "heads"), dtype="float32", rngs=nnx.Rngs(0), matrix=False)
+    assert models.matrix_axes(gate)["kernel"] is None
+    decays = models.weight_decays(nnx.state(gate, nnx.Param))
+    assert jax.tree.leaves(decays) == [True]
     assert optim.last_two({"w": jnp.ones((2, 3))})["w"] == optim.MatrixAxes(-2, -1)
+
+
+def test_what_decays_and_which_group_steps_it():
+    """Projections and the embedding; no norms, convolutions, biases and starts of memories."""
+    model = nnx.eval_shape(lambda: models.build("hope_nano", rngs=nnx.Rngs(0)))
+    params = nnx.state(model, nnx.Param)
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    flags = jax.tree.leaves(models.weight_decays(params))
+    decaying = {path for path, flag in zip(paths, flags, strict=True) if flag}
+    expected = {p for p in paths if p == "embed.embedding" or p.endswith(".kernel")}
+    assert decaying == {p for p in expected if "conv" not in p}
+    groups = dict(zip(paths, jax.tree.leaves(models.labels(params, model.config)), strict=True))
+    for path, group in groups.items():
+        parts = path.split(".levels.")
+        assert group == (f"cms.{parts[1][0]}" if len(parts) == 2 else ""), path

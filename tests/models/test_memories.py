@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from nestedjax import models
-from nestedjax.mixers.self_modifying import MEMORIES, SelfModifyingConfig
-from nestedjax.models.config import CMSConfig, HopeConfig
+from nestedjax.layers import MEMORIES, SelfModifyingConfig
+from nestedjax.models import CMSConfig, HopeConfig
 
 ROOT = Path(__file__).parents[2]
 MEMORY = SelfModifyingConfig(heads=2, head_dim=4, hidden=4, chunk_size=4)
@@ -47,7 +47,7 @@ def test_every_memory_learns_through_the_models_loss(x64):
     rng, seen = np.random.default_rng(1), set()
     for index, name in enumerate(names):
         found = [m for m in (*MEMORIES, "readout") if f"'memories']['{m}']" in name]
-        found += [f"block {i}" for i in range(2) if f"['cms']['levels'][{i}]" in name]
+        found += [f"block {i}" for i in range(2) if f"['feed_forward']['levels'][{i}]" in name]
         if not found:
             continue
         seen.update(found)

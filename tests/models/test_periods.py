@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from nestedjax import models
-from nestedjax.mixers.self_modifying import SelfModifyingConfig
+from nestedjax.layers import SelfModifyingConfig
 
 MEMORY = SelfModifyingConfig(heads=2, head_dim=4, hidden=4, chunk_size=4)
 CMS = models.CMSConfig(periods=(None, 64, 256), hidden=8)

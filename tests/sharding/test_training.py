@@ -11,7 +11,7 @@ from flax import nnx
 
 from nestedjax import models, sharding, training
 from nestedjax.checkpoint import Checkpoints
-from nestedjax.mixers.self_modifying import SelfModifyingConfig
+from nestedjax.layers import SelfModifyingConfig
 from nestedjax.models import AttentionConfig, CMSConfig, HopeConfig, TransformerConfig
 
 STEPS, BATCH, LENGTH, VOCAB = 20, 8, 8, 32
@@ -118,16 +118,22 @@ def check_split(name, state):
         parts = {path.removesuffix(".value"): part for path, part in parts.items()}
         assert parts["embed.embedding"] == ((32, 16), {(16, 8)})
         assert parts["norm.scale"] == ((16,), {(8,)})
+        block = "blocks.0."
+        expected = {
+            "mixer.out.kernel": ((2, 2, 8, 16), {(2, 1, 8, 8)}),
+            "feed_forward.network.wo.kernel": ((2, 32, 16), {(2, 16, 8)}),
+        }
         if name == "hope":
-            assert parts["blocks.memory.memories.key.inner"] == ((2, 2, 8, 8), {(2, 1, 4, 8)})
-            assert parts["blocks.memory.memories.key.outer"] == ((2, 2, 8, 8), {(2, 1, 8, 4)})
-            assert parts["blocks.memory.query.kernel"] == ((2, 16, 2, 8), {(2, 8, 1, 8)})
-            assert parts["blocks.cms.levels.0.wi.kernel"] == ((2, 16, 16), {(2, 8, 8)})
-        else:
-            assert parts["blocks.attention.out.kernel"] == ((2, 2, 8, 16), {(2, 1, 8, 8)})
-            assert parts["blocks.mlp.wo.kernel"] == ((2, 32, 16), {(2, 16, 8)})
+            expected = {
+                "mixer.start.memories.key.inner": ((2, 2, 8, 8), {(2, 1, 4, 8)}),
+                "mixer.start.memories.key.outer": ((2, 2, 8, 8), {(2, 1, 8, 4)}),
+                "mixer.projections.queries.kernel": ((2, 16, 2, 8), {(2, 8, 1, 8)}),
+                "feed_forward.levels.0.wi.kernel": ((2, 16, 16), {(2, 8, 8)}),
+            }
+        for path, part in expected.items():
+            assert parts[block + path] == part, path
         whole = [path for path, (shape, split) in parts.items() if split == {shape}]
-        assert all(path.endswith("_norm.scale") for path in whole), whole
+        assert all(path.endswith("output.norm.scale") for path in whole), whole
     assert {shard.data.shape for shard in state.step.addressable_shards} == {()}
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nestedjax import memory
 from nestedjax.levels import Level, flow
 from pallas_kernels.mlp_memory import (
     CHOICES,
@@ -109,15 +110,6 @@ class SelfModifyingConfig:
         return (*MEMORIES, "query") if self.adaptive_query else MEMORIES
 
 
-class Inputs(NamedTuple):
-    """What the block projects slowly for each token: heads [T, H, d], momentum logits [T, H]."""
-
-    queries: Float[Array, "T H d"]
-    key_inputs: Float[Array, "T H d"]
-    value_inputs: Float[Array, "T H d"]
-    momentum_logits: Float[Array, "T H"] | None = None
-
-
 class Generated(NamedTuple):
     """What the projection memories generate for each token, in the accumulation dtype."""
 
@@ -160,9 +152,11 @@ def init_params(key: Array, config: SelfModifyingConfig) -> dict:
 def self_modifying(
     config: SelfModifyingConfig, *, remat: bool = True, implementation: str = "xla"
 ) -> Level:
-    """The self-modifying memory as a level: `Inputs` in, reads [T, H, d] out.
+    """The self-modifying memory as a level: `memory.Tokens` of all heads in, reads [T, H, d] out.
 
-    Its period is the longer of the two chunk sizes and its parameters are those of `init_params`.
+    The tokens' keys are the inputs of the key, learning-rate and decay memories, their values those
+    of the value memory; it makes its own learning rates and decays. Its period is the longer of the
+    two chunk sizes and its parameters are those of `init_params`.
     Memories of one chunk size are one level with all of them in its state, so that they share what
     depends on keys and gates only; two chunk sizes are two levels in a `levels.flow`.
 
@@ -200,13 +194,13 @@ def self_modifying(
         lambda params: _start(params, config, generating),
         checkpoint(lambda params, state, x: _project(params, state, x, config)),
     )
-    memory = Level(
+    queried_memory = Level(
         "memory",
         queried,
         lambda params: _start(params, config, ("memory",)),
         checkpoint(lambda params, state, x: _remember(state, x, config)),
     )
-    both = flow(projections, memory)
+    both = flow(projections, queried_memory)
     assert both.advance is not None
     advance = both.advance
     return both._replace(
@@ -235,11 +229,12 @@ def _columns(array, dtype):
     return None if array is None else jnp.moveaxis(array.astype(dtype), 0, -1)
 
 
-def _tokens(params, x: Inputs, config) -> tuple[Tokens, Readout]:
+def _tokens(params, x: memory.Tokens, config) -> tuple[Tokens, Readout]:
     """A chunk's inputs with tokens last, and the read-outs, in the accumulation dtype."""
     dtype = accumulation_dtype(params["memory"]["inner"])
-    queries, keys, values, momentum = (_columns(a, dtype) for a in x)
-    momentum = jax.nn.sigmoid(momentum) if config.momentum else None
+    queries, keys, values, momentum = (
+        _columns(a, dtype) for a in (x.queries, x.keys, x.values, x.momentum)
+    )
     return Tokens(queries, keys, values, None, None, momentum), _readout(params, dtype)
 
 
@@ -247,7 +242,7 @@ def _readout(params, dtype) -> Readout:
     return Readout(**{n: params["readout"][n].astype(dtype) for n in Readout._fields})
 
 
-def _step(params, weights, x: Inputs, config):
+def _step(params, weights, x: memory.Tokens, config):
     """One chunk of all memories: generate its context, write it everywhere, read."""
     tokens, readout = _tokens(params, x, config)
     weights, read = memory_chunk(weights, tokens, readout, _rule(config))
@@ -255,11 +250,11 @@ def _step(params, weights, x: Inputs, config):
     return weights, jnp.moveaxis(read, -1, 0)
 
 
-def _whole(config, implementation, params, weights, x: Inputs, begins):
+def _whole(config, implementation, params, weights, x: memory.Tokens, begins):
     """Many chunks of all memories in one operation, which reads its tokens in their own dtype."""
     dtype, documents = weights.inner.dtype, None
-    queries, keys, values = (jnp.moveaxis(a, 0, -2) for a in x[:3])
-    momentum = _columns(x.momentum_logits, dtype) if config.momentum else None
+    queries, keys, values = (jnp.moveaxis(a, 0, -2) for a in (x.queries, x.keys, x.values))
+    momentum = _columns(x.momentum, dtype)
     if begins is not None:
         start = _start(params, config, (*config.memories[:4], *config.memories[5:], "memory"))
         begins = jnp.broadcast_to(begins, (weights.inner.shape[0], *begins.shape))
@@ -268,7 +263,7 @@ def _whole(config, implementation, params, weights, x: Inputs, begins):
         keys,
         values,
         queries=queries,
-        momentum=None if momentum is None else jax.nn.sigmoid(momentum),
+        momentum=momentum,
         initial=weights,
         readout=_readout(params, dtype),
         documents=documents,
@@ -280,7 +275,7 @@ def _whole(config, implementation, params, weights, x: Inputs, begins):
     return out.final, jnp.moveaxis(out.reads, -2, 0).astype(dtype)
 
 
-def _project(params, weights, x: Inputs, config):
+def _project(params, weights, x: memory.Tokens, config):
     """Generate one chunk's context, then write it into the memories that generated it."""
     tokens, readout = _tokens(params, x, config)
     rule = _rule(config)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nestedjax.mixers.attention import attention, init_attention
+from nestedjax.layers.window_attention import attention, init_attention
 from pallas_kernels.attention import api
 from pallas_kernels.attention.pallas_tpu import attention_pallas_tpu
 

@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 
 from nestedjax import levels
-from nestedjax.mixers.self_modifying import (
-    Inputs,
-    SelfModifyingConfig,
-    init_params,
-    self_modifying,
-)
+from nestedjax.layers.self_modifying import SelfModifyingConfig, init_params, self_modifying
+from nestedjax.memory import Tokens
 
 BASE = SelfModifyingConfig(heads=2, head_dim=4, hidden=6, chunk_size=4)
 VARIANTS = {
@@ -45,8 +41,10 @@ def make(variant, length=16, seed=0):
     rng = np.random.default_rng(seed)
     shape = (length, config.heads, config.head_dim)
     arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(3)]
-    logits = jnp.asarray(rng.normal(size=shape[:2])) if config.momentum else None
-    return config, params, Inputs(*arrays, logits)
+    logits = jnp.asarray(rng.normal(size=shape[:2]))
+    momentum = jax.nn.sigmoid(logits) if config.momentum else None
+    queries, keys, values = arrays
+    return config, params, Tokens(keys, values, queries, momentum=momentum)
 
 
 def gelu(z):
@@ -125,8 +123,8 @@ def numpy_loop(config, params, x):
         }
         for t in range(length):
             z, zv, q = (
-                given.key_inputs[t, head],
-                given.value_inputs[t, head],
+                given.keys[t, head],
+                given.values[t, head],
                 given.queries[t, head],
             )
             k, v = unit(memories["key"].at_anchor(z)), memories["value"].at_anchor(zv)
@@ -136,7 +134,7 @@ def numpy_loop(config, params, x):
             keep = sigmoid(
                 read["keep"][head] @ memories["keep"].at_anchor(z) + read["keep_bias"][head]
             )
-            momentum = sigmoid(given.momentum_logits[t, head]) if config.momentum else 0.0
+            momentum = given.momentum[t, head] if config.momentum else 0.0
             q = unit(memories["query"].at_anchor(q) if config.adaptive_query else q)
             main = memories["memory"]
             if config.read == "anchor":

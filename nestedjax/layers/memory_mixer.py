@@ -1,0 +1,295 @@
+"""Any level over `memory.Tokens` as a sequence mixer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from nestedjax import levels
+from nestedjax.layers import gates
+from nestedjax.layers.boxes import size, slow
+from nestedjax.layers.convolution import CausalConv
+from nestedjax.layers.layer import Layer
+from nestedjax.layers.linear import Linear
+from nestedjax.layers.parameters import Sizes, residual_scale
+from nestedjax.layers.recompute import save_products
+from nestedjax.layers.window_attention import positions, rotary
+from nestedjax.levels import Box, Level
+from nestedjax.memory import Tokens
+from nestedjax.sharding import constrain, each_device, over_batch
+
+PyTree = Any
+STREAMS = ("queries", "keys", "values")
+_FIELDS = {"learning_rate": "rate", "decay": "keep"}
+
+
+class _Static:
+    """Functions that a module keeps: its definition must hash, and a level does not."""
+
+    def __init__(self, **functions: Any):
+        self.__dict__.update(functions)
+
+
+class MemoryMixer(Layer):
+    """Projections, a memory that is written at every token and read by queries, output projection.
+
+        q, k, v = map(conv(W x)) for every head;  rate, decay, ... = gates(x)
+        o = the memory's reads;  y = W_out output(o, x)
+
+    The memory is any level over one head's `memory.Tokens`; the clock is `levels.run`, for every
+    sequence of the batch. What fills the slots is on the menu in `nestedjax.layers.gates`.
+
+    Args:
+      config: the model's configuration: width, layers, dtype, remat, implementation.
+      level: over the `Tokens` of one head; or of all heads, if not `per_head`.
+      heads: how many memories.
+      key_dim: features of a key and of a query.
+      value_dim: features of a value; None for `key_dim`.
+      queries: feature map of the queries; `keys` and `values` alike.
+      conv: width in tokens of a causal convolution on each projected stream, or 0.
+      input_conv: width in tokens of a causal convolution on the mixer's input, or 0; the output
+        gate sees the input without it.
+      rotary_base: base of rotary positions on queries and keys, after their maps; None for none.
+      projected: the streams that have a projection; another is the input, cut into heads.
+      learning_rate: gate; None for a level that makes its own. `decay`, `momentum` and `threshold`
+        alike, for levels that have them.
+      output: norm and gate of the reads.
+      out: whether there is an output projection.
+      start: the slow parameters of the level, which begins from them in every context.
+      per_head: whether the level is of one head.
+      boxes: `boxes(carry) -> boxes` of the memory itself, given the `Carry` of one sequence (arrays
+        or shapes); None: what `levels.describe` says of the level, for every head.
+      rngs: where the weights are drawn.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from nestedjax import layers, memory, models
+      >>> config = models.DeltaNetConfig(vocab=16, width=8, layers=1, hidden=8, heads=2)
+      >>> mixer = layers.MemoryMixer(
+      ...     config, memory.delta_net(4, 4, chunk_size=4), heads=2, key_dim=4, conv=4,
+      ...     keys=layers.gates.unit_silu, queries=layers.gates.unit_silu,
+      ...     learning_rate=layers.gates.sigmoid(), rngs=nnx.Rngs(0))
+      >>> y, state = mixer(jnp.ones((1, 6, 8)))
+      >>> y.shape
+      (1, 6, 8)
+    """
+
+    name = "memory"
+
+    def __init__(
+        self,
+        config: Sizes,
+        level: Level,
+        *,
+        heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        queries: gates.FeatureMap = gates.identity,
+        keys: gates.FeatureMap = gates.identity,
+        values: gates.FeatureMap = gates.identity,
+        conv: int = 0,
+        input_conv: int = 0,
+        rotary_base: float | None = None,
+        projected: tuple[str, ...] = STREAMS,
+        learning_rate: gates.Maker | None = None,
+        decay: gates.Maker | None = None,
+        momentum: gates.Maker | None = None,
+        threshold: gates.Maker | None = None,
+        output: gates.Maker = gates.norm(),  # noqa: B008
+        out: bool = True,
+        start: gates.Maker = gates.empty(),  # noqa: B008
+        per_head: bool = True,
+        boxes: Callable[[PyTree], list[Box]] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        shape = gates.Heads(heads, key_dim, value_dim or key_dim)
+        self.heads, self.dtype, self.remat = shape, config.dtype, config.remat
+        self.width, self.implementation = config.width, config.implementation
+        self.rotary_base = rotary_base
+        self.functions = _Static(
+            level=levels.per_head(level) if per_head else level,
+            one=level,
+            maps={"queries": queries, "keys": keys, "values": values},
+            boxes=boxes,
+        )
+        self.input_conv = (
+            CausalConv(input_conv, (config.width,), ("embed",), dtype=config.dtype)
+            if input_conv
+            else nnx.data(None)
+        )
+        self.projections = nnx.data({n: self._projection(config, n, rngs) for n in projected})
+        convolved = projected if conv else ()
+        self.convolutions = nnx.data({n: self._convolution(conv, n) for n in convolved})
+        makers = {
+            "learning_rate": learning_rate,
+            "decay": decay,
+            "momentum": momentum,
+            "threshold": threshold,
+        }
+        made = {n: make(config, shape, rngs=rngs) for n, make in makers.items() if make is not None}
+        self.gates = nnx.data(made)
+        self.start = start(config, shape, rngs=rngs)
+        self.output = output(config, shape, rngs=rngs)
+        inner = heads * shape.value_dim
+        self.out = (
+            Linear(
+                (heads, shape.value_dim),
+                (config.width,),
+                ("heads", "head_dim", "embed"),
+                dtype=config.dtype,
+                rngs=rngs,
+                scale=residual_scale(config.layers) * gates.fan_in(inner),
+            )
+            if out
+            else nnx.data(None)
+        )
+
+    def _size(self, stream: str) -> tuple[int, int]:
+        """Heads and features of a stream."""
+        wide = self.heads.value_dim if stream == "values" else self.heads.key_dim
+        return self.heads.heads, wide
+
+    def _projection(self, config: Sizes, stream: str, rngs: nnx.Rngs) -> Linear:
+        # unit-variance maps: memories expect inputs of order one
+        return Linear(
+            (config.width,),
+            self._size(stream),
+            ("embed", "heads", "head_dim"),
+            dtype=config.dtype,
+            rngs=rngs,
+            scale=gates.fan_in(config.width),
+        )
+
+    def _convolution(self, width: int, stream: str) -> CausalConv:
+        return CausalConv(width, self._size(stream), ("heads", "head_dim"), dtype=self.dtype)
+
+    def init_state(self, batch: int) -> dict:
+        """The state at the start of a context: the memory's `Carry`, convolutions, position."""
+        x = jnp.zeros((1, 1, self.width), self.dtype)
+        tokens, _ = self._tokens(x, self._held(1), None, None)
+        one = jax.tree.map(lambda leaf: leaf[0], tokens)
+        carry = levels.start(self.functions.level, self.start(), one)
+        many = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (batch, *a.shape)), carry)
+        return {"memory": over_batch(many), **self._held(batch)}
+
+    def _held(self, batch: int) -> dict:
+        """What the mixer itself holds at the start of a context."""
+        convolutions: dict = {n: conv.init_state(batch) for n, conv in self.convolutions.items()}
+        if self.input_conv is not None:
+            convolutions["input"] = self.input_conv.init_state(batch)
+        held: dict = {"conv": convolutions} if convolutions else {}
+        if self.rotary_base is not None:
+            held["position"] = constrain(jnp.zeros((batch,), jnp.int32), "batch")
+        return held
+
+    def __call__(
+        self,
+        x: Float[Array, "B T d"],
+        state: dict | None = None,
+        *,
+        resets: Bool[Array, "B T"] | None = None,
+        written: Float[Array, "B T d"] | None = None,
+    ) -> tuple[Float[Array, "B T d"], dict]:
+        """Read and write T more tokens; see `Layer`.
+
+        Args:
+          x: normalised activations.
+          state: from `init_state` or an earlier call; None at the start of a context.
+          resets: True at the first token of a new document.
+          written: what keys, values and gates are made of where it is not x, such as what
+            attention said about the same tokens; not with `input_conv`.
+        """
+        before, after = self._tokens, self._outputs
+        if self.remat == "tokens":
+            before, after = save_products(before), save_products(after)
+        if written is not None and self.input_conv is not None:
+            raise ValueError("written= goes around input_conv; leave one of them out")
+        held = {n: a for n, a in state.items() if n != "memory"} if state else None
+        tokens, held = before(x, held or self._held(x.shape[0]), resets, written)
+        reads, carry = self._remember(state["memory"] if state else None, tokens, resets)
+        return after(x, reads.astype(x.dtype)), {"memory": carry, **held}
+
+    def _tokens(self, x, held: dict, resets, written) -> tuple[Tokens, dict]:
+        """What the memory is given, [B, T, H, ...], and what the mixer holds afterwards."""
+        after: dict = {}
+        if self.convolutions or self.input_conv is not None:
+            after["conv"] = {}
+        if self.input_conv is not None:
+            x, after["conv"]["input"] = self.input_conv(x, held["conv"]["input"], resets=resets)
+        source = x if written is None else written
+        streams = {}
+        for name in STREAMS:
+            y = x if name == "queries" else source
+            if name in self.projections:
+                y = self.projections[name](y)
+            else:
+                y = y.reshape(*y.shape[:2], *self._size(name))
+            if name in self.convolutions:
+                conv = self.convolutions[name]
+                y, after["conv"][name] = conv(y, held["conv"][name], resets=resets)
+            streams[name] = self.functions.maps[name](y)
+        if self.rotary_base is not None:
+            position = positions(held["position"], x.shape[1], resets)
+            for name in ("queries", "keys"):
+                streams[name] = rotary(streams[name], position, theta=self.rotary_base)
+            after["position"] = position[:, -1] + 1
+        made = {_FIELDS.get(n, n): gate(source) for n, gate in self.gates.items()}
+        return Tokens(**streams, **made), after
+
+    def _remember(self, carry, tokens: Tokens, resets) -> tuple[Array, levels.Carry]:
+        """The memory of every sequence over its tokens."""
+        level = self.functions.level
+
+        def every(params, carry, tokens, resets):
+            def one(carry, x, reset):
+                start = level.init(params) if carry is None else carry
+                return levels.run(level, params, start, x, reset=reset)
+
+            return jax.vmap(one)(carry, tokens, resets)
+
+        args = (self.start(), carry, tokens, resets)
+        if self.implementation == "xla":
+            return every(*args)
+        # The compiler splits no kernel: every device runs it on its own sequences and heads.
+        weights, of_tokens = P("batch", "heads"), P("batch", None, "heads")
+        whole = levels.Carry(weights, of_tokens, P("batch"))  # type: ignore[arg-type]
+        given = whole if isinstance(carry, levels.Carry) else weights
+        axes = (P("heads"), given, of_tokens, P("batch"))
+        return each_device(every, args, axes, (of_tokens, whole))
+
+    def _outputs(self, x, reads) -> Array:
+        """What the memory's reads add to the residual stream."""
+        reads = self.output(reads, x)
+        return reads.reshape(x.shape) if self.out is None else self.out(reads)
+
+    def boxes(self, state: dict) -> list[Box]:
+        """The boxes of the layer; `state` as `init_state(1)` returns it (arrays or shapes)."""
+        return [
+            slow("projections", *self.projections.values(), self.out),
+            slow("gates", *self.gates.values()),
+            slow(
+                "convolutions",
+                self.input_conv,
+                *self.convolutions.values(),
+                state=state.get("conv", ()),
+            ),
+            *self.output.boxes(),
+            *self.start.boxes(),
+            *self._memory_boxes(state["memory"]),
+        ]
+
+    def _memory_boxes(self, carry) -> list[Box]:
+        """The boxes of the memory: those of one head's level, for all heads and layers."""
+        own = self.functions.boxes
+        if own is not None:
+            return own(carry)
+        level = self.functions.one
+        about = {"objective": "", "rule": "", "transfer": "param"} | dict(level.about or {})
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(carry.state))
+        box = Box(level.name, level.period, parameters, size(carry.state), **about)
+        return [box]
