@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 
-from nestedjax.levels.level import Level, PyTree
+from nestedjax.levels.level import Level, PerPeriod, PerToken, PyTree
 from nestedjax.levels.run import Carry, advance_position, run, run_some, token_count
 
 
@@ -25,15 +26,15 @@ class Adaptation(NamedTuple):
     params: PyTree
     optimizer: PyTree
     carry: PyTree
-    outputs: PyTree
-    losses: jax.Array
+    outputs: PerToken
+    losses: Float[Array, " chunks"]
 
 
 def adapt(
-    loss: Callable[..., tuple[jax.Array, tuple[PyTree, PyTree]]],
+    loss: Callable[[PyTree, PyTree, PerToken], tuple[Float[Array, ""], tuple[PyTree, PerToken]]],
     tx: optax.GradientTransformation,
     params: PyTree,
-    tokens: PyTree,
+    tokens: PerToken,
     *,
     period: int,
     second_order: bool = True,
@@ -126,19 +127,19 @@ class Adapting(NamedTuple):
     optimizer: PyTree
     carry: PyTree
     anchor: PyTree
-    tokens: PyTree
-    started: jax.Array  # shape=(), dtype=bool
+    tokens: PerPeriod
+    started: Bool[Array, ""]
 
 
 def adaptive_level(
     name: str,
     period: int,
     *,
-    forward: Callable[..., tuple[PyTree, PyTree]],
-    loss: Callable[..., jax.Array],
-    tx: optax.GradientTransformation | Callable[..., optax.GradientTransformation],
-    init_fast: Callable[..., PyTree],
-    init_carry: Callable[..., PyTree] = lambda params: (),
+    forward: Callable[[PyTree, PyTree, PyTree, PerToken], tuple[PerToken, PyTree]],
+    loss: Callable[[PyTree, PerToken, PerToken], Float[Array, " T"]],
+    tx: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
+    init_fast: Callable[[PyTree], PyTree],
+    init_carry: Callable[[PyTree], PyTree] = lambda params: (),
     token: PyTree = None,
     second_order: bool = True,
     reduction: str = "mean",
@@ -191,7 +192,7 @@ def adaptive_level(
         return Adapting(fast, optimizer, carry, carry, nothing, jnp.asarray(False))
 
     @jax.checkpoint
-    def step(params: PyTree, state: Adapting, x: PyTree) -> tuple[Adapting, PyTree]:
+    def step(params: PyTree, state: Adapting, x: PerPeriod) -> tuple[Adapting, PerPeriod]:
         # Before the first chunk there is nothing to learn from: learn from x and drop it, so that
         # no derivative of the dropped branch is taken at a made-up sequence.
         seen = jax.tree.map(lambda a, b: jnp.where(state.started, a, b), state.tokens, x)
@@ -222,11 +223,11 @@ def adaptive_level(
 class _Learner(NamedTuple):
     """The write of an adaptive level."""
 
-    forward: Callable[..., tuple[PyTree, PyTree]]
-    loss: Callable[..., jax.Array]
-    tx: optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+    forward: Callable[[PyTree, PyTree, PyTree, PerToken], tuple[PerToken, PyTree]]
+    loss: Callable[[PyTree, PerToken, PerToken], Float[Array, " T"]]
+    tx: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
     second_order: bool
-    reduce: Callable[..., jax.Array]
+    reduce: Callable[[Float[Array, " T"]], Float[Array, ""]]
 
     def transformation(self, params):
         return self.tx if isinstance(self.tx, optax.GradientTransformation) else self.tx(params)
