@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 from nestedjax.levels.level import Level, PerToken, PyTree
 from nestedjax.levels.run import Carry, advance_position, run, run_some, scan_whole, token_count
 
-# For `describe`: each part needs what the one before it says.
+# `describe` reads this: each part depends on the output of the one before it.
 _SEQUENCE = {"flow": "sequence"}
 
 

@@ -30,8 +30,8 @@ class Level(NamedTuple):
         while a period is unfinished; `pending[P, ...]` holds the period's earlier tokens, zeros
         beyond them. Without it `step` runs again on the unfinished period and its write is dropped.
       whole: optional `whole(params, state, x[N * P, ...], begins) -> (state, y)`: N steps in one,
-        for a kernel that keeps the state on chip between periods; those for which `begins` (bool[N]
-        or None) holds start anew from `init`.
+        for a kernel that keeps the state on chip between periods. A period for which `begins`
+        (bool[N] or None) is True starts from `init` again.
       advance: how a composition runs its parts, `advance(params, state, x, reset) -> (y, carry)`;
         None for a plain level. Inside `nested` it is also called with `valid=`, the traced number
         of leading tokens of x that count.
