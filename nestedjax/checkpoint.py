@@ -1,9 +1,10 @@
 """Checkpoints that are verified leaf by leaf when they are read (the only Orbax).
 
-Orbax saves asynchronously and survives a kill at any moment, but it loads a file with a flipped
-bit without a word, casts another dtype silently, and has no second choice when a file is cut
-short. So each checkpoint carries a fingerprint of every leaf, and `restore` checks names, shapes
-and dtypes before it reads and fingerprints after, warns, and goes back to the newest good step.
+Orbax saves asynchronously and survives a kill at any moment. But it loads a file with a flipped
+bit without an error, converts a wrong dtype silently, and tries no earlier step when a file is
+truncated. So each checkpoint carries a fingerprint of every leaf. `restore` compares names, shapes
+and dtypes before it reads, and fingerprints afterwards; it warns of damage and returns the newest
+whole step.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ PyTree = Any
 
 
 class CheckpointError(ValueError):
-    """No checkpoint that can be used, or none could be written; one line with the fix."""
+    """No checkpoint can be used, or one could not be written; the message names the fix."""
 
 
 class CheckpointWarning(UserWarning):
@@ -48,7 +49,7 @@ class _Damaged(Exception):
 
 
 def fingerprints(state: PyTree) -> dict[str, str]:
-    """Fingerprint of every leaf: equal trees have equal ones on any mesh; any flipped bit shows.
+    """Fingerprint every leaf: equal on any mesh for equal trees, different after one flipped bit.
 
     Over the words w_i of a leaf (its elements as unsigned integers, 64-bit ones as two words)
     they are sum_i w_i and sum_i (i + 1) w_i, modulo 2^32. Both sums are exact and do not depend on
@@ -112,7 +113,7 @@ class Checkpoints:
         """Save in the background; returns once `state` may be donated or changed.
 
         Args:
-          step: its number; a damaged checkpoint of that number or later is set aside first.
+          step: its number. Checkpoints that `restore` found damaged are moved aside first.
           state: a tree of JAX arrays.
           meta: JSON object kept beside it.
 
@@ -188,10 +189,10 @@ class Checkpoints:
         return None
 
     def reached_preemption(self, count: int) -> bool:
-        """Whether all processes shall stop here, as agreed by `jax.distributed`.
+        """Whether all processes should stop here, as `jax.distributed` has agreed.
 
         Args:
-          count: number of this question, raised by one from question to question.
+          count: the number of this question: one more each time, the same in every process.
         """
         return jax.distributed.is_initialized() and self._manager.reached_preemption(count)
 

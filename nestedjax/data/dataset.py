@@ -53,7 +53,7 @@ class TextDataset:
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         self._length, self._batch, self._seed = length, batch, seed
         self._align, self._order, self._process = align, order, process
-        # Rows of a context, fed one a step; None: to the document's end.
+        # Rows that share one context, one in each step; None: a context ends with its document.
         self._context = 1 if context_rows is None and order == "shuffled" else context_rows
         self._epochs: dict[int, tuple[packing.Layout, np.ndarray]] = {}
         self.fingerprint = fingerprint
@@ -61,7 +61,7 @@ class TextDataset:
         self.bytes = size_bytes
         cut = order != "once"
         rows = packing.count_rows(sizes, length=length, align=align, cut=cut)
-        # Lanes are read in step: equally long, and in whole contexts.
+        # All lanes advance by a row in every step, so they have the same length in whole contexts.
         self._lanes = order == "contiguous" or (order == "shuffled" and self._context != 1)
         lane = batch * (self._context or 1)
         self.rows = -(-rows // lane) * lane if self._lanes else rows
@@ -136,7 +136,7 @@ class TextDataset:
         read = partial(packing.read_rows, tokens=self._store, length=self._length)
         if self._order == "once":
             layout, rows = self._epoch(0)
-            # Places behind the end lie behind the stream too: padding.
+            # Places after the last row lie after the end of the stream, where all is padding.
             return read(layout, rows=places)
         parts = []
         for epoch in np.unique(places // self.rows):
@@ -144,7 +144,7 @@ class TextDataset:
             inside = places[places // self.rows == epoch] % self.rows
             part = read(layout, rows=rows[inside])
             if self._lanes:
-                # An epoch's first step starts every lane anew, also in the middle of a document.
+                # Every lane begins a new context at an epoch's first step, even inside a document.
                 anew = inside < self._batch
                 if self._context:
                     anew |= rows[inside] % self._context == 0
@@ -178,15 +178,16 @@ def text_dataset(
       vocabulary: encodes the text.
       length: tokens of a row.
       batch: rows of a step, over all processes.
-      seed: decides the order and the cuts of the endless orders.
+      seed: of the order of the text and of the cuts, in the two endless orders.
       align: the largest in-context period of the model, in tokens; divides `length`.
       split: `all`, or a part by position: `train` 90 %, `valid` 5 %, `test` 5 %.
       order: `shuffled`: endless; every epoch shuffles the contexts and cuts long documents
         elsewhere. `contiguous`: endless; row i of a step goes on where row i of the step before
         ended, for models that carry state from step to step. `once`: one pass in order, the last
         batch filled up with masked rows.
-      context_rows: rows of a context, one after another at the same place of successive steps, the
-        first with a reset. None: one row if `shuffled`, the whole document if `contiguous`.
+      context_rows: rows that share a context. They come one after another, at the same place of
+        successive batches, and the first one begins with a reset. None: a context is one row if
+        `shuffled`, and the whole document if `contiguous`.
       process_index: which share of the rows this process reads; default `jax.process_index()`.
       process_count: number of shares; default `jax.process_count()`.
 

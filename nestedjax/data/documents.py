@@ -29,7 +29,7 @@ def bundled() -> epath.Path:
 
 
 def expand(files: Files) -> list[epath.Path]:
-    """The files meant by paths of files and folders, those of a folder in the order of their names.
+    """List the files that paths name; a folder stands for its text files in the order of names.
 
     Raises:
       DataError: a path does not exist, or a folder holds no text file.

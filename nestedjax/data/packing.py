@@ -1,4 +1,4 @@
-"""Packing documents into rows: where every token of an epoch goes, as pure functions of integers.
+"""Packing documents into rows: pure integer functions that say where every token of an epoch goes.
 
 The *stream* of an epoch is all its documents one after another, each beginning on a multiple of
 `align` tokens, with padding between; row `i` is the stream's slots [i L, (i + 1) L). So a document
@@ -36,8 +36,9 @@ def count_rows(sizes: np.ndarray, *, length: int, align: int, cut: bool) -> int:
       sizes: int64[documents], tokens.
       length: tokens of a row.
       align: documents begin on multiples of this many tokens.
-      cut: whether documents longer than a row are cut in two (`random_cuts`): cutting at r takes
-        ceil(r/A) + ceil((n-r)/A) <= ceil(n/A) + 1 units of A slots.
+      cut: whether documents longer than a row are cut in two (`random_cuts`). With A = `align` the
+        pieces of a document cut at r need ceil(r/A) + ceil((n-r)/A) <= ceil(n/A) + 1 units of A
+        slots, so one more unit is counted for each.
     """
     units = -(-sizes // align)
     if cut:
@@ -67,8 +68,8 @@ def random_cuts(random: np.random.Philox, sizes: np.ndarray, *, length: int) -> 
 def lay_out(starts: np.ndarray, *, align: int, cuts: np.ndarray, order: np.ndarray) -> Layout:
     """Lay documents into a stream.
 
-    A document cut at r becomes two pieces, [r, n) first and then [0, r): the row windows of a
-    long document so fall differently every epoch, and no token is lost or repeated.
+    A document cut at r becomes two pieces, [r, n) and then [0, r). In this way the rows of a long
+    document begin at other tokens in every epoch, and no token is lost or repeated.
 
     Args:
       starts: int64[documents + 1], bounds of the documents in the store of tokens.

@@ -16,7 +16,7 @@ class Totals(NamedTuple):
     Attributes:
       tokens: predicted tokens.
       nats: the sum of their losses.
-      bytes: of text that they stand for.
+      bytes: of the text that these tokens encode.
     """
 
     tokens: int = 0
@@ -24,7 +24,7 @@ class Totals(NamedTuple):
     bytes: float = 0.0
 
     def plus(self, other: "Totals") -> "Totals":
-        """Both together."""
+        """The sum of both."""
         tokens, nats = self.tokens + other.tokens, self.nats + other.nats
         return Totals(tokens, nats, self.bytes + other.bytes)
 
@@ -54,7 +54,7 @@ class Totals(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What streaming a text gave.
+    """The losses of a text that was streamed.
 
     Attributes:
       total: over all its tokens.
@@ -66,7 +66,7 @@ class Losses(NamedTuple):
     by_position: dict[tuple[int, int], Totals]
 
     def plus(self, other: "Losses") -> "Losses":
-        """Both together."""
+        """The sum of both, bucket by bucket."""
         buckets = dict(self.by_position)
         for bucket, totals in other.by_position.items():
             buckets[bucket] = buckets.get(bucket, Totals()).plus(totals)
@@ -99,7 +99,7 @@ def stream_losses(
       `Losses`; position p is the number of tokens that a token had before it.
 
     Raises:
-      ValueError: fewer than two tokens, or a piece or bucket of none.
+      ValueError: the text has fewer than two tokens, or `piece` or `first_bucket` is below 1.
 
     Example:
       >>> import numpy as np

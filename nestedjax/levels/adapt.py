@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 
-from nestedjax.levels.level import Level, PyTree
+from nestedjax.levels.level import Level, PerPeriod, PerToken, PyTree
 from nestedjax.levels.run import Carry, advance_position, run, run_some, token_count
 
 
@@ -25,15 +26,15 @@ class Adaptation(NamedTuple):
     params: PyTree
     optimizer: PyTree
     carry: PyTree
-    outputs: PyTree
-    losses: jax.Array
+    outputs: PerToken
+    losses: Float[Array, " chunks"]
 
 
 def adapt(
-    loss: Callable[..., tuple[jax.Array, tuple[PyTree, PyTree]]],
+    loss: Callable[[PyTree, PyTree, PerToken], tuple[Float[Array, ""], tuple[PyTree, PerToken]]],
     tx: optax.GradientTransformation,
     params: PyTree,
-    tokens: PyTree,
+    tokens: PerToken,
     *,
     period: int,
     second_order: bool = True,
@@ -119,26 +120,26 @@ class Adapting(NamedTuple):
       carry: the forward pass's carry after the last chunk.
       anchor: the carry before it.
       tokens: the last chunk, [period, ...], whose last label has not been seen yet.
-      started: whether there was a chunk at all.
+      started: whether the context has had a whole chunk yet.
     """
 
     fast: PyTree
     optimizer: PyTree
     carry: PyTree
     anchor: PyTree
-    tokens: PyTree
-    started: jax.Array  # shape=(), dtype=bool
+    tokens: PerPeriod
+    started: Bool[Array, ""]
 
 
 def adaptive_level(
     name: str,
     period: int,
     *,
-    forward: Callable[..., tuple[PyTree, PyTree]],
-    loss: Callable[..., jax.Array],
-    tx: optax.GradientTransformation | Callable[..., optax.GradientTransformation],
-    init_fast: Callable[..., PyTree],
-    init_carry: Callable[..., PyTree] = lambda params: (),
+    forward: Callable[[PyTree, PyTree, PyTree, PerToken], tuple[PerToken, PyTree]],
+    loss: Callable[[PyTree, PerToken, PerToken], Float[Array, " T"]],
+    tx: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
+    init_fast: Callable[[PyTree], PyTree],
+    init_carry: Callable[[PyTree], PyTree] = lambda params: (),
     token: PyTree = None,
     second_order: bool = True,
     reduction: str = "mean",
@@ -155,8 +156,9 @@ def adaptive_level(
     The first chunk of a context applies no write. The carry from the past is a constant for the
     inner gradient and differentiable for the outer one. Every chunk is rematerialised.
 
-    From a fresh context the labels are at hand and forward and inner gradient share one pass; from
-    a `Carry` the write re-runs its chunk. Both give the same numbers.
+    From a fresh context the labels of a chunk are known, so that its outputs and its inner gradient
+    come from one forward pass. From a `Carry` the write evaluates its chunk a second time. Both
+    give the same numbers.
 
     Args:
       name: what the tables and error messages call it.
@@ -191,9 +193,9 @@ def adaptive_level(
         return Adapting(fast, optimizer, carry, carry, nothing, jnp.asarray(False))
 
     @jax.checkpoint
-    def step(params: PyTree, state: Adapting, x: PyTree) -> tuple[Adapting, PyTree]:
-        # Before the first chunk there is nothing to learn from: learn from x and drop it, so that
-        # no derivative of the dropped branch is taken at a made-up sequence.
+    def step(params: PyTree, state: Adapting, x: PerPeriod) -> tuple[Adapting, PerPeriod]:
+        # Before the first chunk there is nothing to learn from. `where` differentiates both of its
+        # branches, so the one that is dropped must be computed from real tokens: it learns from x.
         seen = jax.tree.map(lambda a, b: jnp.where(state.started, a, b), state.tokens, x)
         first = jax.tree.map(lambda leaf: leaf[:1], x)
         learned = learner.learn(params, state.fast, state.optimizer, state.anchor, seen, first)[:2]
@@ -203,7 +205,8 @@ def adaptive_level(
             (state.fast, state.optimizer),
         )
         y, carry = forward(params, fast, state.carry, x)
-        # Not a constant: under vmap in Explicit mode it takes its sharding from the state.
+        # `started | True` rather than a constant True: under vmap on an Explicit mesh the flag
+        # then takes its sharding from the state.
         return Adapting(fast, optimizer, carry, state.carry, x, state.started | True), y
 
     level = Level(name, period, init, step)
@@ -222,17 +225,17 @@ def adaptive_level(
 class _Learner(NamedTuple):
     """The write of an adaptive level."""
 
-    forward: Callable[..., tuple[PyTree, PyTree]]
-    loss: Callable[..., jax.Array]
-    tx: optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+    forward: Callable[[PyTree, PyTree, PyTree, PerToken], tuple[PerToken, PyTree]]
+    loss: Callable[[PyTree, PerToken, PerToken], Float[Array, " T"]]
+    tx: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
     second_order: bool
-    reduce: Callable[..., jax.Array]
+    reduce: Callable[[Float[Array, " T"]], Float[Array, ""]]
 
     def transformation(self, params):
         return self.tx if isinstance(self.tx, optax.GradientTransformation) else self.tx(params)
 
     def learn(self, params, fast, optimizer, anchor, tokens, following):
-        """One write, as `(fast, optimizer, outputs, carry)`, outputs and carry before it."""
+        """One write: the new `(fast, optimizer)`, then outputs and carry of the pass before it."""
 
         def objective(fast):
             outputs, carry = self.forward(params, fast, anchor, tokens)
@@ -249,7 +252,7 @@ class _Learner(NamedTuple):
 
 
 def _run_known_labels(level, learner, params, state, x, resets):
-    """From a fresh context: every whole chunk but the last knows its labels, one pass each."""
+    """From a fresh context: all labels but the last chunk's are known, so one pass a chunk does."""
     period, length = level.period, token_count(x)
     whole = length // period
     begins = None if resets is None else jnp.asarray(resets)[::period]

@@ -1,4 +1,4 @@
-"""What a `Carry` is made of: states on a boundary, where nothing is pending, and batch axes."""
+"""Taking a `Carry` apart: the plain states at a period's end, and the axes of a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from nestedjax.levels.run import Carry
 
 
 def at_boundary(tree: PyTree) -> PyTree:
-    """Every `Carry` in a tree as the plain state inside it, from which `run` takes its fast path.
+    """Replace every `Carry` in a tree by the plain state in it, so that `run` takes its fast path.
 
     Args:
       tree: a tree with `Carry`s, each of which must stand on a boundary of its system's period;
@@ -34,7 +34,7 @@ def at_boundary(tree: PyTree) -> PyTree:
 
 
 def resumed(states: PyTree, like: PyTree) -> PyTree:
-    """The other way: `Carry`s with nothing pending around the plain states of `at_boundary`.
+    """Undo `at_boundary`: wrap plain states in `Carry`s with nothing pending.
 
     Args:
       states: what `at_boundary` returned.

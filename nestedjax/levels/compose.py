@@ -4,11 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+from jaxtyping import Array, Int
 
-from nestedjax.levels.level import Level, PyTree
+from nestedjax.levels.level import Level, PerToken, PyTree
 from nestedjax.levels.run import Carry, advance_position, run, run_some, scan_whole, token_count
 
-# For `describe`: each part needs what the one before it says.
+# `describe` reads this: each part depends on the output of the one before it.
 _SEQUENCE = {"flow": "sequence"}
 
 
@@ -79,7 +80,7 @@ def flow(*levels: Level, name: str = "flow") -> Level:
 
 def parallel(
     *levels: Level,
-    aggregate: Callable[[PyTree, tuple[PyTree, ...]], PyTree] | None = None,
+    aggregate: Callable[[PyTree, tuple[PerToken, ...]], PerToken] | None = None,
     name: str = "parallel",
 ) -> Level:
     """Levels side by side: all read the same input, `aggregate` combines their outputs.
@@ -116,7 +117,7 @@ def parallel(
     def init(params: PyTree) -> PyTree:
         return tuple(level.init(pick(params)) for level, pick in zip(levels, picks, strict=True))
 
-    def step(params: PyTree, state: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    def step(params: PyTree, state: PyTree, x: PerToken) -> tuple[PyTree, PerToken]:
         results = [
             scan_whole(level, pick(params), part, x)
             for level, pick, part in zip(levels, picks, state, strict=True)
@@ -145,7 +146,7 @@ def _sequence(levels: tuple[Level, ...], order: list[int], name: str) -> Level:
     def init(params: PyTree) -> PyTree:
         return tuple(level.init(pick(params)) for level, pick in zip(parts, picks, strict=True))
 
-    def step(params: PyTree, state: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    def step(params: PyTree, state: PyTree, x: PerToken) -> tuple[PyTree, PerToken]:
         states = []
         for level, pick, part in zip(parts, picks, state, strict=True):
             part, x = scan_whole(level, pick(params), part, x)
@@ -192,12 +193,12 @@ def _pick(names: list[str], index: int, params: PyTree) -> PyTree:
     return params[index]
 
 
-def _parts_of(state: PyTree) -> tuple[tuple[PyTree, ...], jax.Array | int]:
+def _parts_of(state: PyTree) -> tuple[tuple[PyTree, ...], Int[Array, ""] | int]:
     """The states of the parts and the position they have reached."""
     return (state.state, state.position) if isinstance(state, Carry) else (state, 0)
 
 
-def _weighted_sum(weights: PyTree, outputs: tuple[PyTree, ...]) -> PyTree:
+def _weighted_sum(weights: PyTree, outputs: tuple[PerToken, ...]) -> PerToken:
     if weights is None:
         return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *outputs)
     return jax.tree.map(

@@ -1,11 +1,17 @@
 """What a level is: a pure function with its own state and its own update period."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import PyTree as TreeOf
 
 PyTree = Any
+# A tree of arrays that share their leading axis, the tokens: of any number T, or of one period P.
+PerToken: TypeAlias = TreeOf[Shaped[Array | np.ndarray, "T ..."]]
+PerPeriod: TypeAlias = TreeOf[Shaped[Array | np.ndarray, "P ..."]]
 
 
 class Level(NamedTuple):
@@ -24,8 +30,8 @@ class Level(NamedTuple):
         while a period is unfinished; `pending[P, ...]` holds the period's earlier tokens, zeros
         beyond them. Without it `step` runs again on the unfinished period and its write is dropped.
       whole: optional `whole(params, state, x[N * P, ...], begins) -> (state, y)`: N steps in one,
-        for a kernel that keeps the state on chip between periods; those for which `begins` (bool[N]
-        or None) holds start anew from `init`.
+        for a kernel that keeps the state on chip between periods. A period for which `begins`
+        (bool[N] or None) is True starts from `init` again.
       advance: how a composition runs its parts, `advance(params, state, x, reset) -> (y, carry)`;
         None for a plain level. Inside `nested` it is also called with `valid=`, the traced number
         of leading tokens of x that count.
@@ -35,11 +41,14 @@ class Level(NamedTuple):
 
     name: str
     period: int | None
-    init: Callable[..., PyTree]
-    step: Callable[..., tuple[PyTree, PyTree]]
-    token: Callable[..., PyTree] | None = None
-    whole: Callable[..., tuple[PyTree, PyTree]] | None = None
-    advance: Callable[..., tuple[PyTree, PyTree]] | None = None
+    init: Callable[[PyTree], PyTree]
+    step: Callable[[PyTree, PyTree, PerPeriod], tuple[PyTree, PerPeriod]]
+    token: Callable[[PyTree, PyTree, PerPeriod, PyTree], PyTree] | None = None
+    whole: (
+        Callable[[PyTree, PyTree, PerToken, Bool[Array, " N"] | None], tuple[PyTree, PerToken]]
+        | None
+    ) = None
+    advance: Callable[..., tuple[PerToken, PyTree]] | None = None
     parts: tuple["Level", ...] = ()
     about: Mapping[str, str] | None = None
 
@@ -48,9 +57,9 @@ def read_write(
     name: str,
     period: int | None,
     *,
-    init: Callable[..., PyTree],
-    read: Callable[..., PyTree],
-    write: Callable[..., PyTree] | None = None,
+    init: Callable[[PyTree], PyTree],
+    read: Callable[[PyTree, PyTree, PerToken], PerToken],
+    write: Callable[[PyTree, PyTree, PerPeriod], PyTree] | None = None,
     about: Mapping[str, str] | None = None,
 ) -> Level:
     """A level that reads with the state of its period's start, then writes once.
@@ -91,11 +100,11 @@ def read_write(
             " a period and a write, a frozen one neither"
         )
 
-    def step(params: PyTree, state: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    def step(params: PyTree, state: PyTree, x: PerToken) -> tuple[PyTree, PerToken]:
         y = read(params, state, x)
         return (state if write is None else write(params, state, x)), y
 
-    def token(params: PyTree, state: PyTree, pending: PyTree, x: PyTree) -> PyTree:
+    def token(params: PyTree, state: PyTree, pending: PerPeriod, x: PyTree) -> PyTree:
         del pending  # the read is anchored at the period's start
         y = read(params, state, jax.tree.map(lambda leaf: leaf[None], x))
         return jax.tree.map(lambda leaf: leaf[0], y)
@@ -103,7 +112,7 @@ def read_write(
     return Level(name, period, init, step, token=token, about=about)
 
 
-def due(position: jax.Array | int, period: int) -> jax.Array | bool:
+def due(position: Int[Array, ""] | int, period: int) -> Bool[Array, ""] | bool:
     """Whether the token at `position`, counted from 0, ends a period: the clock of every write.
 
     Example:

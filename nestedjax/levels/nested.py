@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nestedjax.levels.compose import check_divides, picker
-from nestedjax.levels.level import Level, PyTree
+from nestedjax.levels.level import Level, PerToken, PyTree
 from nestedjax.levels.run import (
     Carry,
     advance_position,
@@ -87,7 +87,7 @@ def nested(
         state = slow.init(pick_slow(params))
         return reinit(pick_slow(params), state), state
 
-    def step(params: PyTree, state: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    def step(params: PyTree, state: PyTree, x: PerToken) -> tuple[PyTree, PerToken]:
         fast_params, slow_params = pick_fast(params), pick_slow(params)
         _, y = scan_whole(fast, fast_params, state[0], x)  # its last write is overwritten below
         slow_state, y = scan_whole(slow, slow_params, state[1], y)

@@ -2,8 +2,8 @@
 
 The mesh is the one of `jax.set_mesh`. Without it, and inside `jax.shard_map`, every function here
 is the plain operation. On an Auto mesh `constrain` and `gathered` guide the compiler; on an
-Explicit mesh they change the type, and `contract` and `lookup` say where their result lies, which
-is not for JAX to guess.
+Explicit mesh they change the type, and `contract` and `lookup` say how their result is split, which
+JAX does not infer.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,9 @@ def over_batch(tree: PyTree) -> PyTree:
 
 
 def gathered(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """A weight as it is used: gathered over `fsdp`, which splits the batch, else as it lies.
+    """Gather a weight over `fsdp` for its use, since `fsdp` splits the batch there.
+
+    Along all other mesh axes it stays split as it is stored.
 
     Args:
       weight: stored by the rule table.
@@ -84,7 +86,7 @@ def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
 def each_device(
     function: Callable[..., Any], args: tuple[PyTree, ...], axes: PyTree, out_axes: PyTree
 ) -> Any:
-    """`function(*args)` with each device at its own share: for kernels, which no compiler splits.
+    """Run `function` on each device's own share of the arrays: the compiler splits no kernel.
 
     Args:
       function: of arrays, the same for every sequence and head.

@@ -21,9 +21,9 @@ def make_mesh(
 
     Args:
       sizes: devices along each axis, as "data=2,fsdp=2,tensor=2" or a dict; axes left out have 1.
-      explicit: Explicit axes, with which the sharding of every value is part of its type and a slip
-        is an error at trace time; default Auto, with which the compiler repairs slips by moving
-        data.
+      explicit: True makes Explicit axes: the sharding of every value is part of its type, and a
+        mismatch is an error at trace time. False makes Auto axes: the compiler resolves a mismatch
+        by moving data.
       devices: to be arranged; default all of them, of all processes.
 
     Raises:

@@ -94,7 +94,7 @@ def like_params(tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> 
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """The tree on the devices of its shardings; each process holds the same whole tree before."""
+    """Put a tree on the devices of its shardings; every process passes the same whole tree."""
     return jax.device_put(tree, shardings)
 
 
@@ -109,12 +109,12 @@ def check_fits(
 
     Args:
       shape: of the array.
-      sharding: it shall have.
-      name: what to call it.
+      sharding: the one that the array is to have.
+      name: what the error message calls it.
       axes: logical names of its dimensions.
 
     Raises:
-      MeshError: with sizes and the fix.
+      MeshError: a dimension does not divide; the message has the sizes and the fix.
     """
     for index, split in enumerate(sharding.spec):
         split = split if isinstance(split, tuple) else () if split is None else (split,)

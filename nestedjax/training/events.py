@@ -7,7 +7,7 @@ from nestedjax.training.metrics import Record
 
 
 class Started(NamedTuple):
-    """The loop begins at `step` of `steps`; above 0 it continues a run."""
+    """The loop begins at `step` of `steps`; a step above 0 means that it continues a run."""
 
     step: int
     steps: int
@@ -20,9 +20,10 @@ class Stepped(NamedTuple):
       step: updates done.
       steps: of the run.
       record: metrics of the newest step.
-      tokens_per_second: over all processes, without compilation, validation and saving; None until
-        it is known.
-      seconds_left: of training proper; None until it is known.
+      tokens_per_second: over all processes, not counting compilation, validation and saving; None
+        before the first measurement.
+      seconds_left: estimated time of the remaining steps, counted in the same way; None before the
+        first measurement.
     """
 
     step: int
@@ -45,7 +46,7 @@ class Saved(NamedTuple):
     step: int
 
 
-KEEP = 0.95  # of the meter's past, a dispatch
+KEEP = 0.95  # what the meter multiplies its sums by at every dispatch
 
 Event = Started | Stepped | Validated | Saved
 

@@ -1,7 +1,8 @@
 """The training loop. It takes functions, and knows no model.
 
-Dispatches end where the absolute step says so, never where a run happened to begin: a resumed run
-executes the same programs on the same groups of steps, and so ends bit for bit the same.
+Where a dispatch ends depends on the absolute step alone, never on the step at which the process was
+started. So a resumed run executes the same programs on the same groups of steps, and ends with the
+same bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +53,10 @@ class LoopConfig:
 
     Attributes:
       steps: length of the run.
-      validate_every: validation, also after the last step.
-      checkpoint_every: checkpoint, also after the last step.
-      steps_per_dispatch: steps sent to the device at once; fewer where something is due.
+      validate_every: steps between two validation passes; one follows the last step, too.
+      checkpoint_every: steps between two checkpoints; one follows the last step, too.
+      steps_per_dispatch: steps sent to the device at once; fewer where a validation pass, a
+        checkpoint or a hook comes before.
       microbatches: parts a batch is split into, to save memory.
     """
 
@@ -130,8 +132,8 @@ def train(
       metrics: where to record; only process 0 writes.
       hooks: run after validation, in order.
       on_event: told what happens, for progress.
-      probe: `probe(params, batch) -> {name: tree}`, the model's levels in the order in which they
-        compute, to name the one where a number ceased to be finite.
+      probe: `probe(params, batch) -> {name: tree}`, the outputs of the model's levels in the order
+        of computation. An error names the first of them that is not finite.
       learning_rate: schedule to record; `tx` applies it.
       sharding: of a batch's leading axes, from `sharding.batch_sharding(mesh)`; default one device.
         Place the state first (`state_shardings`, `sharding.place`): what is not on the mesh is
@@ -224,8 +226,8 @@ def _loop(run: _Run, state: TrainState, record: Record) -> Result:
             end = run.group_end(step)
             group = _take(batches, step, end)
             state, healthy, out = run.dispatch(state, healthy, run.place(group))
-            # A dispatch is read while the next one runs. If it failed, the next one has changed
-            # nothing, through `healthy`.
+            # The metrics of a dispatch are read while the next one runs. If the dispatch failed,
+            # the next one has changed nothing either, because it was given its `healthy`.
             if sent is not None:
                 _write(run, state, _read(sent, meter), meter, sent)
             sent = _Sent(step, end, out, healthy, sum(map(_tokens, group)))
@@ -244,7 +246,7 @@ def _loop(run: _Run, state: TrainState, record: Record) -> Result:
 def _settle(
     run: _Run, state: TrainState, sent: _Sent, meter: Meter, record: Record, stopped: str | None
 ) -> Record:
-    """Do all that is due after a step, in an order that a kill at any moment cannot hurt.
+    """Do what is due after a step, in an order in which a kill at any moment does no harm.
 
     The lines of all steps are written before the checkpoint that makes them final.
     """

@@ -1,7 +1,8 @@
 """Recording metrics: JSON lines that are exact across a kill and a resume, and TensorBoard.
 
-`metrics.jsonl` has one line a step, once, and holds nothing that depends on the clock, so that an
-interrupted run ends with the same file as one that never stopped. Timings go to TensorBoard.
+`metrics.jsonl` has exactly one line for each step and holds nothing that depends on the clock, so
+that an interrupted run ends with the same file as one that never stopped. Timings go to
+TensorBoard.
 """
 
 import json
@@ -34,7 +35,7 @@ class MetricsWriter:
         self._writer = None
 
     def resume(self, step: int) -> None:
-        """Continue behind `step`: drop what was recorded later, in one atomic replacement."""
+        """Continue after `step`: drop the lines of later steps, by one atomic replacement."""
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
@@ -105,7 +106,7 @@ def read_metrics(folder: str | os.PathLike) -> list[Record]:
 
 
 def _step_of(line: str) -> int | float:
-    # A kill in the middle of a write leaves half a line, which belongs behind any checkpoint.
+    # A kill in the middle of a write leaves half a line; no checkpoint is as new as that line.
     if not line.endswith("\n"):
         return float("inf")
     try:

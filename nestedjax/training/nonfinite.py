@@ -1,4 +1,4 @@
-"""Finding where a number that is not finite began."""
+"""Finding the first value of a computation that is not finite."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -98,8 +98,8 @@ def make_dispatch(
 ) -> Callable[..., tuple[TrainState, jax.Array, Metrics]]:
     """Compile several steps into one dispatch.
 
-    A step whose loss, gradient norm, update or carry is not finite changes nothing, and nor does
-    any step after it in this dispatch or in the next ones that are given its `healthy`.
+    A step whose loss, gradient norm, update or carry is not finite changes nothing. Nor do the
+    steps after it, in this dispatch and in every later one that is given its `healthy`.
 
     Args:
       loss_fn: see `loss_and_gradients`.
