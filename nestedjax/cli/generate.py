@@ -91,7 +91,7 @@ def _learner(model, size: int, args: argparse.Namespace):
         learner = models.adapting(model, periods=periods, inner=inner)
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
-    timed = learner.config.continuum.timed
+    timed = learner.config.continuum.timed  # type: ignore[union-attr]
     # A chunk is written once the token behind it is read; the last token of the prompt is not
     # learned from, because it is what generation begins with.
     writes = [max(size - 2, 0) // period for period in timed]

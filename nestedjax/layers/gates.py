@@ -47,7 +47,7 @@ class Heads(NamedTuple):
     value_dim: int
 
 
-Maker = Callable[..., nnx.Module]  # maker(config, heads, rngs=) -> module
+Maker = Callable[..., Any]  # maker(config, heads, rngs=) -> an nnx.Module
 
 # Feature maps.
 
@@ -124,9 +124,9 @@ class ExponentialDecay(nnx.Module):
         rate = jax.random.uniform(rngs.params(), heads[:1], wide, 1.0, 16.0)
         spread = jax.random.uniform(rngs.params(), heads[:1], wide)
         step = jnp.exp(spread * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
-        plain = {"matrix": None, "weight_decay": False}
-        self.log_rate = param(jnp.log(rate), ("heads",), **plain)
-        self.bias = param(step + jnp.log(-jnp.expm1(-step)), ("heads",), **plain)
+        offset = step + jnp.log(-jnp.expm1(-step))  # softplus of it is the step
+        self.log_rate = param(jnp.log(rate), ("heads",), matrix=None, weight_decay=False)
+        self.bias = param(offset, ("heads",), matrix=None, weight_decay=False)
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B T d"]) -> Float[Array, "B T H"]:

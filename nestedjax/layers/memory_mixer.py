@@ -1,6 +1,7 @@
 """Any level over `memory.Tokens` as a sequence mixer."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from nestedjax import levels
 from nestedjax.layers import gates
-from nestedjax.layers.boxes import size, slow
+from nestedjax.layers.boxes import count, size, slow
 from nestedjax.layers.convolution import CausalConv
 from nestedjax.layers.layer import Layer
 from nestedjax.layers.linear import Linear
@@ -27,11 +28,14 @@ STREAMS = ("queries", "keys", "values")
 _FIELDS = {"learning_rate": "rate", "decay": "keep"}
 
 
-class _Static:
-    """Functions that a module keeps: its definition must hash, and a level does not."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Functions:
+    """What a mixer keeps that has no weights; it hashes by identity, as a level does not hash."""
 
-    def __init__(self, **functions: Any):
-        self.__dict__.update(functions)
+    level: Level
+    one: Level
+    maps: Mapping[str, gates.FeatureMap]
+    boxes: Callable[[PyTree], list[Box]] | None
 
 
 class MemoryMixer(Layer):
@@ -111,7 +115,7 @@ class MemoryMixer(Layer):
         self.heads, self.dtype, self.remat = shape, config.dtype, config.remat
         self.width, self.implementation = config.width, config.implementation
         self.rotary_base = rotary_base
-        self.functions = _Static(
+        self.functions = _Functions(
             level=levels.per_head(level) if per_head else level,
             one=level,
             maps={"queries": queries, "keys": keys, "values": values},
@@ -290,6 +294,6 @@ class MemoryMixer(Layer):
             return own(carry)
         level = self.functions.one
         about = {"objective": "", "rule": "", "transfer": "param"} | dict(level.about or {})
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(carry.state))
-        box = Box(level.name, level.period, parameters, size(carry.state), **about)
-        return [box]
+        words = (about["objective"], about["rule"], about["transfer"])
+        state = carry.state
+        return [Box(level.name, level.period, count(state), size(state), *words)]

@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
     keys: Array
     values: Array
     queries: Array
-    rate: Array | None = None
+    rate: Array = None  # type: ignore[assignment]  # every memory of this folder needs it
     keep: Array | None = None
     momentum: Array | None = None
     threshold: Array | None = None

@@ -132,8 +132,10 @@ def _deep(
     """Every chunk of a residual MLP memory, as a group of one."""
 
     def group(state: MemoryState) -> FastWeights:
-        momentum = (None, None) if state.momentum is None else state.momentum
-        return FastWeights(*(None if a is None else a[None] for a in (*state.weights, *momentum)))
+        inner, outer = (weights[None] for weights in state.weights)
+        if state.momentum is None:
+            return FastWeights(inner, outer, None, None)
+        return FastWeights(inner, outer, *(momentum[None] for momentum in state.momentum))
 
     dgd, erase = _DEEP_RULES[memory.rule.name]
     rule = Rule(
@@ -161,6 +163,7 @@ def _deep(
         implementation=implementation,
     )
     assert out.reads is not None
-    inner, outer, *momenta = (None if a is None else a[0] for a in out.final)
-    momentum = None if momenta[0] is None else tuple(momenta)
-    return MemoryState((inner, outer), momentum, None), out.reads
+    final, momentum = out.final, None
+    if final.inner_momentum is not None and final.outer_momentum is not None:
+        momentum = (final.inner_momentum[0], final.outer_momentum[0])
+    return MemoryState((final.inner[0], final.outer[0]), momentum, None), out.reads

@@ -79,6 +79,7 @@ def _half(layer: Layer, norm, x, state, *, resets, first: list) -> tuple[Array, 
     options: dict[str, Any] = {"resets": resets}
     if layer.shares:
         options["first"] = first.pop(0) if first else None
+    value: list
     y, state, *value = layer(x if norm is None else norm(x), state, **options)
     return (y if norm is None else x + y), state, value
 
@@ -164,7 +165,7 @@ def scan_blocks(
 
     if remat in POLICIES:
         pattern = jax.checkpoint(pattern, policy=POLICIES[remat], prevent_cse=False)
-    layers, first = (params, states), []
+    layers = (params, states)
     if not any(layer.shares for block in blocks for _, layer, _ in block.halves()):
         return jax.lax.scan(lambda x, layer: pattern(x, layer, [])[:2], x, layers)
     # The first repetition by itself: what it hands on is a constant of the scan over the others.

@@ -87,7 +87,8 @@ class ModelConfig:
         ]
         if self.continuum is None or not names:
             raise ValueError(f"{type(self).__name__} has no continuum memory to change")
-        return dataclasses.replace(self, **{names[0]: cms})
+        changes: dict[str, Any] = {names[0]: cms}
+        return dataclasses.replace(self, **changes)
 
     @property
     def period(self) -> int:

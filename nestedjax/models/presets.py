@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -100,6 +100,7 @@ class Presets(Mapping[str, ModelConfig]):
 
 
 PRESETS = Presets()
+Config = TypeVar("Config", bound=ModelConfig)
 
 
 def presets(family: str, make: Callable[[Size], ModelConfig]) -> None:
@@ -136,7 +137,7 @@ def attention_blocks(size: Size) -> int:
     return round(total / (12 * size.width**2))
 
 
-def fitted(make: Callable[[int], ModelConfig], size: Size) -> ModelConfig:
+def fitted(make: Callable[[int], Config], size: Size) -> Config:
     """The configuration whose feed-forward width gives it the budget of its size, within 1%.
 
     Parameters grow linearly with that width, so that two abstract models tell which one it is. It
@@ -178,7 +179,7 @@ def stream_periods(size: Size) -> tuple[int, ...]:
     return tuple(steps * size.step_tokens for steps in STEPS)
 
 
-def linear_presets(family: str, architecture: type[ModelConfig]) -> None:
+def linear_presets(family: str, architecture: Callable[..., ModelConfig]) -> None:
     """Register `FAMILY_SIZE` of an architecture whose fields begin with `hidden` and `heads`.
 
     Args:
