@@ -204,7 +204,8 @@ def associative_memory(
             _check_tokens(memory, x)
             tokens = prepare(memory, x, state.weights[0].dtype)
             _check_widths(memory, tokens)
-            state, reads = kernel(init(params), state, tokens, begins)
+            dtype = x.queries.dtype  # a kernel multiplies tokens as they are
+            state, reads = kernel(init(params), state, tokens, begins, dtype)
             return state, reads.astype(x.queries.dtype)
 
     about = {"objective": objective.name, "rule": rule.name, "transfer": "param"}

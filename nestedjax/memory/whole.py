@@ -18,8 +18,9 @@ from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.mlp_memory import Documents, FastWeights, Rule, mlp_memory
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
-# `kernel(start, state, tokens, begins) -> (state, reads)`, of all whole chunks of a call
-Kernel = Callable[[MemoryState, MemoryState, Tokens, Array | None], tuple[MemoryState, Array]]
+# `kernel(start, state, tokens, begins, dtype) -> (state, reads)`, of all whole chunks of a call; its
+# products are of numbers of that dtype
+Kernel = Callable[..., tuple[MemoryState, Array]]
 
 # Rules of `nestedjax.memory.rules` -> how `mlp_memory` calls them: dgd, erase.
 _DEEP_RULES = {
@@ -85,6 +86,7 @@ def _linear(
     state: MemoryState,
     tokens: Tokens,
     begins: Array | None,
+    dtype: jnp.dtype,
 ) -> tuple[MemoryState, Array]:
     """Every chunk of a linear memory: with the dot objective no error depends on an anchor."""
     (keys,), (errors,) = memory.factors(state.weights, tokens)
@@ -99,13 +101,13 @@ def _linear(
         decay = jnp.where(first, 0.0, kept)
         erase = None if erase is None else jnp.where(first, 0.0, erase)
     out = delta_rule(
-        keys,
-        errors,
+        keys.astype(dtype),
+        errors.astype(dtype),
         memory.write(tokens.rate, keys),
         initial=state.weights[0],
         keep=decay,
         erase=erase,
-        queries=tokens.queries,
+        queries=tokens.queries.astype(dtype),
         read=memory.read,
         chunk_size=chunk_size,
         implementation=implementation,
@@ -128,6 +130,7 @@ def _deep(
     state: MemoryState,
     tokens: Tokens,
     begins: Array | None,
+    dtype: jnp.dtype,
 ) -> tuple[MemoryState, Array]:
     """Every chunk of a residual MLP memory, as a group of one."""
 
@@ -150,9 +153,9 @@ def _deep(
     if begins is not None:
         documents = Documents(begins, fresh.inner, fresh.outer)
     out = mlp_memory(
-        tokens.keys,
-        tokens.values,
-        queries=tokens.queries,
+        tokens.keys.astype(dtype),
+        tokens.values.astype(dtype),
+        queries=tokens.queries.astype(dtype),
         rate=tokens.rate,
         keep=jnp.ones_like(tokens.rate) if tokens.keep is None else tokens.keep,
         momentum=tokens.momentum,

@@ -67,4 +67,6 @@ def add_taps(model: Any) -> Any:
             value = jnp.zeros((*shape[:stack], size, size), layer.kernel.dtype)
             axes = (*["layers"] * stack, None, None)
             layer.tap = param(value, axes, matrix=None, weight_decay=False)
+            # stepped with its kernel: the optimizer of a group needs both
+            layer.tap.set_metadata(group=layer.kernel.get_metadata("group"))
     return model

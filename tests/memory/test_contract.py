@@ -45,8 +45,8 @@ def test_every_execution_is_the_token_recurrence(names, x64):
     """Oracles 30 and 31: chunks, chunks of one token and the reference against a numpy loop."""
     params = points.params(names, jnp.float64)
     x = points.tokens(names, LENGTH, np.float64)
-    cases = {(read, CHUNK, "chunked"): None for read in READS}
-    cases |= {("running", 1, "chunked"): None, ("running_prev", CHUNK, "reference"): None}
+    cases = {(read, CHUNK, "xla"): None for read in READS}
+    cases |= {("running", 1, "xla"): None, ("running_prev", CHUNK, "reference"): None}
 
     @jax.jit
     def run_all(params, x):
