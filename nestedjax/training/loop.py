@@ -51,9 +51,9 @@ class LoopConfig:
     """How long a run is and what happens when; all in steps, counted from the run's beginning.
 
     Attributes:
-      steps: length of the run.
-      validate_every: validation, also after the last step.
-      checkpoint_every: checkpoint, also after the last step.
+      steps: length of the run, in optimizer steps.
+      validate_every: steps between two validations; also after the last step.
+      checkpoint_every: steps between two checkpoints; also after the last step.
       steps_per_dispatch: steps sent to the device at once; fewer where something is due.
       microbatches: parts a batch is split into, to save memory.
     """
