@@ -149,12 +149,14 @@ class Checkpoints:
             # The manager would go on listing a step that is not there.
             raise self._failed(None, error) from error
 
-    def restore(self, like: PyTree) -> Restored | None:
+    def restore(self, like: PyTree, *, part: str | None = None) -> Restored | None:
         """Read the newest checkpoint that is whole, bit for bit as it was saved.
 
         Args:
           like: arrays or `jax.ShapeDtypeStruct`s of the same structure; where they have a sharding
             the leaf is placed so, whatever mesh it was saved from.
+          part: if given, `like` is only what was saved under this name; the rest is neither read
+            nor checked.
 
         Returns:
           The checkpoint, or None if the folder holds none.
@@ -171,7 +173,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(steps):
             try:
-                state, meta = self._read(step, like)
+                state, meta = self._read(step, like, part)
             except _Damaged as damage:
                 damaged[step] = str(damage)
                 continue
@@ -207,17 +209,22 @@ class Checkpoints:
     def __exit__(self, *error: Any) -> None:
         self.close()
 
-    def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def _read(self, step: int, like: PyTree, part: str | None) -> tuple[PyTree, dict[str, Any]]:
         record = self._read_record(step)
-        wanted = _flatten(like)
-        _require_same_leaves(record["leaves"], wanted, f"the checkpoint of step {step}")
+        prefix = "" if part is None else f"{part}."
+        wanted = {prefix + name: leaf for name, leaf in _flatten(like).items()}
+        saved = {n: leaf for n, leaf in record["leaves"].items() if n.startswith(prefix)}
+        _require_same_leaves(saved, wanted, f"the checkpoint of step {step}")
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in wanted.items()
         }
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            state = self._manager.restore(step, args=args)["state"]
+            if part is None:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                state = self._manager.restore(step, args=args)["state"]
+            else:
+                state = _read_some(self.folder / str(step) / "state", abstract)
         except Exception as error:
             raise _Damaged(_one_line(error)) from error
         found = fingerprints(state)
@@ -263,6 +270,14 @@ class Checkpoints:
             f"{what} could not be written to {self.folder}: {_one_line(error)}; "
             "make room or fix the permissions, then start the same command again"
         )
+
+
+def _read_some(path: epath.Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Some of the leaves of a saved state; the manager reads all or none."""
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(path, args=args)
 
 
 @jax.jit

@@ -1,98 +1,12 @@
-"""Settings by name: reading and changing nested frozen dataclasses with types checked.
+"""Values of settings from text (on its way out: a library does this next)."""
 
-A setting is named by its path, such as `cms.periods`; its type is that of the dataclass field.
-"""
-
-import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union
 
+from nestedjax.errors import ConfigError
+
 NONE = type(None)
-
-
-class ConfigError(ValueError):
-    """A setting that the caller can fix; the message is one line with the fix."""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def at_least(name: str, value: int | None, least: int) -> None:
-    """Refuse a setting below a bound; None passes.
-
-    Raises:
-      ConfigError: it is below.
-    """
-    if value is not None and value < least:
-        raise ConfigError(f"{name}={value} must be at least {least}; give a larger number")
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """A hint at the names that come near to an unknown one, or else at all of them.
-
-    Example:
-      >>> near("lenght", ["length", "batch"])
-      'did you mean length?'
-      >>> near("x", ["length", "batch"])
-      'there are batch, length'
-    """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    close = close or [n for n in names if name and name in n][:3]
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
-
-
-def settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Path of each setting -> its value, nested dataclasses opened up.
-
-    Example:
-      >>> @dataclasses.dataclass(frozen=True)
-      ... class Inner:
-      ...     size: int = 3
-      >>> @dataclasses.dataclass(frozen=True)
-      ... class Outer:
-      ...     inner: Inner = Inner()
-      ...     name: str = "a"
-      >>> settings(Outer())
-      {'inner.size': 3, 'name': 'a'}
-    """
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= settings(value, f"{prefix}{field.name}.")
-        else:
-            found[prefix + field.name] = value
-    return found
-
-
-def replace(config: Any, path: str, text: str) -> Any:
-    """The configuration with one setting read from text.
-
-    Args:
-      config: a frozen dataclass.
-      path: of the setting, one of `settings(config)`.
-      text: its new value.
-
-    Raises:
-      ConfigError: the text is no value of the setting's type, or the configuration refuses it.
-    """
-    name, _, rest = path.partition(".")
-    if rest:
-        value = replace(getattr(config, name), rest, text)
-    else:
-        value = parse(typing.get_type_hints(type(config))[name], text, path)
-    try:
-        return dataclasses.replace(config, **{name: value})
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error
 
 
 def parse(kind: Any, text: str, name: str) -> Any:
@@ -115,49 +29,6 @@ def parse(kind: Any, text: str, name: str) -> Any:
     except ValueError:
         message = f"{name}={text} is not {_meaning(kind)}; give --set {name}={_example(kind)}"
         raise ConfigError(message) from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as what JSON holds."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass back from `to_dict` or its JSON; settings that are missing take their defaults.
-
-    Raises:
-      ConfigError: a setting that is not known, is missing without a default, or is refused.
-    """
-    hints = typing.get_type_hints(cls)
-    return construct(cls, {n: _from_json(hints.get(n), value) for n, value in values.items()})
-
-
-def construct(cls: type, values: Mapping[str, Any]) -> Any:
-    """`cls(**values)`, with every refusal a `ConfigError`."""
-    names = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = [name for name in values if name not in names]
-    if unknown:
-        raise ConfigError(f"unknown setting {unknown[0]!r}; {near(unknown[0], names)}")
-    required = [
-        name
-        for name, field in names.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise ConfigError(f"the setting {missing[0]!r} is missing; add it")
-    try:
-        return cls(**values)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error
-
-
-def _from_json(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value)
-    return tuple(_from_json(None, part) for part in value) if isinstance(value, list) else value
 
 
 def _parse(kind: Any, text: str) -> Any:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from nestedjax.overrides import ConfigError
+from nestedjax.errors import ConfigError
 
 LENGTHS = (4096, 16384)
 _NEEDED = {"torch": "torch", "fla": "flash-linear-attention"}  # module, package

@@ -60,9 +60,9 @@ def _temporaries(definition, weights, length: int) -> int:
     import jax
     import jax.numpy as jnp
 
-    from nestedjax import runs
+    from nestedjax import run
 
-    loss = runs.language_loss(definition)
+    loss = run.language_loss(definition)
     tokens, mask = (jax.ShapeDtypeStruct((1, length), dtype) for dtype in (jnp.int32, bool))
     batch = {"tokens": tokens, "targets": tokens, "mask": mask, "resets": None}
     gradient = jax.jit(jax.grad(lambda weights, batch: loss(weights, batch, None)[0]))

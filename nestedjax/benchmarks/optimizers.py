@@ -46,19 +46,19 @@ def measure(
     """
     import jax
 
-    from nestedjax import configs, models, runs
+    from nestedjax import models, run
 
-    config = configs.change(configs.run_preset(preset), [f"batch={batch}", f"length={length}"])
+    config = run.run_preset(preset, batch=batch, length=length)
     model = models.create(config.model)
     axes, base = models.matrix_axes(model), None
-    forward = _forward(model, config, runs)
+    forward = _forward(model, config)
     for name, tx in optimizers(axes).items():
         if names and name not in (*names, "adamw"):
             continue
         used, passes = model, forward
         if name == "dgd":  # its layers hand out their inputs too
             used = models.add_taps(models.create(config.model))
-            tx, passes = optimizers(models.matrix_axes(used))[name], _forward(used, config, runs)
+            tx, passes = optimizers(models.matrix_axes(used))[name], _forward(used, config)
         params = models.weights(used)
         state = jax.jit(tx.init)(params)
         grads = jax.tree.map(lambda p: p * 1e-3 + 1e-4, params)
@@ -94,15 +94,15 @@ def _clock() -> Callable[[], float]:
     return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
 
 
-def _forward(model: Any, config: Any, runs: Any) -> float:
+def _forward(model: Any, config: Any) -> float:
     """Seconds of a forward and backward pass: the median of five after one that compiles."""
     import jax
     import jax.numpy as jnp
 
-    from nestedjax import models
+    from nestedjax import models, run
 
     definition, params = models.split(model)
-    loss = runs.language_loss(definition)
+    loss = run.language_loss(definition)
     shape = config.data.batch, config.data.length
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab)
     batch = {

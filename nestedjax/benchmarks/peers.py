@@ -123,17 +123,18 @@ def _return_freed_memory() -> None:
 
 def _train_step(workload: Workload, config: Any) -> tuple[Any, Any, int]:
     """The training step of a run, its first state and its number of parameters."""
-    from nestedjax import models, runs
-    from nestedjax.configs import DataConfig, OptimizerConfig, RunConfig
+    from nestedjax import models
+    from nestedjax import run as layer
+    from nestedjax.run import DataConfig, OptimizerConfig, RunConfig
     from nestedjax.training import make_dispatch
 
     data = DataConfig(length=workload.length, batch=workload.batch)
     run = RunConfig("peers", config, data, OptimizerConfig(warmup=0))
-    tx, _ = runs.optimizer(run)
-    definition, _ = models.split(runs.abstract_model(run))
-    state = runs.new_state(run, tx)
-    count = models.parameter_count(runs.abstract_model(run))
-    return make_dispatch(runs.language_loss(definition), tx), state, count
+    built = layer.build(run)
+    tx, _ = layer.optimizer(run, built.model)
+    state = layer.new_state(run, built, tx)
+    count = models.parameter_count(built.model)
+    return make_dispatch(layer.language_loss(built.definition), tx), state, count
 
 
 def isolated(workload: Workload, *, core: int) -> dict[str, Any]:

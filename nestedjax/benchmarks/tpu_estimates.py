@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from nestedjax.benchmarks import devices, tpu_cycles
 from nestedjax.benchmarks.kernels import Workload, _refused, newton_schulz, workloads
-from nestedjax.overrides import ConfigError
+from nestedjax.errors import ConfigError
 
 LIMIT = 900  # seconds for one row
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-# name -> module, and what the command does. A module has `add_arguments(parser)`, `run(args)` that
+# name -> module, and what the command does. A module has `add_arguments(parser)`, `main(args)` that
 # returns an exit code, its docstring as description, and EXAMPLE.
 COMMANDS = {
     "train": ("nestedjax.cli.train", "train a model, or continue a run"),
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nestedjax.cli.errors import guarded
 
-    return guarded(name, lambda: module.run(args))
+    return guarded(name, lambda: module.main(args))
 
 
 def _overview() -> str:

@@ -78,7 +78,7 @@ def _kernels_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     """Measure every row; returns the exit code."""
     commands = {"peers": _peers, "optimizers": _optimizers, "kernels": _kernels, "memory": _memory}
     rows = commands[args.what](args)
@@ -93,8 +93,8 @@ def _write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def _optimizers(args: argparse.Namespace) -> list[dict[str, Any]]:
     from nestedjax.benchmarks import optimizers
+    from nestedjax.errors import ConfigError
     from nestedjax.optim import menu
-    from nestedjax.overrides import ConfigError
 
     known = ("adamw", "muon (optax)", *menu.OPTIMIZERS)
     for name in args.names:
@@ -113,7 +113,7 @@ def _optimizers(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
     from nestedjax.benchmarks import kernels
-    from nestedjax.overrides import ConfigError
+    from nestedjax.errors import ConfigError
 
     known = sorted({workload.op for workload in kernels.workloads("cpu")})
     for op in args.ops:
@@ -157,7 +157,7 @@ def _tpu_estimates(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     from nestedjax.benchmarks import memory, peers
-    from nestedjax.overrides import ConfigError
+    from nestedjax.errors import ConfigError
 
     first, second = args.lengths
     if first < 1 or second <= first or first % peers.CHUNK or second % peers.CHUNK:
@@ -171,7 +171,7 @@ def _memory(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _peers(args: argparse.Namespace) -> list[dict[str, Any]]:
     from nestedjax.benchmarks import peers
-    from nestedjax.overrides import ConfigError
+    from nestedjax.errors import ConfigError
 
     models = args.models or list(peers.MODELS)
     for name in models:

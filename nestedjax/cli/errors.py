@@ -17,7 +17,7 @@ def guarded(command: str, run: Callable[[], int]) -> int:
     """
     from nestedjax.checkpoint import CheckpointError, CheckpointWarning
     from nestedjax.data import DataError
-    from nestedjax.overrides import ConfigError, one_line
+    from nestedjax.errors import ConfigError, one_line
     from nestedjax.sharding import MeshError
     from nestedjax.training import TrainingError
 

@@ -13,8 +13,6 @@ EXAMPLE = """example:
 Without --data the held-out parts of the run's own text are evaluated: its validation split (5%)
 and its test split (5%)."""
 
-PIECE = 512  # tokens fed at once
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
@@ -25,63 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
-    import jax
-    import numpy as np
+    from nestedjax import run
 
-    from nestedjax import models, runs
-    from nestedjax.data import DataError
-    from nestedjax.evaluation import Losses, Totals, stream_losses
-
-    config = runs.require_config(args.run)
-    texts = _texts(config, args.data)
-    loaded = runs.load(args.run)
-    definition, params = models.split(loaded.model)
-
-    @jax.jit
-    def score(params, tokens, targets, state):
-        logits, state = models.merge(definition, params)(tokens, state)
-        return runs.token_losses(logits, targets), state
-
-    start = jax.jit(lambda params: models.merge(definition, params).init_state(1))(params)
-    files: dict[str, Losses] = {}
-    for name, documents in texts:
-        found = Losses(Totals(), {})
-        for text in documents:
-            tokens = np.asarray(loaded.vocabulary.encode(text))
-            if tokens.size >= 2:
-                found = found.plus(
-                    stream_losses(
-                        lambda x, y, state: score(params, x, y, state),
-                        start,
-                        tokens,
-                        size_bytes=len(text),
-                        piece=PIECE,
-                    )
-                )
-        if not found.total.tokens:
-            raise DataError(f"{name} has a single token, which predicts nothing; give more text")
-        files[name] = found
-    everything = Losses(Totals(), {})
-    for losses in files.values():
-        everything = everything.plus(losses)
+    trained = run.load(args.run)
+    found = run.evaluate(trained, args.data)
     if args.json:
-        print(json.dumps(_as_json(loaded.step, files, everything), indent=2))
+        print(json.dumps(_as_json(trained.step, found.files, found.all), indent=2))
     else:
-        print(f"{args.run}: {config.preset} at step {loaded.step}")
-        print(_table(files, everything))
+        print(f"{args.run}: {trained.run.preset} at step {trained.step}")
+        print(_table(found.files, found.all))
     return 0
-
-
-def _texts(config, files) -> list[tuple[str, list[bytes]]]:
-    """What to evaluate: name -> documents."""
-    from nestedjax.data import bundled, expand, read_documents, take_split
-
-    if files:
-        return [(str(path), read_documents(path)) for path in expand(files)]
-    own = read_documents(config.data.files or bundled())
-    return [(f"{split} split", take_split(own, split)) for split in ("valid", "test")]
 
 
 def _as_json(step, files, everything) -> dict:

@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the system")
 
 
-def run(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     """Describe; returns the exit code."""
-    from nestedjax import levels, runs
-    from nestedjax.overrides import ConfigError
+    from nestedjax import levels, run
+    from nestedjax.errors import ConfigError
 
     config = _config(args)
-    system = runs.nested_system(config)
+    system = run.nested_system(config)
     boxes = system.boxes
     if args.plot:
         from nestedjax.cli.levels_plot import plot
@@ -56,13 +56,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace):
-    from nestedjax import configs, models, runs
-    from nestedjax.overrides import ConfigError, near
+    from nestedjax import models, run
+    from nestedjax.cli.training import assigned
+    from nestedjax.errors import ConfigError, near
 
     assignments = [item for group in args.set for item in group]
     if args.system in models.PRESETS:
-        return configs.check(configs.change(configs.run_preset(args.system), assignments))
-    saved = runs.load_config(args.system)
+        return run.check(assigned(run.run_preset(args.system), assignments))
+    saved = run.load_config(args.system)
     if saved is None:
         raise ConfigError(
             f"{args.system!r} is neither a preset nor a run folder; "

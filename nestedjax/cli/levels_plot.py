@@ -4,7 +4,7 @@ import os
 from math import log2
 
 from nestedjax.levels import Box
-from nestedjax.runs import NestedSystem
+from nestedjax.run import NestedSystem
 
 INK, FAINT, BAND = "#222222", "#8a8a8a", "#f4f5f7"
 SLOW, CONTEXT, MEMORY, NONPARAMETRIC = "#2f5d9e", "#d1602a", "#7a9a3a", "#8e63a9"
@@ -24,7 +24,7 @@ def plot(system: NestedSystem, path: str | os.PathLike, *, title: str) -> None:
     the logarithm of the box's parameters. Rows of one level share a band.
 
     Args:
-      system: from `runs.nested_system`.
+      system: from `run.nested_system`.
       path: of the picture.
       title: what it is.
     """

@@ -4,9 +4,11 @@ import sys
 
 from tqdm import tqdm
 
-from nestedjax.configs import RunConfig
-from nestedjax.data import TextDataset
-from nestedjax.training import Event, Started, Stepped, Validated
+from nestedjax.cli.printing import printable
+from nestedjax.run import Began, Event, Sampled
+from nestedjax.training import Started, Stepped, Validated
+
+SHOWN = 120  # characters of a sample
 
 
 class Progress:
@@ -15,17 +17,14 @@ class Progress:
     The bar is drawn only where standard error is a terminal; every validation prints a line.
 
     Args:
-      config: of the run.
       folder: of the run.
-      parameters: how many the model has.
-      dataset: the training text.
     """
 
-    def __init__(self, config: RunConfig, folder: str, parameters: int, dataset: TextDataset):
-        self._config, self._folder = config, folder
-        self._parameters, self._tokens = parameters, dataset.tokens
+    def __init__(self, folder: str):
+        self._folder = folder
         self._bar: tqdm | None = None
         self._newest: Stepped | None = None
+        self._steps = 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -36,8 +35,13 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
-        if isinstance(event, Started):
+        if isinstance(event, Began):
+            self._describe(event)
+        elif isinstance(event, Started):
             self._begin(event)
+        elif isinstance(event, Sampled) and event.step < self._steps:  # the last is a longer one
+            lines = printable(event.text[:SHOWN]).strip("\n").split("\n")
+            self.write("\n".join("    | " + line for line in lines))
         elif isinstance(event, Stepped):
             self._newest = event
             if self._bar is not None:
@@ -47,7 +51,7 @@ class Progress:
             record = event.metrics
             pace = "" if self._newest is None else _pace(self._newest)
             self.write(
-                f"step {event.step}/{self._config.loop.steps}  loss {record['loss']:.4f}"
+                f"step {event.step}/{self._steps}  loss {record['loss']:.4f}"
                 f"  val_loss {record['val_loss']:.4f}{pace}"
             )
 
@@ -56,17 +60,20 @@ class Progress:
         with tqdm.external_write_mode(file=sys.stdout):
             print(text, flush=True)
 
-    def _begin(self, event: Started) -> None:
-        data = self._config.data
+    def _describe(self, event: Began) -> None:
+        data = event.run.data
         text = ", ".join(data.files) or "the bundled text"
         self.write(
-            f"{self._config.preset}: {self._parameters:,} parameters, vocabulary of"
-            f" {self._config.model.vocab}; {self._tokens:,} training tokens of {text}"
+            f"{event.run.preset}: {event.parameters:,} parameters, vocabulary of"
+            f" {event.run.model.vocab}; {event.tokens:,} training tokens of {text}"
         )
+        self._rows = f"{data.batch} x {data.length}"
+
+    def _begin(self, event: Started) -> None:
+        self._steps = event.steps
         begin = "begins" if event.step == 0 else f"continues at step {event.step}"
         self.write(
-            f"{self._folder} {begin}: {event.steps} steps of {data.batch} x {data.length} tokens;"
-            " compiling ..."
+            f"{self._folder} {begin}: {event.steps} steps of {self._rows} tokens; compiling ..."
         )
         # None: draw nothing where standard error is no terminal.
         self._bar = tqdm(

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change a setting; may be given several times",
     )
     parser.add_argument(
-        "--vocabulary", metavar="FILE.model", help="a SentencePiece model; default: bytes"
+        "--tokenizer", metavar="FILE.model", help="a SentencePiece model; default: bytes"
     )
     parser.add_argument(
         "--mesh",
@@ -52,21 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
-    from nestedjax import runs
+    from nestedjax import run
     from nestedjax.cli import training
     from nestedjax.sharding import make_mesh
 
     mesh = None if args.mesh is None else make_mesh(args.mesh)
     folder = args.run or os.path.join("runs", args.preset)
     assignments = [item for group in args.set for item in group]
-    saved = runs.load_config(folder)
+    saved = run.load_config(folder)
     if saved is None:
-        training.require_free(folder)
-        config = training.new_run(args.preset, assignments, args.data, args.vocabulary)
+        config = training.new_run(args.preset, assignments, args.data, args.tokenizer)
     else:
-        config = training.continued(saved, args.preset, assignments, args.data, args.vocabulary)
+        config = training.continued(saved, args.preset, assignments, args.data, args.tokenizer)
     result = training.train(config, folder, mesh)
     if result.stopped_by is not None:
         again = shlex.join(["nestedjax", "train", args.preset, "--run", folder])

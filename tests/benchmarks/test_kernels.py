@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from nestedjax.benchmarks import against_fla, kernels
-from nestedjax.overrides import ConfigError
+from nestedjax.errors import ConfigError
 from tests.cli.tiny import command, refused
 
 

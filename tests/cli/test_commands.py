@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nestedjax import cli, configs, models, runs
+from nestedjax import cli, models, run
 from nestedjax.training import read_metrics
 from tests.cli.tiny import HOPE_ATTENTION, RUN, TEXT, command
 
@@ -46,7 +46,7 @@ def test_eval_streams_each_document_as_one_context(trained, tmp_path, capsys):
     paths = tmp_path / "a.txt", tmp_path / "b.jsonl"
     code, out, _ = command(capsys, "eval", trained, "--json", "--data", *paths)
     found = json.loads(out)
-    model = runs.load(trained).model
+    model = run.load(trained).model
     nats = []
     for text in (first, second):
         tokens = jnp.asarray(np.frombuffer(text.encode(), np.uint8).astype(np.int32))[None]
@@ -109,23 +109,23 @@ def test_adapting_changes_what_is_said(continuum, capsys):
 
 
 def test_adapting_refuses(continuum, trained, capsys):
-    for run, arguments, says in (
+    for folder, arguments, says in (
         (continuum, ["--adapt"], "the prompt has 1 tokens, too few to learn from in chunks of 64"),
         (continuum, ["--adapt", "--periods", "8"], "the model has 2 blocks"),
         (continuum, ["--adapt", "--periods", "8,x"], "--periods=8,x is not a list"),
         (continuum, ["--periods", "8,16"], "--periods and --inner-rate need --adapt"),
         (trained, ["--adapt"], "no continuum memory"),
     ):
-        code, _, err = command(capsys, "generate", run, *arguments)
+        code, _, err = command(capsys, "generate", folder, *arguments)
         assert code == 2 and says in err and err.count("\n") == 1, err
 
 
 def test_generate_refuses(trained, capsys):
     for arguments, says in (
-        (["--tokens", 0], "--tokens=0 must be at least 1"),
-        (["--top-k", 0], "--top-k=0 must be at least 1"),
-        (["--temperature", -1], "--temperature -1.0 must be 0 or more"),
-        (["--prompt", ""], "--prompt is empty"),
+        (["--tokens", 0], "tokens=0 must be at least 1"),
+        (["--top-k", 0], "top_k=0 must be at least 1"),
+        (["--temperature", -1], "temperature=-1.0 must be 0 or more"),
+        (["--prompt", ""], "the prompt is empty"),
     ):
         code, _, err = command(capsys, "generate", trained, *arguments)
         assert code == 2 and says in err and err.count("\n") == 1
@@ -145,10 +145,10 @@ def test_levels(trained, tmp_path, capsys):
         b["name"] for b in boxes
     }
     slow = sum(box["parameters"] for box in boxes if box["rule"] == "optimizer")
-    assert slow == models.parameter_count(runs.abstract_model(configs.run_preset("hope_nano")))
+    assert slow == models.parameter_count(run.build(run.run_preset("hope_nano")).model)
     code, out, _ = command(capsys, "levels", trained, "--json")
-    run = {box["name"]: box for box in json.loads(out)}
-    assert code == 0 and run["first moment"]["period"] == 64  # 4 rows of 16 tokens
+    found = {box["name"]: box for box in json.loads(out)}
+    assert code == 0 and found["first moment"]["period"] == 64  # 4 rows of 16 tokens
 
 
 def test_the_validation_loss_printed_is_the_one_recorded(trained):

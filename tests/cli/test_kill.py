@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from nestedjax import runs
+from nestedjax import run
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.training import read_metrics
 from tests.cli.tiny import HOPE, HOPE_ATTENTION
@@ -82,7 +82,7 @@ def kill_at(process, folder, step, delay):
 
 
 def final_state(folder):
-    like = runs.abstract_state(runs.require_config(folder))
+    like = run.abstract_state(run.require_config(folder))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         restored = checkpoints.restore(like)
     assert restored.step == STEPS

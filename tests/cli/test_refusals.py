@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nestedjax import runs
+from nestedjax import run as runs
 from nestedjax.cli import main
 from tests.cli.tiny import RUN, TRANSFORMER, command, refused
 
@@ -33,7 +33,7 @@ def tree(folder):
         (["train", "hope_nano", "--data", "no.txt"], "file not found: {here}/no.txt"),
         (["train", "hope_nano", "--data", "empty.txt"], "file is empty: {here}/empty.txt"),
         (["train", "hope_nano", "--data", "folder"], "no text in folder {here}/folder"),
-        (["train", "hope_nano", "--vocabulary", "no.model"], "vocabulary file not found"),
+        (["train", "hope_nano", "--tokenizer", "no.model"], "vocabulary file not found"),
         (["train", "hope_nano", "--run", "empty.txt"], "is a file, not a run folder"),
         (["train", "hope_nano", "--run", "empty.txt/run"], "cannot"),
         (["train", "hope_nano", "--run", "folder"], "holds photo.jpg but no run"),
@@ -75,7 +75,7 @@ def test_names_and_files(arguments, says, tmp_path, monkeypatch, capsys):
         ("cms.periods=100,250", "100 does not divide 250"),
         ("cms.periods=3000,6000", "is 3000 tokens, not a multiple of the 2048 tokens in one step"),
         ("memory.objective=magic", "objective='magic' is not one of l2, dot"),
-        ("vocab=100", "vocab=100 is less than the vocabulary's 256 tokens"),
+        ("vocab=100", "vocab=100 is less than the tokenizer's 256 tokens"),
         ("width=7 literal=true", "the literal form needs heads * head_dim = width"),
     ],
 )

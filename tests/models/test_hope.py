@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nestedjax import configs, models, sharding
+from nestedjax import models, run, sharding
 from nestedjax.layers import SelfModifyingConfig
 from nestedjax.models import CMSConfig, HopeConfig
 from pallas_kernels.mlp_memory import api, pallas_tpu
@@ -87,4 +87,4 @@ def test_the_blocks_of_a_preset_have_different_periods(size):
     for name in (f"hope_{size}", f"hope_attention_{size}"):
         timed = models.PRESETS[name].cms.timed
         assert len(set(timed)) == 4 and timed[0] == models.SIZES[size].step_tokens
-        assert configs.run_preset(name).step_tokens == models.SIZES[size].step_tokens
+        assert run.run_preset(name).step_tokens == models.SIZES[size].step_tokens

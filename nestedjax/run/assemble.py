@@ -1,27 +1,19 @@
-"""From a run's configuration to the objects that train it: data, model, optimizer, state."""
+"""From a run's configuration to the objects that train it: model, optimizer, state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from nestedjax import levels, models
-from nestedjax.configs import RunConfig
-from nestedjax.data import (
-    Batch,
-    ByteVocabulary,
-    SentencePieceVocabulary,
-    TextDataset,
-    Vocabulary,
-    bundled,
-    text_dataset,
-)
+from nestedjax.errors import ConfigError, one_line
 from nestedjax.optim import menu
 from nestedjax.optim.parts import add_decay
-from nestedjax.overrides import ConfigError, one_line
+from nestedjax.run.config import RunConfig
 from nestedjax.training import TrainState, adamw, init_state, state_shardings, warmup_cosine
 
 PyTree = Any
@@ -39,37 +31,27 @@ class NestedSystem(NamedTuple):
     optimizer: frozenset[str]
 
 
-def vocabulary_of(config: RunConfig) -> Vocabulary:
-    """The vocabulary of a run: bytes, or its SentencePiece model."""
-    path = config.data.vocabulary
-    return ByteVocabulary() if path is None else SentencePieceVocabulary(path)
+class Built(NamedTuple):
+    """A model that was built once: as a definition, and as a program that draws its weights.
 
-
-def datasets(config: RunConfig, vocabulary: Vocabulary) -> tuple[TextDataset, Sequence[Batch]]:
-    """The training data, and the batches of a validation pass.
-
-    Raises:
-      DataError: a file is missing or empty, or too short for the settings.
+    Attributes:
+      definition: of the model, without weights.
+      shapes: of the weights, a tree of `jax.ShapeDtypeStruct`.
+      draw: `draw() -> weights`, drawn from the run's seed; does not build the model again.
     """
-    data, files = config.data, config.data.files or bundled()
-    common = {"length": data.length, "align": config.model.period}
-    train = text_dataset(
-        files,
-        vocabulary,
-        batch=data.batch,
-        seed=config.seed,
-        split="train",
-        order=data.order,
-        context_rows=data.context_rows,
-        **common,
-    )
-    valid = text_dataset(files, vocabulary, batch=data.batch, split="valid", order="once", **common)
-    count = min(len(valid), data.validation_batches or len(valid))
-    return train, [valid[step] for step in range(count)]
+
+    definition: models.Definition
+    shapes: PyTree
+    draw: Callable[[], PyTree]
+
+    @property
+    def model(self) -> models.Model:
+        """The model with shapes in place of weights."""
+        return models.merge(self.definition, self.shapes)
 
 
-def new_model(config: RunConfig) -> models.Model:
-    """The model of a run before its first step.
+def build(config: RunConfig) -> Built:
+    """Build the model of a run, without allocating it.
 
     Raises:
       ConfigError: its settings do not fit each other.
@@ -80,24 +62,41 @@ def new_model(config: RunConfig) -> models.Model:
         raise ConfigError(
             f"implementation={how} needs a {needed.upper()}, this is a {device}: use xla"
         )
-    try:
+    definitions = []
+
+    def make() -> PyTree:
         model = models.create(config.model, seed=config.seed)
+        if config.optimizer.name == "dgd":
+            model = models.add_taps(model)
+        definition, weights = models.split(model)
+        definitions.append(definition)
+        return weights
+
+    try:
+        # A jaxpr is all that building a model leaves to be done: the weights are drawn by it.
+        program, shapes = jax.make_jaxpr(make, return_shape=True)()
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
-    return models.add_taps(model) if config.optimizer.name == "dgd" else model
+
+    def draw() -> PyTree:
+        leaves = jax.extend.core.jaxpr_as_fun(program)()
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return Built(definitions[0], shapes, draw)
 
 
-def abstract_model(config: RunConfig) -> models.Model:
-    """The model of a run with shapes in place of weights."""
-    return models.abstract(lambda: new_model(config))
-
-
-def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def optimizer(
+    config: RunConfig, model: models.Model
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The outer optimizer of a run and its learning rate by step.
 
     One global norm is clipped; then the optimizer steps each block of the continuum memory at its
     own period and everything else at every step. Weight decay is decoupled and pulls at the same
     weights whatever the optimizer.
+
+    Args:
+      config: the run.
+      model: of the run, abstract or not.
 
     Raises:
       ConfigError: a period that is not a multiple of a step's tokens.
@@ -109,8 +108,6 @@ def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sc
         warmup=settings.warmup,
         final_fraction=settings.final_fraction,
     )
-
-    model = abstract_model(config)
 
     def make(period: int) -> optax.GradientTransformation:
         def rate(writes: jax.Array) -> jax.Array:
@@ -129,7 +126,7 @@ def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sc
             rate,
             axes=models.matrix_axes(model),
             rest=adamw(rate, weight_decay=0.0, **moments),
-            given=dict(settings.arguments),
+            given=settings.arguments,
         )
         return optax.chain(rule, add_decay(rate, settings.weight_decay, mask=models.weight_decays))
 
@@ -150,8 +147,8 @@ def nested_system(config: RunConfig) -> NestedSystem:
     Raises:
       ConfigError: its settings do not fit each other.
     """
-    model = abstract_model(config)
-    tx, _ = optimizer(config)
+    model = build(config).model
+    tx, _ = optimizer(config, model)
     memories = jax.eval_shape(tx.init, models.weights(model))
     tokens = models.step_tokens_by_label(config.model, step_tokens=config.step_tokens)
     own = model.boxes()
@@ -159,53 +156,62 @@ def nested_system(config: RunConfig) -> NestedSystem:
     return NestedSystem(boxes, frozenset(box.name for box in boxes) - {box.name for box in own})
 
 
-def new_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState:
-    """The state of a run before its first step."""
-    model, parts = new_model(config), config.loop.microbatches
-    carry = None
-    if config.data.carries:
-        # Rows are whole chunks: nothing is ever pending between two steps.
-        carry = levels.at_boundary(model.init_state(config.data.batch // parts))
-        if parts > 1:
-            carry = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (parts, *x.shape)), carry)
-    return init_state(models.weights(model), tx, seed=config.seed, carry=carry)
-
-
-def abstract_state(config: RunConfig) -> TrainState:
-    """The state of a run as shapes on one device, to restore a checkpoint into."""
-    tx, _ = optimizer(config)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(lambda: new_state(config, tx)),
-    )
-
-
-def place_new_state(
-    config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh | None
+def new_state(
+    config: RunConfig, built: Built, tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
     """The state of a run before its first step, each part of it made on the device that keeps it.
 
     The values do not depend on the mesh. Of the models' carried states the batch
     is split; their heads only inside a dispatch.
 
+    Args:
+      config: the run.
+      built: its model.
+      tx: its optimizer.
+      mesh: None for one device.
+
     Raises:
       MeshError: a weight does not divide over the mesh.
     """
 
     def make() -> TrainState:
-        return new_state(config, tx)
+        return _first_state(config, built, tx)
 
     if mesh is None:
         return jax.jit(make)()
     shapes = jax.eval_shape(make)
     lead: tuple[str | None, ...] = () if config.loop.microbatches == 1 else (None,)
-    if not isinstance(abstract_model(config), models.InContextModel):
+    if not isinstance(built.model, models.InContextModel):
         lead = (*lead, "layers")
 
     def names(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
         return PartitionSpec(*lead, "batch", *[None] * (leaf.ndim - len(lead) - 1))
 
     carry = jax.tree.map(names, shapes.carry)
-    axes = models.logical_axes(shapes.params)
+    axes = models.logical_axes(built.shapes)
     return jax.jit(make, out_shardings=state_shardings(shapes, axes, mesh, carry=carry))()
+
+
+def abstract_state(config: RunConfig) -> TrainState:
+    """The state of a run as shapes on one device, to restore a checkpoint into."""
+    built = build(config)
+    tx, _ = optimizer(config, built.model)
+    return on_one_device(jax.eval_shape(lambda: _first_state(config, built, tx)))
+
+
+def on_one_device(tree: PyTree) -> PyTree:
+    """A tree of shapes on the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def _first_state(config: RunConfig, built: Built, tx: optax.GradientTransformation) -> TrainState:
+    weights, parts = built.draw(), config.loop.microbatches
+    carry = None
+    if config.data.carries:
+        model = models.merge(built.definition, weights)
+        # Rows are whole chunks: nothing is ever pending between two steps.
+        carry = levels.at_boundary(model.init_state(config.data.batch // parts))
+        if parts > 1:
+            carry = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (parts, *x.shape)), carry)
+    return init_state(weights, tx, seed=config.seed, carry=carry)

@@ -8,32 +8,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestedjax import levels, models
+from nestedjax.errors import ConfigError
 from nestedjax.evaluation import generate
 from nestedjax.training import LossFn
 
 PyTree = Any
+Loss = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
 
 PIECE = 256  # tokens of a prompt read at once
 
 
-def language_loss(definition: models.Definition) -> LossFn:
-    """Next-token cross-entropy, in nats per token, of the model that `definition` describes.
+def language_loss(definition: models.Definition, loss: Loss | None = None) -> LossFn:
+    """The training loss of the model that `definition` describes.
+
+    Args:
+      definition: of a model.
+      loss: `loss(logits, batch) -> losses`, [B, T, V] to [B, T]; default `token_losses`: next-token
+        cross-entropy in nats per token.
 
     Returns:
       `loss_fn(params, batch, carry) -> (loss, ({"tokens": n}, carry))`, the mean over the n tokens
-      of `batch["mask"]`. A carry is the model's state after the step before, on a boundary of its
-      chunks (`levels.at_boundary`); gradients end there.
+      of `batch["mask"]`, or over all. A carry is the model's state after the step before, on a
+      boundary of its chunks (`levels.at_boundary`); gradients end there.
     """
 
     def loss_fn(params, batch, carry):
         model = models.merge(definition, params)
         state = None if carry is None else jax.lax.stop_gradient(carry)
-        logits, state = model(batch["tokens"], state, resets=batch["resets"])
-        losses = token_losses(logits, batch["targets"])
-        count = batch["mask"].sum(dtype=jnp.int32)
+        logits, state = model(batch["tokens"], state, resets=batch.get("resets"))
+        targets = batch["targets"]
+        losses = token_losses(logits, targets) if loss is None else loss(logits, batch)
+        if losses.shape != targets.shape:
+            raise ConfigError(
+                f"the loss returned {list(losses.shape)}; return the loss of each target,"
+                f" {list(targets.shape)} here: their mean over the mask is what is trained"
+            )
+        mask = batch.get("mask", jnp.ones(targets.shape, bool))
+        count = mask.sum(dtype=jnp.int32)
         weight = 1 / jnp.maximum(count, 1).astype(losses.dtype)
-        loss = jnp.where(batch["mask"], losses, 0.0).sum() * weight
-        return loss, ({"tokens": count}, None if carry is None else levels.at_boundary(state))
+        total = jnp.where(mask, losses, 0.0).sum() * weight
+        return total, ({"tokens": count}, None if carry is None else levels.at_boundary(state))
 
     return loss_fn
 
@@ -102,7 +116,7 @@ def probe(definition: models.Definition) -> Callable[[PyTree, PyTree], dict[str,
 
     @jax.jit
     def activations(params, batch):
-        return models.merge(definition, params).probe(batch["tokens"], resets=batch["resets"])
+        return models.merge(definition, params).probe(batch["tokens"], resets=batch.get("resets"))
 
     def in_order(params, batch):
         found = activations(params, batch)
@@ -118,7 +132,7 @@ def probe_names(definition: models.Definition, params: PyTree, batch: PyTree) ->
 
     def record(params, batch):
         names.extend(
-            models.merge(definition, params).probe(batch["tokens"], resets=batch["resets"])
+            models.merge(definition, params).probe(batch["tokens"], resets=batch.get("resets"))
         )
 
     jax.eval_shape(record, params, batch)

@@ -1,0 +1,158 @@
+"""The configuration of a run: a model, data, an optimizer and a loop, as frozen dataclasses."""
+
+import dataclasses
+from typing import Any, Literal
+
+from nestedjax.errors import ConfigError, at_least
+from nestedjax.models import ModelConfig
+from nestedjax.optim import menu
+from nestedjax.training import LoopConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The text of a run, and how a batch is cut out of it.
+
+    Attributes:
+      files: text files and folders (.txt, .jsonl, .gz); none for the text that ships with the
+        package.
+      tokenizer: a SentencePiece `.model` file; none for bytes.
+      length: tokens of a row.
+      batch: rows of a step.
+      order: "shuffled" contexts, or "contiguous" text, where row i goes on with row i of the step
+        before.
+      context_rows: rows of a context; its state is carried from row to row, without gradient. none:
+        one row if shuffled, the whole document if contiguous.
+      validation_batches: batches of a validation pass; none for the whole validation split.
+    """
+
+    files: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    length: int = 256
+    batch: int = 16
+    order: Literal["shuffled", "contiguous"] = "shuffled"
+    context_rows: int | None = None
+    validation_batches: int | None = None
+
+    def __post_init__(self):
+        for name in ("length", "batch", "context_rows", "validation_batches"):
+            at_least(name, getattr(self, name), 1)
+
+    @property
+    def carries(self) -> bool:
+        """Whether a context goes on from one step to the next."""
+        rows = self.context_rows
+        return self.order == "contiguous" if rows is None else rows > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The outer optimizer, each block of the continuum memory at its own period.
+
+    Attributes:
+      name: "adamw", or one of `nestedjax.optim.menu.OPTIMIZERS`.
+      arguments: those of its arguments that differ from its defaults.
+      learning_rate: the highest, after the warm-up.
+      warmup: steps in which the learning rate rises from 0; at most half of all steps.
+      final_fraction: the learning rate of the last step, as a fraction of the highest.
+      weight_decay: decoupled, times the learning rate; of projections and embedding.
+      clip: the largest global norm of a gradient; none does not clip.
+      b1: decay of AdamW's first moment; of the parameters that another optimizer leaves to it.
+      b2: decay of AdamW's second moment.
+    """
+
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    name: str = "adamw"
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_optimizer(self)
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate={self.learning_rate} must be positive; try 0.001")
+        at_least("warmup", self.warmup, 0)
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigError(f"clip={self.clip} must be positive; give none not to clip")
+
+
+def _check_optimizer(config: OptimizerConfig) -> None:
+    """Refuse a name or arguments that do not exist, and moments that nothing would use."""
+    if config.name == "adamw":
+        for name in config.arguments:
+            raise ConfigError(f"adamw has no optimizer.{name}; set b1, b2, weight_decay")
+        return
+    try:
+        menu.make(config.name, 1e-3, given=config.arguments)
+    except ValueError as error:
+        text = str(error).replace("there are", "there are adamw,")
+        raise ConfigError(f"optimizer={config.name}: {text}") from error
+    if not menu.has_rest(config.name):
+        for moment, usual in (("b1", 0.9), ("b2", 0.95)):
+            if getattr(config, moment) != usual:
+                raise ConfigError(
+                    f"{config.name} leaves nothing to AdamW, so that {moment} would do nothing; "
+                    f"leave {moment} out"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run; make one with `run_preset`.
+
+    Attributes:
+      preset: the preset that it began from, or the class of its model.
+      model: a configuration that `models.build` takes.
+      data: the text.
+      optimizer: the outer optimizer.
+      loop: its length and intervals, in steps.
+      seed: of the weights, the order of the data and the samples.
+      sample_every: steps between two samples; none for one at the end only.
+      given: what `train` was given in place of the run's own: "data", "loss".
+    """
+
+    preset: str
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig(steps=1000)
+    seed: int = 0
+    sample_every: int | None = None
+    given: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        at_least("seed", self.seed, 0)
+        at_least("sample_every", self.sample_every, 1)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in one optimizer step."""
+        return self.data.batch * self.data.length
+
+
+def check(config: RunConfig) -> RunConfig:
+    """The run, if its settings fit each other.
+
+    Raises:
+      ConfigError: a row shorter than a chunk or not made of whole ones, microbatches that do not
+        divide the batch.
+    """
+    period, length = config.model.period, config.data.length
+    if length < period:
+        raise ConfigError(
+            f"length={length} is shorter than a chunk of {period} tokens, so that no memory would "
+            f"be written; use length={period} or a smaller memory.chunk_size"
+        )
+    if length % period:
+        raise ConfigError(
+            f"length={length} is not a multiple of the chunk of {period} tokens; "
+            f"use length={length // period * period}"
+        )
+    batch, parts = config.data.batch, config.loop.microbatches
+    if batch % parts:
+        raise ConfigError(f"microbatches={parts} does not divide batch={batch}; change either")
+    return config

@@ -1,0 +1,159 @@
+"""What a run reads: its text files, or batches that the caller made."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from nestedjax.data import (
+    Batch,
+    ByteVocabulary,
+    DataError,
+    SentencePieceVocabulary,
+    TextDataset,
+    Vocabulary,
+    bundled,
+    text_dataset,
+)
+from nestedjax.errors import ConfigError
+from nestedjax.run.config import RunConfig
+
+BATCH = {"tokens": np.int32, "targets": np.int32, "mask": np.bool_, "resets": np.bool_}
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Batches of the caller's own, as `train(data=...)` takes them.
+
+    Attributes:
+      fingerprint: what decides the batches: a string, or a mapping that JSON can hold. A run only
+        continues on data of the same fingerprint.
+    """
+
+    fingerprint: Any
+
+    def __getitem__(self, step: int) -> Mapping[str, Any]:
+        """The batch of a step, the same whenever it is asked for.
+
+        `tokens` and `targets`, integers [B, T], a target the token after; and if given `mask`,
+        bool [B, T] (which targets count), and `resets`, bool [B, T] (the first token of each
+        document that begins inside a row). Further arrays [B, ...] reach the loss.
+        """
+
+
+def tokenizer_of(config: RunConfig) -> Vocabulary:
+    """The tokenizer of a run: bytes, or its SentencePiece model."""
+    path = config.data.tokenizer
+    return ByteVocabulary() if path is None else SentencePieceVocabulary(path)
+
+
+def text_of(config: RunConfig, tokenizer: Vocabulary) -> tuple[TextDataset, list[Batch]]:
+    """The training text of a run, and the batches of a validation pass.
+
+    Raises:
+      DataError: a file is missing or empty, or too short for the settings.
+      ConfigError: the model has fewer tokens than the tokenizer.
+    """
+    data, files, vocab = config.data, config.data.files or bundled(), config.model.vocab
+    if vocab < tokenizer.size:
+        raise ConfigError(
+            f"vocab={vocab} is less than the tokenizer's {tokenizer.size} tokens; leave it out, or"
+            " give more"
+        )
+    common = {"length": data.length, "align": config.model.period}
+    train = text_dataset(
+        files,
+        tokenizer,
+        batch=data.batch,
+        seed=config.seed,
+        split="train",
+        order=data.order,
+        context_rows=data.context_rows,
+        **common,
+    )
+    valid = text_dataset(files, tokenizer, batch=data.batch, split="valid", order="once", **common)
+    count = min(len(valid), data.validation_batches or len(valid))
+    return train, [valid[step] for step in range(count)]
+
+
+class OwnData:
+    """The caller's batches as the training loop reads them.
+
+    Args:
+      batches: see `Batches`.
+      vocab: of the model.
+      shape: rows and tokens of a batch; the rows of this process.
+
+    Raises:
+      DataError: there is no fingerprint; or, when a batch is read, it is not of its form.
+    """
+
+    def __init__(self, batches: Any, *, vocab: int, shape: tuple[int, int]):
+        given = getattr(batches, "fingerprint", None)
+        if not given:
+            raise DataError(
+                "the data has no fingerprint; give it one: a string that changes whenever its"
+                " batches do"
+            )
+        self.fingerprint = dict(given) if isinstance(given, Mapping) else {"data": str(given)}
+        self._batches, self._vocab, self._shape = batches, vocab, shape
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step."""
+        found = own_batch(self._batches[step], vocab=self._vocab, name=f"batch {step}")
+        if found["tokens"].shape != self._shape:
+            rows, length = found["tokens"].shape
+            raise DataError(
+                f"batch {step} has {rows} rows of {length} tokens, and the run takes"
+                f" {self._shape[0]} of {self._shape[1]}; give batch={rows}, length={length}"
+            )
+        return found
+
+    def iterate(self, start: int) -> Iterator[Batch]:
+        """Batches from a step on, until the data ends."""
+        step = start
+        while True:
+            try:
+                batch = self[step]
+            except IndexError:
+                return
+            yield batch
+            step += 1
+
+
+def own_batches(batches: Sequence[Mapping[str, Any]], count: int | None, vocab: int) -> list[Batch]:
+    """The batches of a validation pass out of the caller's: the first `count` of them, or all."""
+    total = min(len(batches), count or len(batches))
+    names = ((i, f"validation batch {i}") for i in range(total))
+    return [own_batch(batches[i], vocab=vocab, name=name) for i, name in names]
+
+
+def own_batch(batch: Mapping[str, Any], *, vocab: int, name: str) -> Batch:
+    """A batch of the caller's with the types that the models read.
+
+    Raises:
+      DataError: `tokens` or `targets` are missing, of another shape, or no tokens of the model.
+    """
+    found = {key: np.asarray(value) for key, value in batch.items()}
+    for key in ("tokens", "targets"):
+        if key not in found:
+            raise DataError(f"{name} has no {key!r}, only {', '.join(found)}; add it")
+        value = found[key]
+        if not np.issubdtype(value.dtype, np.integer) or value.ndim != 2:
+            raise DataError(
+                f"{name}: {key} is {value.dtype}{list(value.shape)}, not integer [B, T]"
+            )
+    shape = found["tokens"].shape
+    for key in BATCH.keys() & found.keys():
+        if found[key].shape != shape:
+            raise DataError(f"{name}: {key} is {list(found[key].shape)}, tokens {list(shape)}")
+        found[key] = found[key].astype(BATCH[key])
+    # A target that does not count may be anything.
+    for key, counts in (("tokens", True), ("targets", found.get("mask", True))):
+        value = np.where(counts, found[key], 0)
+        if value.size and not (value.min() >= 0 and value.max() < vocab):
+            raise DataError(
+                f"{name}: {key} are from {value.min()} to {value.max()}, and the model's are from 0"
+                f" to {vocab - 1}; change vocab"
+            )
+    return found

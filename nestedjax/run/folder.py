@@ -1,0 +1,129 @@
+"""A run's folder: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`."""
+
+import json
+import os
+from collections.abc import Sequence
+
+from etils import epath
+
+from nestedjax.errors import ConfigError, one_line
+from nestedjax.run.config import RunConfig
+from nestedjax.run.data import tokenizer_of
+from nestedjax.run.saved import from_json, to_json
+from nestedjax.run.settings import changed
+
+_FIX = "leave it out to continue this run, or take a new run folder"
+
+
+def save_config(folder: str | os.PathLike, config: RunConfig) -> None:
+    """Write `config.json` in one atomic replacement; the folder is made if missing.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    path = epath.Path(folder) / "config.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / "config.json.tmp"
+        temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the run folder {os.fspath(folder)} ({error.strerror or error}); "
+            "take another one"
+        ) from error
+
+
+def read_config(path: str | os.PathLike, modules: Sequence[str] = ()) -> RunConfig:
+    """The run in a `config.json`.
+
+    Args:
+      path: of the file.
+      modules: see `from_json`.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    try:
+        return from_json(json.loads(epath.Path(path).read_text()), modules)
+    except ConfigError as error:
+        raise ConfigError(f"{os.fspath(path)}: {one_line(error)}") from error
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise ConfigError(
+            f"{os.fspath(path)} is no run configuration ({one_line(error)}); restore it, or use a"
+            " new folder"
+        ) from error
+
+
+def load_config(folder: str | os.PathLike, modules: Sequence[str] = ()) -> RunConfig | None:
+    """The configuration of a run folder, or None if there is no run in it.
+
+    Raises:
+      ConfigError: `config.json` cannot be read.
+    """
+    path = epath.Path(folder) / "config.json"
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror or error})") from error
+    return read_config(path, modules) if found else None
+
+
+def require_config(folder: str | os.PathLike, modules: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run folder.
+
+    Raises:
+      ConfigError: there is no run in it, or `config.json` cannot be read.
+    """
+    config = load_config(folder, modules)
+    if config is None:
+        raise ConfigError(
+            f"no run in {os.fspath(folder)}; make one with nestedjax train PRESET --run DIR"
+        )
+    return config
+
+
+def require_free(folder: str | os.PathLike) -> None:
+    """Refuse to begin a run among other files.
+
+    Raises:
+      ConfigError: the folder is a file, or holds something that is no run.
+    """
+    path, name = epath.Path(folder), os.fspath(folder)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{name} is a file, not a run folder; take another one")
+    others = [p.name for p in path.iterdir() if p.name != "config.json.tmp"]
+    if others:
+        raise ConfigError(f"{name} holds {others[0]} but no run; take an empty or new folder")
+
+
+def require_same(saved: RunConfig, config: RunConfig) -> None:
+    """Refuse to continue a run as another one.
+
+    Args:
+      saved: the run in the folder.
+      config: the run that is asked for.
+
+    Raises:
+      ConfigError: something that matters to what a run computes is not what it was.
+    """
+    if config.preset != saved.preset:
+        raise ConfigError(f"this run folder holds a {saved.preset}, not a {config.preset}; {_FIX}")
+    for key, (old, new) in changed(saved, config).items():
+        raise ConfigError(f"{key} was {old} when this run began, and cannot become {new}; {_FIX}")
+    if config.loop.steps < saved.loop.steps:
+        raise ConfigError(
+            f"steps={config.loop.steps} is less than the run's {saved.loop.steps}; steps may only "
+            "grow: leave it out to continue this run"
+        )
+    if config.data.tokenizer != saved.data.tokenizer and (
+        tokenizer_of(config).fingerprint != tokenizer_of(saved).fingerprint
+    ):
+        raise ConfigError(
+            f"this run was made with another tokenizer than {config.data.tokenizer}; {_FIX}"
+        )
+    if config.given != saved.given:
+        was = " and ".join(saved.given) or "neither data nor a loss"
+        raise ConfigError(f"this run was trained with {was} given in Python; give the same again")

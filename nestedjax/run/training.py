@@ -1,0 +1,210 @@
+"""`train`: a run in its folder, from its newest checkpoint if there is one."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+
+from nestedjax import models, sharding, training
+from nestedjax.checkpoint import Checkpoints
+from nestedjax.data import Vocabulary
+from nestedjax.run.assemble import build, new_state, optimizer
+from nestedjax.run.config import RunConfig, check
+from nestedjax.run.data import Batches, OwnData, own_batches, text_of, tokenizer_of
+from nestedjax.run.folder import load_config, require_free, require_same, save_config
+from nestedjax.run.functions import Loss, language_loss, probe
+from nestedjax.run.saved import to_json
+from nestedjax.run.trained import Trained, cached_sampler
+from nestedjax.training import Hook, MetricsWriter, Started, TrainState
+
+SAMPLE = 240  # tokens
+
+
+class Began(NamedTuple):
+    """All is made and nothing is compiled yet.
+
+    Attributes:
+      run: what is trained.
+      parameters: of the model.
+      tokens: of the training text; None for the caller's own data.
+    """
+
+    run: RunConfig
+    parameters: int
+    tokens: int | None
+
+
+class Sampled(NamedTuple):
+    """The weights of `step` drew `text`."""
+
+    step: int
+    text: str
+
+
+Event = training.Event | Began | Sampled
+
+
+class Result(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      trained: the model after the last step done.
+      record: the metrics of the newest step with a validation loss, else of the newest.
+      stopped_by: what asked the run to stop before its end (`SIGTERM`, `Ctrl-C`, `preemption`), or
+        None if it is complete.
+      state: everything the next step would read.
+    """
+
+    trained: Trained
+    record: dict[str, Any]
+    stopped_by: str | None
+    state: TrainState
+
+
+def train(
+    run: RunConfig,
+    folder: str | os.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    data: Batches | None = None,
+    valid_data: Sequence[Any] | None = None,
+    loss: Loss | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Result:
+    """Train a run in its folder, from its newest checkpoint if there is one.
+
+    Started again after any interruption it ends bit for bit as if it had never stopped. Ctrl-C and
+    SIGTERM finish the step, save, and return.
+
+    Args:
+      run: from `run_preset`. In a folder that holds a run, only `steps` (to more) and when it
+        validates, saves and samples may differ from what they were.
+      folder: gets config.json, checkpoints/, metrics.jsonl and tensorboard/.
+      mesh: from `nestedjax.sharding.make_mesh`; None for one device. It may differ when the run
+        continues.
+      data: batches by step in place of the run's files, see `Batches`; each row begins a fresh
+        context, unless the run's `order` is "contiguous".
+      valid_data: a sequence of such batches; default those of the run's files, or none with `data`.
+      loss: `loss(logits, batch) -> losses`, [B, T, V] to [B, T]: the loss of each target, weighted
+        as you like; their mean over `batch["mask"]` is trained and validated.
+      on_event: told what happens: `Began`, the events of `nestedjax.training`, and every
+        `sample_every` steps a `Sampled` (for text, and only if this is given).
+
+    Raises:
+      ConfigError, DataError, CheckpointError, MeshError: what the caller can fix; nothing was
+        written by then.
+      TrainingError: a number is not finite.
+
+    Example:
+      >>> import tempfile
+      >>> import nestedjax as nj
+      >>> tiny = {"layers": 1, "width": 16, "hidden": 16, "attention.heads": 2}
+      >>> run = nj.run_preset("transformer_nano", tiny, steps=2, batch=2, length=16)
+      >>> result = nj.train(run, tempfile.mkdtemp() + "/tiny")
+      >>> result.trained.step
+      2
+    """
+    run = check(_with_given(run, data, loss))
+    saved = load_config(folder)
+    if saved is None:
+        require_free(folder)
+    else:
+        require_same(saved, run)
+    tell = on_event or (lambda event: None)
+    tokenizer = tokenizer_of(run)
+    dataset, valid = _data(run, tokenizer, data, valid_data)
+    built = build(run)
+    tx, schedule = optimizer(run, built.model)
+    batches = _batches(run, mesh)
+    state = new_state(run, built, tx, mesh)
+    # What is there stays until the loop has found that data and checkpoint belong to it.
+    save_config(folder, saved or run)
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Started):
+            save_config(folder, run)
+            count = sum(leaf.size for leaf in jax.tree.leaves(built.shapes))
+            tell(Began(run, count, getattr(dataset, "tokens", None)))
+        tell(event)
+
+    sample = on_event is not None and run.sample_every is not None and data is None
+    with (
+        Checkpoints(epath.Path(folder) / "checkpoints") as saves,
+        MetricsWriter(folder) as metrics,
+        jax.numpy_dtype_promotion("standard"),  # optax promotes, whatever its caller has set
+    ):
+        result = training.train(
+            language_loss(built.definition, loss),
+            state,
+            tx=tx,
+            dataset=dataset,
+            config=run.loop,
+            valid=valid,
+            checkpoints=saves,
+            metrics=metrics,
+            hooks=[_sampling(run, built.definition, tokenizer, tell)] if sample else [],
+            on_event=watch,
+            probe=probe(built.definition),
+            learning_rate=schedule,
+            sharding=batches,
+            meta=to_json(run),
+        )
+    model = models.merge(built.definition, result.state.params)
+    trained = Trained(model, tokenizer, run, int(result.state.step))
+    return Result(trained, result.record, result.stopped_by, result.state)
+
+
+def _with_given(run: RunConfig, data: Any, loss: Any) -> RunConfig:
+    """The run with a note of what is not its own."""
+    given = tuple(n for n, v in (("data", data), ("loss", loss)) if v is not None)
+    if data is not None:  # contexts of several rows are a way to read text files
+        own = dataclasses.replace(run.data, files=(), context_rows=None)
+        run = dataclasses.replace(run, data=own)
+    return dataclasses.replace(run, given=given)
+
+
+def _data(
+    run: RunConfig, tokenizer: Vocabulary, data: Any, valid_data: Any
+) -> tuple[training.Dataset, list[Any] | None]:
+    """The batches to train on, and those of a validation pass."""
+    vocab, valid = run.model.vocab, None
+    if valid_data is not None:
+        valid = own_batches(valid_data, run.data.validation_batches, vocab)
+    if data is None:
+        text, held_out = text_of(run, tokenizer)
+        return text, held_out if valid is None else valid
+    shape = run.data.batch // jax.process_count(), run.data.length
+    own = OwnData(data, vocab=vocab, shape=shape)
+    own[0]  # refuses batches of another form before anything is written
+    return own, valid
+
+
+def _batches(run: RunConfig, mesh: Mesh | None) -> NamedSharding | None:
+    """Where batches lie, known to divide before anything is written."""
+    if mesh is None:
+        return None
+    batches = sharding.batch_sharding(mesh)
+    shape = run.data.batch // run.loop.microbatches, run.data.length
+    sharding.check_fits(shape, batches, name="a microbatch", axes=("batch", "length"))
+    return batches
+
+
+def _sampling(
+    run: RunConfig,
+    definition: models.Definition,
+    tokenizer: Vocabulary,
+    tell: Callable[[Event], None],
+) -> Hook:
+    """Draw text now and then; it depends on the run's seed and step alone."""
+    assert run.sample_every is not None
+    draw, prompt = cached_sampler(definition, SAMPLE), tokenizer.encode("\n")[-1:]
+
+    def sample(state: TrainState) -> None:
+        key = jax.random.fold_in(state.key, state.step)
+        tell(Sampled(int(state.step), tokenizer.decode(draw(state.params, prompt, key))))
+
+    return Hook(run.sample_every, sample)
