@@ -18,8 +18,8 @@ from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.mlp_memory import Documents, FastWeights, Rule, mlp_memory
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
-# `kernel(start, state, tokens, begins, dtype) -> (state, reads)`, of all whole chunks of a call; its
-# products are of numbers of that dtype
+# `kernel(start, state, tokens, begins, dtype) -> (state, reads)`, of all whole chunks of a call;
+# its products are of numbers of that dtype
 Kernel = Callable[..., tuple[MemoryState, Array]]
 
 # Rules of `nestedjax.memory.rules` -> how `mlp_memory` calls them: dgd, erase.

@@ -6,7 +6,7 @@ Importing an architecture here is what makes it known to every command, test and
 from nestedjax.layers import AttentionConfig, CMSConfig, InnerConfig, SelfModifyingConfig
 from nestedjax.models.block import Block
 from nestedjax.models.build import Model, build
-from nestedjax.models.config import ModelConfig, configurations
+from nestedjax.models.config import ModelConfig
 from nestedjax.models.deltanet import DeltaNetConfig
 from nestedjax.models.functional import Definition, abstract, create, merge, split, weights
 from nestedjax.models.gated_deltanet import GatedDeltaNetConfig
@@ -49,7 +49,6 @@ __all__ = [
     "adapting",
     "add_taps",
     "build",
-    "configurations",
     "create",
     "fitted",
     "labels",

@@ -96,18 +96,3 @@ class ModelConfig:
         cms = self.continuum
         own = cms.timed[:1] if cms is not None and cms.lifetime == "in_context" else ()
         return math.lcm(1, *self.chunks, *own)
-
-    @classmethod
-    def kind(cls) -> str:
-        """The name of the class in a run's `config.json`: "module:Class"."""
-        return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def configurations() -> dict[str, type[ModelConfig]]:
-    """Every configuration class that has been imported, by its `kind`."""
-
-    def below(cls: type[ModelConfig]) -> dict[str, Any]:
-        found = {sub.kind(): sub for sub in cls.__subclasses__()}
-        return found | {k: c for sub in cls.__subclasses__() for k, c in below(sub).items()}
-
-    return below(ModelConfig)

@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any, Literal
 
 from nestedjax.errors import ConfigError, at_least
-from nestedjax.models import ModelConfig
 from nestedjax.optim import menu
 from nestedjax.training import LoopConfig
+
+# A `models.ModelConfig` of any class; a field of that type would make msgspec read the base alone.
+ModelConfig = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The run that a preset of a model stands for, and how it is changed."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +57,7 @@ def run_preset(
 
 def _start(preset: str | ModelConfig) -> RunConfig:
     if not isinstance(preset, str):
-        if not dataclasses.is_dataclass(preset) or isinstance(preset, type):
+        if not isinstance(preset, models.ModelConfig):
             raise ConfigError(f"{preset!r} is neither a preset's name nor a model's configuration")
         return RunConfig(preset=type_name(preset), model=preset)
     if preset not in models.PRESETS:

@@ -1,4 +1,4 @@
-"""`implementation=`: the kernels of every memory are in the program, and compute what XLA computes."""
+"""`implementation=`: the kernels of every memory are in the program and compute what XLA does."""
 
 import dataclasses
 import functools
