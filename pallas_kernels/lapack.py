@@ -20,9 +20,7 @@ def stacked(routine: Callable[..., Any], *operands: Array) -> Any:
       routine: from matrices to a tree of arrays; on a CPU it is given single matrices.
       operands: its arguments, [..., m, n].
     """
-    single, batch = jax.custom_batching.sequential_vmap(routine), operands[0].ndim - 2
-    for _ in range(batch):
-        single = jax.vmap(single)
+    batch = operands[0].ndim - 2
 
     def together(*operands):
         batched = routine
@@ -30,7 +28,40 @@ def stacked(routine: Callable[..., Any], *operands: Array) -> Any:
             batched = jax.vmap(batched)
         return batched(*operands)
 
-    return jax.lax.platform_dependent(*operands, cpu=single, default=together)
+    one_by_one = _one_by_one(routine, batch)
+    return jax.lax.platform_dependent(*operands, cpu=one_by_one, default=together)
+
+
+def _one_by_one(routine: Callable[..., Any], batch: int) -> Callable[..., Any]:
+    """`routine` in loops over `batch` leading axes, the first axis outermost.
+
+    A `jax.vmap` adds one more loop on the outside. With `jax.custom_batching.sequential_vmap` the
+    loops would nest the other way round, so that the results had to be transposed back. XLA (jaxlib
+    0.10.2) infers a wrong shape for a product of two such results with three leading axes, and the
+    compiler aborts.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def loops(*operands):
+        mapped = routine
+        for _ in range(batch):
+            mapped = _loop(mapped)
+        return mapped(*operands)
+
+    @loops.def_vmap
+    def _(size, are_batched, *operands):
+        operands = [
+            array if batched else jnp.broadcast_to(array, (size, *array.shape))
+            for array, batched in zip(operands, are_batched, strict=True)
+        ]
+        results = _one_by_one(routine, batch + 1)(*operands)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return loops
+
+
+def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *operands: jax.lax.map(lambda slices: function(*slices), operands)
 
 
 def eigh(a: Float[Array, "*b n n"]) -> tuple[Float[Array, "*b n"], Float[Array, "*b n n"]]:

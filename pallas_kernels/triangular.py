@@ -85,8 +85,12 @@ def _between(i, j, bits):
 
 def _diagonal_blocks(matrix, size):
     """[..., n, n] -> [..., n / size, size, size]."""
+    # Concatenated, not stacked. Under `jax.vmap` a stack along the first axis puts the mapped axis
+    # behind the new one, so two maps rotate three leading axes. XLA (jaxlib 0.10.2) infers a wrong
+    # shape for a product whose two operands are both such rotations, and the compiler aborts.
     starts = range(0, matrix.shape[-1], size)
-    return jnp.stack([matrix[..., i : i + size, i : i + size] for i in starts], axis=-3)
+    blocks = [matrix[..., None, i : i + size, i : i + size] for i in starts]
+    return jnp.concatenate(blocks, axis=-3)
 
 
 def invert_unit_lower(lower: Float[Array, "*b n n"], form: Form = PLAIN) -> Float[Array, "*b n n"]:

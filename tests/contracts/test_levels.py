@@ -9,6 +9,7 @@ import pytest
 
 from nestedjax import levels
 from tests.levels.systems import MAKERS, frozen_level, make_params, tick_chain
+from tests.vmaps import check_vmaps
 
 SIZE = 3
 SYSTEMS = {
@@ -145,6 +146,16 @@ def test_batch_isolated_exactly(specification):
     for a, b in [(y, z), (y2, z2), *zip(*map(jax.tree.leaves, (carry, changed)), strict=True)]:
         np.testing.assert_array_equal(np.asarray(a)[[0, 2]], np.asarray(b)[[0, 2]])
     assert not np.array_equal(y2[1], z2[1])
+
+
+def test_nested_vmaps_are_loops(specification):
+    def both(given):
+        params, x = given
+        y, carry = levels.run(system, params, system.init(params), x)
+        return y, carry.state
+
+    system, _ = build(specification)
+    check_vmaps(both, lambda i: (build(specification, i)[1], tokens(13, i)), rtol=1e-4, atol=1e-4)
 
 
 def test_structure_and_dtypes_never_change(specification):

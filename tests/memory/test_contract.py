@@ -8,6 +8,7 @@ import pytest
 from nestedjax import levels
 from nestedjax import memory as nm
 from tests.memory import numpy_loop, points
+from tests.vmaps import check_vmaps
 
 READS = ("running_prev", "running", "anchor")
 LENGTH, CHUNK = 8, 4
@@ -190,6 +191,23 @@ def test_outer_gradients_are_finite_differences(names, x64):
         exact = float(jnp.sum(jax.tree.leaves(gradient)[index] * direction))
         assert abs(exact) > 1e-9
         assert exact == pytest.approx(numeric, rel=1e-5, abs=1e-7)
+
+
+@every_point
+def test_nested_vmaps_are_loops(names, x64):
+    """Forward and backward, in chunks longer than the blocks of a triangular inverse (16)."""
+    level = points.level(names, 20, read="running")
+
+    def both(given):
+        y, end = run(level, *given)
+        return y, end.state
+
+    def draw(i):
+        return points.params(names, jnp.float64, seed=i), points.tokens(names, 20, np.float64, i)
+
+    tolerance = 1e-4 if names[2] == "lq" else 1e-7  # |A|^(1/3) magnifies rounding near A = 0
+    depths = (1, 2, 3) if names in points.CORE else (3,)
+    check_vmaps(both, draw, depths=depths, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from nestedjax import levels, optim
 from nestedjax.checkpoint import Checkpoints
 from tests.optim.running import draw
+from tests.vmaps import check_vmaps
 
 AXES = {"kernel": optim.MatrixAxes(-2, -1), "bias": None, "table": None, "tap": None}
 
@@ -166,6 +167,38 @@ def test_composes_with_optax(name):
     same(found["layers"], {n: plain[n] for n in kernels}, rtol=1e-4, atol=1e-4)
     assert all(np.isfinite(u).all() for u in jax.tree.leaves(found))
     assert np.abs(plain["kernel"]).max() > 1e-4
+
+
+# they factorise matrices one by one (`pallas_kernels.lapack`), which has no reverse mode
+NO_GRADIENT = ("preconditioned by shampoo", "preconditioned by learning", "shampoo", "soap")
+
+
+@every
+def test_nested_vmaps_and_stacks_are_loops(name):
+    """Two updates of one matrix: mapped one, two and three times, and as a stack of three axes."""
+
+    def draw_one(i):
+        rng = np.random.default_rng(i)
+        params, grads = {"kernel": rng.normal(size=(4, 4))}, {"kernel": rng.normal(size=(2, 4, 4))}
+        if name == "dgd":
+            params["tap"] = np.zeros((4, 4))
+            grads["tap"] = grads["kernel"] @ grads["kernel"].swapaxes(-1, -2) / 4
+        return jax.tree.map(np.float32, (params, grads))
+
+    tx = CASES[name](axes={n: AXES[n] for n in ("kernel", "tap")})
+    updates = lambda given: steps(tx, *given)[0]  # noqa: E731
+    tolerance = dict(rtol=1e-3, atol=1e-3)
+    check_vmaps(updates, draw_one, gradient=name not in NO_GRADIENT, **tolerance)
+    given = [draw_one(i) for i in range(24)]
+    params, grads = jax.tree.map(lambda *a: np.stack(a), *given)
+    grads = jax.tree.map(lambda a: a.swapaxes(0, 1), grads)
+    stacks = jax.tree.map(lambda a: a.reshape(2, 3, 4, 4, 4), params)
+    of_stacks = jax.tree.map(lambda a: a.reshape(2, 2, 3, 4, 4, 4), grads)
+    if name == "dgd":
+        return  # its tap is of a layer, whose kernel is one matrix
+    found = jax.jit(updates)((stacks, of_stacks))
+    alone = jax.jit(jax.vmap(lambda p, g: updates((p, g)), (0, 1), 1))(params, grads)
+    same(found, jax.tree.map(lambda a: a.reshape(2, 2, 3, 4, 4, 4), alone), **tolerance)
 
 
 @each
