@@ -1,6 +1,7 @@
 """HOPE: self-modifying Titans followed by a continuum memory (paper eq. 94-97, spec E)."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -114,23 +115,22 @@ class SelfModifyingLayer(nnx.Module):
         level = self_modifying(self.config, implementation=self.how)
 
         def every(params, carry, inputs, resets):
-            def one(carry, x, reset):
-                start = level.init(params) if carry is None else carry
-                return levels.run(level, params, start, x, reset=reset)
-
-            return jax.vmap(one)(carry, inputs, resets)
+            return levels.run_batch(level, params, carry, inputs, reset=resets)
 
         args = (self.params(), carry, inputs, resets)
-        if self.how == "xla":
+        alone = self.how == "xla" and not levels.takes_turns(inputs)
+        if alone or jax.sharding.get_abstract_mesh().empty:
             return every(*args)
         weights, tokens = P("batch", "heads"), P("batch", None, "heads")
-        whole = levels.Carry(weights, tokens, P("batch"))  # type: ignore[arg-type]
-        axes = (
-            P("heads"),
-            whole if isinstance(carry, levels.Carry) else weights,
-            tokens,
-            P("batch"),
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), inputs)
+        whole = levels.carry_axes(
+            jax.eval_shape(partial(levels.start, level), args[0], one),
+            state=weights,
+            tokens=tokens,
+            sequence=P("batch"),
         )
+        before = whole if isinstance(carry, levels.Carry) else weights
+        axes = (P("heads"), before, tokens, P("batch"))
         return each_device(every, args, axes, (tokens, whole))
 
     def _inputs(self, x, past, resets) -> tuple[Inputs, Array]:
