@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -250,20 +251,25 @@ class MemoryMixer(Layer):
         level = self.functions.level
 
         def every(params, carry, tokens, resets):
-            def one(carry, x, reset):
-                start = level.init(params) if carry is None else carry
-                return levels.run(level, params, start, x, reset=reset)
-
-            return jax.vmap(one)(carry, tokens, resets)
+            return levels.run_batch(level, params, carry, tokens, reset=resets)
 
         args = (self.start(), carry, tokens, resets)
-        if self.implementation == "xla":
+        together = self.implementation == "xla" and not levels.takes_turns(tokens)
+        if together or jax.sharding.get_abstract_mesh().empty:
             return every(*args)
-        # The compiler splits no kernel: every device runs it on its own sequences and heads.
+        # The compiler splits neither a kernel nor a loop over sequences: every device runs it on
+        # its own sequences and heads.
         weights, of_tokens = P("batch", "heads"), P("batch", None, "heads")
-        whole = levels.Carry(weights, of_tokens, P("batch"))  # type: ignore[arg-type]
-        given = whole if isinstance(carry, levels.Carry) else weights
-        axes = (P("heads"), given, of_tokens, P("batch"))
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tokens)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args[0])
+        whole = levels.carry_axes(
+            jax.eval_shape(partial(levels.start, level), shapes, one),
+            state=weights,
+            tokens=of_tokens,
+            sequence=P("batch"),
+        )
+        before = whole if isinstance(carry, levels.Carry) else weights
+        axes = (P("heads"), before, of_tokens, P("batch"))
         return each_device(every, args, axes, (of_tokens, whole))
 
     def _outputs(self, x, reads) -> Array:

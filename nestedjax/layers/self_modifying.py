@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nestedjax import memory
-from nestedjax.levels import Level, flow
+from nestedjax.levels import Level, flow, incremental
 from pallas_kernels.mlp_memory import (
     CHOICES,
     Documents,
@@ -34,7 +34,10 @@ from pallas_kernels.mlp_memory import (
     generate,
     memory_chunk,
     mlp_memory,
+    read_anchor,
+    read_running,
     recomputed,
+    running_start,
     write_chunk,
 )
 from pallas_kernels.numerics import accumulation_dtype
@@ -176,13 +179,14 @@ def self_modifying(
     checkpoint = recomputed if remat else lambda step: step
     generating = config.memories[:4] + config.memories[5:]
     if queried == others:
-        return Level(
+        level = Level(
             "self_modifying",
             queried,
             lambda params: _start(params, config, (*generating, "memory")),
             checkpoint(lambda params, state, x: _step(params, state, x, config)),
             whole=None if implementation == "xla" else partial(_whole, config, implementation),
         )
+        return _by_token(level, config, partial(_tokens, config=config))
     if implementation != "xla":
         raise NotImplementedError(
             f"implementation={implementation!r} takes one chunk size, got {queried} and {others}; "
@@ -193,14 +197,15 @@ def self_modifying(
         others,
         lambda params: _start(params, config, generating),
         checkpoint(lambda params, state, x: _project(params, state, x, config)),
+        token=lambda params, state, pending, x: _generate_one(params, state, x, config),
     )
     queried_memory = Level(
         "memory",
         queried,
         lambda params: _start(params, config, ("memory",)),
-        checkpoint(lambda params, state, x: _remember(state, x, config)),
+        checkpoint(lambda params, state, x: _remember(params, state, x, config)),
     )
-    both = flow(projections, queried_memory)
+    both = flow(projections, _by_token(queried_memory, config, _written_tokens))
     assert both.advance is not None
     advance = both.advance
     return both._replace(
@@ -209,6 +214,31 @@ def self_modifying(
         step=lambda params, state, x: both.step((params, params), state, x),
         advance=lambda params, *rest, **options: advance((params, params), *rest, **options),
     )
+
+
+def _by_token(level, config, columns) -> Level:
+    """The level with its queried memory read token by token in O(1).
+
+    `columns(params, x) -> (tokens, readout)` is how it is given `x`.
+    """
+    rule = _rule(config)
+
+    def given(params, x):
+        return columns(params, jax.tree.map(lambda a: a[None], x))
+
+    def anchored(params, state, pending, x):
+        del pending  # no token of a chunk sees another
+        tokens, readout = given(params, x)
+        return read_anchor(state, tokens, readout, rule)[..., 0]
+
+    def token(params, state, running, x):
+        tokens, readout = given(params, x)
+        running, read = read_running(state, running, tokens, readout, rule)
+        return running, read[..., 0]
+
+    if config.read == "anchor":
+        return level._replace(token=anchored)
+    return incremental(level, start=lambda params, state: running_start(state), token=token)
 
 
 def _start(params, config, names) -> FastWeights:
@@ -281,14 +311,29 @@ def _project(params, weights, x: memory.Tokens, config):
     rule = _rule(config)
     queries, written, _ = generate(weights, tokens, readout, rule, queried=False)
     weights, _ = write_chunk(weights, written, rule)
+    return weights, _generated(queries, written)
+
+
+def _generate_one(params, weights, x: memory.Tokens, config):
+    """One token's context."""
+    tokens, readout = _tokens(params, jax.tree.map(lambda a: a[None], x), config)
+    queries, written, _ = generate(weights, tokens, readout, _rule(config), queried=False)
+    return jax.tree.map(lambda a: a[0], _generated(queries, written))
+
+
+def _generated(queries, written) -> Generated:
+    """The context with tokens first."""
     assert queries is not None
-    generated = Generated(queries, *written)
-    return weights, jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), generated)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), Generated(queries, *written))
 
 
-def _remember(weights, x: Generated, config):
+def _written_tokens(params, x: Generated) -> tuple[Tokens, None]:
+    """The context with tokens last; nothing is left to be read out."""
+    return Tokens(*jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), x)), None
+
+
+def _remember(params, weights, x: Generated, config):
     """Write the chunk's context into the queried memory and read it."""
-    x = jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), x)
-    weights, read = memory_chunk(weights, Tokens(*x), None, _rule(config))
+    weights, read = memory_chunk(weights, *_written_tokens(params, x), _rule(config))
     assert read is not None
     return weights, jnp.moveaxis(read, -1, 0)

@@ -1,10 +1,12 @@
 """Levels: the update clock of the whole library."""
 
 from nestedjax.levels.adapt import Adaptation, Adapting, adapt, adaptive_level
-from nestedjax.levels.boundary import at_boundary, batch_axes, resumed
+from nestedjax.levels.batch import carry_axes, run_batch, takes_turns
+from nestedjax.levels.boundary import at_boundary, resumed
 from nestedjax.levels.compose import chain, flow, parallel
 from nestedjax.levels.describe import HasBoxes, describe, table
 from nestedjax.levels.heads import per_head
+from nestedjax.levels.incremental import Unfinished, incremental
 from nestedjax.levels.level import Level, due, read_write
 from nestedjax.levels.nested import nested
 from nestedjax.levels.order import TRANSFERS, Box, order
@@ -18,14 +20,16 @@ __all__ = [
     "Carry",
     "HasBoxes",
     "Level",
+    "Unfinished",
     "adapt",
     "adaptive_level",
     "at_boundary",
-    "batch_axes",
+    "carry_axes",
     "chain",
     "describe",
     "due",
     "flow",
+    "incremental",
     "nested",
     "order",
     "parallel",
@@ -34,7 +38,9 @@ __all__ = [
     "reset",
     "resumed",
     "run",
+    "run_batch",
     "start",
     "stream",
     "table",
+    "takes_turns",
 ]

@@ -1,4 +1,4 @@
-"""Taking a `Carry` apart: the plain states at a period's end, and the axes of a batch."""
+"""States on a boundary, where nothing is pending."""
 
 import jax
 import jax.numpy as jnp
@@ -44,28 +44,6 @@ def resumed(states: PyTree, like: PyTree) -> PyTree:
       A tree like `like`; positions count from the boundary.
     """
     return jax.tree.map(_dressed, like, states, is_leaf=_is_carry)
-
-
-def batch_axes(carry: PyTree) -> PyTree:
-    """`in_axes` and `out_axes` for `jax.vmap` over sequences that advance in lockstep.
-
-    With a shared position the write at a period's end stays a real branch; with one position per
-    sequence `vmap` turns it into a select, and every token pays for a write. Not for calls with
-    `reset=`, after which positions differ.
-
-    Args:
-      carry: a `Carry` (batched or not) of the system.
-
-    Returns:
-      The same tree with 0 for every array and None for every position.
-    """
-    if isinstance(carry, Carry):
-        return Carry(batch_axes(carry.state), batch_axes(carry.pending), None)  # type: ignore[arg-type]
-    return jax.tree.map(
-        lambda node: batch_axes(node) if isinstance(node, Carry) else 0,
-        carry,
-        is_leaf=lambda node: isinstance(node, Carry),
-    )
 
 
 def _is_carry(node):

@@ -29,6 +29,7 @@ class Level(NamedTuple):
       token: optional `token(params, state, pending, x) -> y`, the output for one token in O(1)
         while a period is unfinished; `pending[P, ...]` holds the period's earlier tokens, zeros
         beyond them. Without it `step` runs again on the unfinished period and its write is dropped.
+        Where a token sees what earlier ones of its period have written, see `incremental`.
       whole: optional `whole(params, state, x[N * P, ...], begins) -> (state, y)`: N steps in one,
         for a kernel that keeps the state on chip between periods. A period for which `begins`
         (bool[N] or None) is True starts from `init` again.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nestedjax.levels.branch import select, when
 from nestedjax.levels.compose import check_divides, picker
 from nestedjax.levels.level import Level, PerToken, PyTree
 from nestedjax.levels.run import (
@@ -16,7 +17,6 @@ from nestedjax.levels.run import (
     run,
     run_some,
     scan_whole,
-    select,
     token_count,
 )
 
@@ -179,12 +179,12 @@ def _run_nothing(system: _Nested, params, carry, x):
 def _restart(system: _Nested, params, done, fast, slow):
     """The fast level made anew from the slow one's state, where that one has just stepped."""
 
-    def anew(slow, fast):
+    def anew(fast):
         slow_state = plain_state(system.slow, slow)
         fresh = system.reinit(system.pick_slow(params), slow_state)
         return _overwrite(fresh_like(system.fast, fresh, fast), fast)
 
-    return jax.lax.cond(done, anew, lambda slow, fast: fast, slow, fast)
+    return when(done, anew, fast)
 
 
 def _dress(begin, state, system: _Nested, held):

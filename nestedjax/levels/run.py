@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nestedjax.levels.branch import select, when
 from nestedjax.levels.level import Level, PyTree, due
 
 
@@ -46,7 +47,7 @@ def run(
       params: its slow parameters.
       state: what `system.init(params)` returned (the start of a context), or the `Carry` of an
         earlier call.
-      x: arrays with a leading token axis, [T, ...]; one sequence. Batches are `jax.vmap`.
+      x: arrays with a leading token axis, [T, ...]; one sequence. A batch is `run_batch`.
       reset: bool[T], True at the first token of a new document, which must stand on a boundary of
         the system's (largest) period counted from the context's start.
 
@@ -233,9 +234,18 @@ def plain_state(system: Level, carry: PyTree) -> PyTree:
     return tuple(plain_state(*part) for part in zip(system.parts, carry.state, strict=True))
 
 
-def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """`new` where the scalar condition holds, else `old`, leaf by leaf."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+def renewed(system: Level, params: PyTree, state: PyTree, begin: jax.Array | None) -> PyTree:
+    """The state a period starts from: `init` where a document begins."""
+    return state if begin is None else select(begin, system.init(params), state)
+
+
+def put_token(tokens: PyTree, x: PyTree, count: jax.Array) -> PyTree:
+    """The pending tokens with one more, x[1, ...], behind the first `count` (traced)."""
+
+    def put(held, new):
+        return jax.lax.dynamic_update_slice_in_dim(held, new, count, axis=0)
+
+    return jax.tree.map(put, tokens, x)
 
 
 # The paths of `run`.
@@ -258,7 +268,7 @@ def _run_fresh(system, params, state, x, resets):
     begins = None if resets is None else jnp.asarray(resets)[::period]
     outputs = []
     if whole == 1:  # nothing to loop over
-        state = _renew(system, params, state, None if begins is None else begins[0])
+        state = renewed(system, params, state, None if begins is None else begins[0])
         state, y = system.step(params, state, grid)
         outputs.append(y)
     elif whole:
@@ -267,7 +277,7 @@ def _run_fresh(system, params, state, x, resets):
         outputs.append(y)
     pending = jax.tree.map(lambda leaf: _pad(leaf, period), tail)
     if rest:
-        state = _renew(system, params, state, None if begins is None else begins[whole])
+        state = renewed(system, params, state, None if begins is None else begins[whole])
         _, y = system.step(params, state, pending)
         outputs.append(jax.tree.map(lambda leaf: leaf[:rest], y))
     if not outputs:
@@ -311,19 +321,16 @@ def _run_shifted(system, params, carry, x, resets, valid=None):
 def _run_token(system, params, carry, x, resets):
     """One token of a level that can read it in O(1); the write runs when the period is full."""
     period = system.period
-    count = carry.position % period
-    state = _renew(system, params, carry.state, None if resets is None else jnp.asarray(resets)[0])
+    begin = None if resets is None else jnp.asarray(resets)[0]
+    state = renewed(system, params, carry.state, begin)
     y = system.token(params, state, carry.pending, jax.tree.map(lambda leaf: leaf[0], x))
 
-    def put(held, new):
-        return jax.lax.dynamic_update_slice_in_dim(held, new, count, axis=0)
-
-    def write(state, tokens):
+    def write(held):
+        state, tokens = held
         return system.step(params, state, tokens)[0], jax.tree.map(jnp.zeros_like, tokens)
 
-    tokens = jax.tree.map(put, carry.pending, x)
-    full = due(carry.position, period)
-    state, pending = jax.lax.cond(full, write, lambda *held: held, state, tokens)
+    tokens = put_token(carry.pending, x, carry.position % period)
+    state, pending = when(jnp.asarray(due(carry.position, period)), write, (state, tokens))
     y = jax.tree.map(lambda leaf: leaf[None], y)
     return y, Carry(state, pending, advance_position(carry.position, 1, resets))
 
@@ -340,7 +347,7 @@ def _scan_periods(system, params, state, grid, begins=None, commit=None):
 
     def body(state, inputs):
         x, begin, keep = inputs
-        state = _renew(system, params, state, begin)
+        state = renewed(system, params, state, begin)
         new, y = system.step(params, state, x)
         return (new if keep is None else select(keep, new, state)), y
 
@@ -353,11 +360,6 @@ def scan_whole(system: Level, params: PyTree, state: PyTree, x: PyTree) -> tuple
     if system.period is None or token_count(x) == system.period:
         return system.step(params, state, x)
     return _many_periods(system, params, state, x)
-
-
-def _renew(system, params, state, begin):
-    """The state a period starts from: `init` where a document begins."""
-    return state if begin is None else select(begin, system.init(params), state)
 
 
 def _cut(x, at):

@@ -2,6 +2,7 @@
 
 from pallas_kernels.mlp_memory.api import CHOICES, MemoryOutput, mlp_memory
 from pallas_kernels.mlp_memory.chunk import generate, memory_chunk, predict, write_chunk
+from pallas_kernels.mlp_memory.token import read_anchor, read_running, running_start
 from pallas_kernels.mlp_memory.types import (
     Documents,
     FastWeights,
@@ -27,6 +28,9 @@ __all__ = [
     "memory_chunk",
     "mlp_memory",
     "predict",
+    "read_anchor",
+    "read_running",
     "recomputed",
+    "running_start",
     "write_chunk",
 ]

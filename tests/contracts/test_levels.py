@@ -16,6 +16,7 @@ SYSTEMS = {
     "one": [("gradient", 4)],
     "three": [("gradient", 2), ("running", 4), ("gradient", 8)],
     "equal": [("running", 3), ("gradient", 3)],
+    "incremental": [("incremental", 4), ("gradient", 8), ("incremental", 8)],
     "four": [("running", 1), ("gradient", 2), ("gradient", 6), ("frozen", None)],
 }
 

@@ -1,4 +1,4 @@
-"""Levels over a batch split between devices, in Explicit mode: no collective, same numbers."""
+"""Levels over a batch split between devices, in Explicit mode: the same numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ def adaptive():
 def cases():
     rng = np.random.default_rng(0)
     yield "chain", *build(SYSTEMS["three"])
+    yield "incremental", *build(SYSTEMS["incremental"])
     yield "nested", make_nested(), nested_params()
     fast = rng.standard_normal((3, 3)).astype(np.float32)
     yield "adaptive", adaptive(), {"fast": fast, "rate": np.asarray(0.05, np.float32)}
@@ -45,8 +46,9 @@ def test_a_batch_on_four_devices(name, system, params):
     def loss(params, x):
         init = system.init(params)
         y, carry = jax.vmap(lambda x: levels.run(system, params, init, x))(x[:, :10])
-        z, _ = jax.vmap(lambda c, x: levels.run(system, params, c, x))(carry, x[:, 10:])
-        return jnp.sum(y**2) + jnp.sum(z**2)
+        z, carry = jax.vmap(lambda c, x: levels.run(system, params, c, x))(carry, x[:, 10:18])
+        w, _ = levels.run_batch(system, params, carry, x[:, 18:])  # one token of each
+        return jnp.sum(y**2) + jnp.sum(z**2) + jnp.sum(w**2)
 
     expected = jax.jit(jax.value_and_grad(loss))(params, x)
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])  # Explicit axes

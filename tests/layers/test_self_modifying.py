@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from nestedjax import levels
 from nestedjax.layers.self_modifying import SelfModifyingConfig, init_params, self_modifying
@@ -156,18 +157,84 @@ def test_equals_the_token_loop(x64, variant):
     np.testing.assert_allclose(y, numpy_loop(config, params, x), atol=2e-9)
 
 
-@pytest.mark.parametrize("variant", ["default", "slow memory", "slow projections", "anchor"])
-def test_any_split_equals_one_call(x64, variant):
-    config, params, x = make(variant)
-    level = self_modifying(config)
-    whole, _ = levels.run(level, params, level.init(params), x)
+def streamed(level, params, x, cuts):
+    """Outputs and last carry of the pieces between the cuts."""
     carry, pieces = levels.start(level, params, x), []
     step = jax.jit(lambda carry, x: levels.run(level, params, carry, x))
-    bounds = [0, 1, 4, 9, 16]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in zip([0, *cuts], [*cuts, 16], strict=True):
         y, carry = step(carry, jax.tree.map(lambda a: a[first:last], x))  # noqa: B023
         pieces.append(y)
-    np.testing.assert_allclose(jnp.concatenate(pieces), whole, atol=1e-10)
+    return jnp.concatenate(pieces), carry
+
+
+CUTS = {"tokens": range(1, 16), "chunks, then tokens": [6, 7, 8, 9, 12, 13], "mixed": [1, 4, 9]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cuts", CUTS)
+def test_any_split_equals_one_call(x64, variant, cuts):
+    config, params, x = make(variant)
+    level = self_modifying(config)
+    whole, after = levels.run(level, params, level.init(params), x)
+    y, carry = streamed(level, params, x, CUTS[cuts])
+    np.testing.assert_allclose(y, whole, atol=1e-10)
+    assert jax.tree.structure(carry) == jax.tree.structure(after)
+    weights = levels.at_boundary((carry, after))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), *weights)
+
+
+def test_token_by_token_in_float32():
+    config, params, x = make("default")
+    x = jax.tree.map(lambda a: a.astype(jnp.float32), x)
+    level = self_modifying(config)
+    whole, _ = levels.run(level, params, level.init(params), x)
+    y, _ = streamed(level, params, x, range(1, 16))
+    assert np.max(np.abs(y - whole)) < 1e-4 * np.max(np.abs(whole))
+
+
+@pytest.mark.parametrize("variant", ["default", "anchor", "slow memory", "slow projections"])
+def test_a_token_costs_the_same_in_any_chunk(variant):
+    """Outside of the branches nothing is as long as the chunk but the pending tokens."""
+    work = []
+    for factor in (1, 16):
+        config, params, x = make(variant)
+        sizes = (factor * size for size in config.chunk_sizes)
+        config = dataclasses.replace(
+            config, **dict(zip(("chunk_size", "projection_chunk_size"), sizes, strict=True))
+        )
+        level = self_modifying(config)
+        run = jax.vmap(lambda carry, x: levels.run(level, params, carry, x))  # noqa: B023
+        one = jax.tree.map(lambda a: a[None, :1], x)
+        carry = jax.tree.map(lambda a: a[None], levels.start(level, params, x))
+        work.append(sum(outside_branches(jax.make_jaxpr(run)(carry, one).jaxpr)))
+    assert work[0] == work[1] > 1000
+
+
+def outside_branches(jaxpr):
+    """Elements written by each operation but those that only move data."""
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, [*jaxprs_in_params(equation.params)]
+        if name in ("cond", "scatter", "dynamic_update_slice"):
+            continue
+        for part in inner:
+            yield from outside_branches(part)
+        if not inner:
+            yield sum(math.prod(out.aval.shape) for out in equation.outvars)
+
+
+@pytest.mark.parametrize("variant", ["default", "slow memory"])
+def test_gradients_through_single_tokens(x64, variant):
+    config, params, x = make(variant)
+    level = self_modifying(config)
+
+    def loss(params, cuts):
+        return jnp.sum(jnp.sin(3 * streamed(level, params, x, cuts)[0]))
+
+    expected = jax.grad(lambda params: loss(params, []))(params)
+    found = jax.grad(lambda params: loss(params, range(1, 16)))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), found, expected
+    )
 
 
 @pytest.mark.parametrize("variant", ["default", "adaptive query"])

@@ -40,6 +40,17 @@ def running_level(name, period):
     return levels.Level(name, period, init, step)
 
 
+def incremental_level(name, period):
+    """The same memory with its running sum noted, so that a token is O(1)."""
+
+    def token(params, state, sums, x):
+        sums = sums + params["rate"] * x
+        return sums, x + sums
+
+    level = running_level(name, period)
+    return levels.incremental(level, start=lambda params, state: state, token=token)
+
+
 def frozen_level(name):
     """Never written: a fixed map of each token."""
     return levels.read_write(
@@ -50,11 +61,15 @@ def frozen_level(name):
     )
 
 
-MAKERS = {"gradient": gradient_level, "running": running_level}
+MAKERS = {
+    "gradient": gradient_level,
+    "running": running_level,
+    "incremental": incremental_level,
+}
 
 
 def make_params(rng, kind, size, dtype=np.float32):
-    shape = (size,) if kind == "running" else (size, size)
+    shape = (size,) if kind in ("running", "incremental") else (size, size)
     return {
         "start": (0.3 * rng.standard_normal(shape)).astype(dtype),
         "rate": np.asarray(0.05, dtype),

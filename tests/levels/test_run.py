@@ -112,26 +112,6 @@ def test_a_period_of_one_and_a_frozen_level():
     assert int(carry.position) == 6
 
 
-def test_lockstep_batch_keeps_the_write_a_branch():
-    level = gradient_level("level", 4)
-    params = make_params(np.random.default_rng(0), "gradient", SIZE)
-    carry = levels.start(level, params, jnp.zeros((1, SIZE)))
-    batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), carry)._replace(
-        position=carry.position
-    )
-    axes = levels.batch_axes(carry)
-    run = jax.vmap(lambda c, x: levels.run(level, params, c, x), (axes, 0), (0, axes))
-    x = jnp.asarray(tokens(np.random.default_rng(1), 6))
-    both = jnp.stack([x, 2 * x])
-    assert "cond[" in str(jax.make_jaxpr(run)(batch, both[:, :1]))
-    outputs = []
-    for i in range(6):
-        y, batch = run(batch, both[:, i : i + 1])
-        outputs.append(y)
-    alone, _ = levels.run(level, params, level.init(params), 2 * x)
-    np.testing.assert_allclose(jnp.concatenate(outputs, 1)[1], alone, atol=1e-5)
-
-
 def test_mistakes_are_named():
     level = gradient_level("memory", 4)
     params = make_params(np.random.default_rng(0), "gradient", SIZE)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nestedjax import models
+from nestedjax import levels, models
 from tests.models.families import FAMILIES, built, caller, token_losses, tokens_of
 
 LENGTH, PIECE = 21, 7
@@ -36,7 +36,17 @@ def kinds(tree):
     return jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)
 
 
+def written(tree):
+    """A state without the notes that only calls with one token make; they follow from the rest."""
+    return jax.tree.map(
+        lambda node: node.tokens if isinstance(node, levels.Unfinished) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, levels.Unfinished),
+    )
+
+
 def close(tree, other):
+    tree, other = written(tree), written(other)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), tree, other)
 
 
