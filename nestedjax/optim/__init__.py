@@ -18,6 +18,7 @@ from nestedjax.optim.dgd import DGDState, dgd, scale_by_dgd, tapped
 from nestedjax.optim.ggd import GGDState, ggd, scale_by_gm
 from nestedjax.optim.m3 import M3State, m3, scale_by_m3
 from nestedjax.optim.matrices import MatrixAxes, last_two
+from nestedjax.optim.memories import HasMemories, Memory, Part, boxes_of
 from nestedjax.optim.nested_by_period import NestedState, StartState, nested_by_period
 from nestedjax.optim.nonlinear_momentum import nonlinear_momentum, scale_by_nonlinear_momentum
 from nestedjax.optim.preconditioned_momentum import (
@@ -40,7 +41,11 @@ __all__ = [
     "GGDState",
     "LearnedState",
     "M3State",
+    "HasMemories",
     "MatrixAxes",
+    "Memory",
+    "Part",
+    "boxes_of",
     "NestedState",
     "Network",
     "ShampooState",

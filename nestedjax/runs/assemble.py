@@ -19,7 +19,7 @@ from nestedjax.data import (
     bundled,
     text_dataset,
 )
-from nestedjax.optim import menu
+from nestedjax.optim import boxes_of, menu
 from nestedjax.optim.parts import add_decay
 from nestedjax.overrides import ConfigError, one_line
 from nestedjax.training import TrainState, adamw, init_state, state_shardings, warmup_cosine
@@ -166,7 +166,7 @@ def nested_system(config: RunConfig) -> NestedSystem:
     memories = jax.eval_shape(tx.init, models.weights(model))
     tokens = models.step_tokens_by_label(config.model, step_tokens=config.step_tokens)
     own = model.boxes()
-    boxes = levels.describe(own, memories, step_tokens=tokens)
+    boxes = levels.describe(own, boxes_of(memories), step_tokens=tokens)
     return NestedSystem(boxes, frozenset(box.name for box in boxes) - {box.name for box in own})
 
 
