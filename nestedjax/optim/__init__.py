@@ -2,6 +2,7 @@
 
 from nestedjax.optim import features, menu
 from nestedjax.optim.adamuon import AdaMuonState, adamuon, scale_by_adamuon
+from nestedjax.optim.adamw import adamw
 from nestedjax.optim.by_period import AccumulateState, accumulate, by_period, in_steps, in_tokens
 from nestedjax.optim.deep_momentum import (
     DeepMomentumState,
@@ -28,6 +29,7 @@ from nestedjax.optim.preconditioned_momentum import (
     scale_by_matrix,
     scale_by_preconditioned_momentum,
 )
+from nestedjax.optim.schedules import warmup_cosine
 from nestedjax.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from nestedjax.optim.soap import SoapState, scale_by_soap, soap
 from nestedjax.optim.taps import recorded_linear, tapped_embedding, tapped_linear, watch_inputs
@@ -53,6 +55,7 @@ __all__ = [
     "StartState",
     "accumulate",
     "adamuon",
+    "adamw",
     "by_period",
     "deep_momentum",
     "delta_momentum",
@@ -85,5 +88,6 @@ __all__ = [
     "tapped",
     "tapped_embedding",
     "tapped_linear",
+    "warmup_cosine",
     "watch_inputs",
 ]

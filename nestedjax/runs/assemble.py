@@ -19,10 +19,10 @@ from nestedjax.data import (
     bundled,
     text_dataset,
 )
-from nestedjax.optim import boxes_of, menu
+from nestedjax.optim import adamw, boxes_of, menu, warmup_cosine
 from nestedjax.optim.parts import add_decay
 from nestedjax.overrides import ConfigError, one_line
-from nestedjax.training import TrainState, adamw, init_state, state_shardings, warmup_cosine
+from nestedjax.training import TrainState, init_state, state_shardings
 
 PyTree = Any
 
@@ -117,8 +117,7 @@ def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sc
         moments: dict[str, Any] = {
             "b1": settings.b1,
             "b2": settings.b2,
-            "clip": None,
-            "decay_mask": decays,
+            "mask": decays,
         }
         if settings.name == "adamw":
             return adamw(rate, weight_decay=settings.weight_decay, **moments)
