@@ -16,7 +16,7 @@ from nestedjax.levels import Box, Carry, Level
 from nestedjax.models.inner_optimizer import inner_optimizer
 from nestedjax.models.language_model import LanguageModel
 from nestedjax.models.periods import block_labels
-from nestedjax.optim import in_tokens
+from nestedjax.optim import boxes_of, in_tokens
 from nestedjax.sharding import over_batch
 
 PyTree = Any
@@ -167,7 +167,7 @@ class InContextModel(nnx.Module):
         ).state
         steps, needs = _in_chunks(cms), {}
         tokens = in_tokens(steps, step_tokens=cms.timed[0])
-        memories = levels.describe((), state.optimizer, step_tokens=tokens)
+        memories = boxes_of(state.optimizer)(tokens)
         frozen = {f"cms.{i}" for i in range(len(cms.periods))} - set(steps)
         boxes = [
             dataclasses.replace(box, period=None, rule="") if box.name in frozen else box

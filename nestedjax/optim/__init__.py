@@ -2,6 +2,7 @@
 
 from nestedjax.optim import features, menu
 from nestedjax.optim.adamuon import AdaMuonState, adamuon, scale_by_adamuon
+from nestedjax.optim.adamw import adamw
 from nestedjax.optim.by_period import AccumulateState, accumulate, by_period, in_steps, in_tokens
 from nestedjax.optim.deep_momentum import (
     DeepMomentumState,
@@ -18,6 +19,7 @@ from nestedjax.optim.dgd import DGDState, dgd, scale_by_dgd, tapped
 from nestedjax.optim.ggd import GGDState, ggd, scale_by_gm
 from nestedjax.optim.m3 import M3State, m3, scale_by_m3
 from nestedjax.optim.matrices import MatrixAxes, last_two
+from nestedjax.optim.memories import HasMemories, Memory, Part, boxes_of
 from nestedjax.optim.nested_by_period import NestedState, StartState, nested_by_period
 from nestedjax.optim.nonlinear_momentum import nonlinear_momentum, scale_by_nonlinear_momentum
 from nestedjax.optim.preconditioned_momentum import (
@@ -27,6 +29,7 @@ from nestedjax.optim.preconditioned_momentum import (
     scale_by_matrix,
     scale_by_preconditioned_momentum,
 )
+from nestedjax.optim.schedules import warmup_cosine
 from nestedjax.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from nestedjax.optim.soap import SoapState, scale_by_soap, soap
 from nestedjax.optim.taps import recorded_linear, tapped_embedding, tapped_linear, watch_inputs
@@ -40,7 +43,11 @@ __all__ = [
     "GGDState",
     "LearnedState",
     "M3State",
+    "HasMemories",
     "MatrixAxes",
+    "Memory",
+    "Part",
+    "boxes_of",
     "NestedState",
     "Network",
     "ShampooState",
@@ -48,6 +55,7 @@ __all__ = [
     "StartState",
     "accumulate",
     "adamuon",
+    "adamw",
     "by_period",
     "deep_momentum",
     "delta_momentum",
@@ -80,5 +88,6 @@ __all__ = [
     "tapped",
     "tapped_embedding",
     "tapped_linear",
+    "warmup_cosine",
     "watch_inputs",
 ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.optim.matrices import Axes, widened
+from nestedjax.optim.memories import Memory, first_moment, second_moment
 from nestedjax.optim.parts import (
     Orthogonalize,
     PyTree,
@@ -25,6 +26,10 @@ class AdaMuonState(NamedTuple):
 
     mu: PyTree
     nu: PyTree
+
+    def memories(self) -> tuple[Memory, ...]:
+        """Its boxes."""
+        return first_moment(self.mu), second_moment(self.nu)
 
 
 def adamuon(

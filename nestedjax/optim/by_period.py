@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.levels import due
+from nestedjax.optim.memories import Memory, Part, accumulator
 from pallas_kernels.numerics import accumulation_dtype
 
 PyTree = Any
@@ -28,6 +29,10 @@ class AccumulateState(NamedTuple):
     position: jax.Array  # shape=(), dtype=int32
     acc_grads: PyTree
     inner: PyTree
+
+    def memories(self) -> tuple[Memory | Part, ...]:
+        """Its boxes: the gradients that it gathers, and what the transformation remembers."""
+        return accumulator(self.acc_grads), Part(self.inner)
 
 
 def accumulate(

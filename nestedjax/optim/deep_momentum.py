@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, rms, unfold, widened
+from nestedjax.optim.memories import Memory
 from nestedjax.optim.parts import PyTree, Rate, choice, number, rescaled, with_adamw
 
 _EPS = 1e-8
@@ -24,6 +25,14 @@ class DeepMomentumState(NamedTuple):
 
     network: PyTree
     average: PyTree
+
+    def memories(self) -> tuple[Memory, ...]:
+        """Its boxes."""
+        about = "from a gradient's rows to their value", "gradient step"
+        return (
+            Memory("gradient network", self.network, *about),
+            Memory("average key", self.average, "l2 to the negative key", "moving average"),
+        )
 
 
 class Network(NamedTuple):

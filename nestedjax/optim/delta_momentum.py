@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identity, unfold, widened
+from nestedjax.optim.memories import Memory, Part, momentum
 from nestedjax.optim.parts import PyTree, Rate, add_decay, choice, number
 from nestedjax.optim.preconditioned_momentum import Preconditioner, preconditioners
 from pallas_kernels.lapack import solve
@@ -19,6 +20,10 @@ class DeltaMomentumState(NamedTuple):
 
     trace: PyTree
     write: PyTree
+
+    def memories(self) -> tuple[Memory | Part, ...]:
+        """Its boxes: the momentum, and what its preconditioner remembers."""
+        return momentum(self.trace), Part(self.write)
 
 
 def delta_momentum(

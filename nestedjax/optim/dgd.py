@@ -29,6 +29,10 @@ class DGDState(NamedTuple):
 
     position: jax.Array  # shape=(), dtype=int32
 
+    def memories(self) -> tuple[()]:
+        """None: the weights themselves are the memory."""
+        return ()
+
 
 def dgd(
     learning_rate: Rate,

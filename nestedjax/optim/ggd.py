@@ -10,6 +10,7 @@ from nestedjax.memory import objectives, retention
 from nestedjax.memory.objectives import Objective
 from nestedjax.memory.retention import Retention
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identity, unfold, widened
+from nestedjax.optim.memories import Memory
 from nestedjax.optim.parts import PyTree, Rate, choice, number
 from pallas_kernels.lapack import solve
 
@@ -27,6 +28,11 @@ class GGDState(NamedTuple):
 
     position: jax.Array  # shape=(), dtype=int32
     accumulator: PyTree
+
+    def memories(self) -> tuple[Memory, ...]:
+        """Its box, where the weights are a function of an accumulator."""
+        about = "dot with the gradient", "gradient step with decay"
+        return (Memory("mirror accumulator", self.accumulator, *about),)
 
 
 def ggd(

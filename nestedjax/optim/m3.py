@@ -1,6 +1,6 @@
 """M3, multi-scale momentum Muon: momenta at several time scales, orthogonalised and summed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.levels import due
-from nestedjax.levels.describe import EVERY
 from nestedjax.optim.matrices import Axes, widened
+from nestedjax.optim.memories import (
+    Memory,
+    Part,
+    accumulator,
+    every,
+    first_moment,
+    periodic,
+    second_moment,
+)
 from nestedjax.optim.parts import (
     Orthogonalize,
     PyTree,
@@ -36,6 +44,10 @@ class SlowState(NamedTuple):
     acc_grads: PyTree
     held: PyTree
 
+    def memories(self) -> tuple[Memory, ...]:
+        """Its boxes."""
+        return accumulator(self.acc_grads), first_moment(self.mu, cache=self.held)
+
 
 class M3State(NamedTuple):
     """The state of `scale_by_m3`.
@@ -51,6 +63,12 @@ class M3State(NamedTuple):
     mu: PyTree
     nu: PyTree
     slow: dict[str, SlowState]
+
+    def memories(self) -> Iterator[Memory | Part]:
+        """Its boxes: two moments, and each slow momentum at a period of its own."""
+        yield first_moment(self.mu)
+        yield second_moment(self.nu)
+        yield from periodic(self.slow)
 
 
 def m3(
@@ -236,7 +254,7 @@ def _init(rule: _Rule, params: PyTree) -> M3State:
     def zeros(wanted: bool = True) -> PyTree:
         return jax.tree.map(jnp.zeros_like, params) if wanted else ()
 
-    slow = {f"{EVERY}{f}": SlowState(zeros(), zeros(), zeros(rule.cache)) for f in rule.periods}
+    slow = {every(f): SlowState(zeros(), zeros(), zeros(rule.cache)) for f in rule.periods}
     return M3State(jnp.zeros((), jnp.int32), zeros(), zeros(rule.moment != "none"), slow)
 
 
@@ -245,11 +263,11 @@ def _update(rule: _Rule, grads: PyTree, state: M3State) -> tuple[PyTree, M3State
     mu = _moment(rule, state.mu, grads, b1)
     direction, slow = rule.ortho(_unbiased(rule, "mu", mu, b1, position)), {}
     for f, weight in rule.periods.items():
-        before = state.slow[f"{EVERY}{f}"]
+        before = state.slow[every(f)]
         total = jax.tree.map(jnp.add, before.acc_grads, grads)
         slower = _slow_direction(rule, before, total, position < f)
         direction = jax.tree.map(lambda o, s, w=weight: o + w * s, direction, slower)
-        slow[f"{EVERY}{f}"] = _slow_write(rule, before, total, f, position)
+        slow[every(f)] = _slow_write(rule, before, total, f, position)
     nu = state.nu
     if rule.moment != "none":
         source = grads if rule.moment == "grad" else direction

@@ -10,6 +10,7 @@ import optax
 
 from nestedjax.levels import due
 from nestedjax.optim.by_period import PyTree, accumulate, by_period
+from nestedjax.optim.memories import Memory, Part
 
 RULES = ("fomaml", "reptile", "frozen")
 
@@ -25,6 +26,12 @@ class StartState(NamedTuple):
     start: PyTree
     written: PyTree
 
+    def memories(self) -> tuple[Memory | Part, ...]:
+        """Its boxes: the start, which is a level of its own, and what its optimizer remembers."""
+        about = "loss of its context", "written with its block"
+        start = Memory("start of the faster block", self.start, *about, transfer="init")
+        return start, Part(self.written)
+
 
 class NestedState(NamedTuple):
     """The state of `nested_by_period`.
@@ -38,6 +45,10 @@ class NestedState(NamedTuple):
     position: jax.Array  # shape=(), dtype=int32
     blocks: PyTree
     starts: dict[str, StartState]
+
+    def memories(self) -> tuple[Part, ...]:
+        """The boxes of its blocks and of their starts."""
+        return Part(self.blocks), Part(self.starts)
 
 
 def nested_by_period(

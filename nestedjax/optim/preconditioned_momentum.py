@@ -9,6 +9,7 @@ import optax
 
 from nestedjax.optim.features import Features, on_features
 from nestedjax.optim.matrices import Axes, fold, on_leaves, unfold, widened
+from nestedjax.optim.memories import Memory
 from nestedjax.optim.parts import PyTree, Rate, add_decay, choice, lenient, number, polar
 from nestedjax.optim.shampoo import scale_by_shampoo
 from nestedjax.optim.soap import scale_by_soap
@@ -126,6 +127,12 @@ class LearnedState(NamedTuple):
     """The state of `scale_by_learned_preconditioner`: one P [..., outputs, outputs] a matrix."""
 
     operator: PyTree
+
+    def memories(self) -> tuple[Memory, ...]:
+        """Its box."""
+        return (
+            Memory("preconditioner", self.operator, "l2 from gradient to target", "delta rule"),
+        )
 
 
 def scale_by_learned_preconditioner(

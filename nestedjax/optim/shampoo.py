@@ -8,6 +8,7 @@ import optax
 
 from nestedjax.levels import due
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
+from nestedjax.optim.memories import Memory, momentum
 from nestedjax.optim.parts import PyTree, Rate, choice, number, rescaled, with_adamw
 from pallas_kernels.lapack import eigh
 
@@ -28,6 +29,10 @@ class ShampooState(NamedTuple):
     left: PyTree
     right: PyTree
     held: PyTree
+
+    def memories(self) -> tuple[Memory, ...]:
+        """Its boxes."""
+        return momentum(self.trace), *factors(self.left, self.right, cache=self.held)
 
 
 def shampoo(
@@ -157,6 +162,15 @@ def scale_by_shampoo(
         return direction, ShampooState(state.position + 1, trace, left, right, held)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
+
+
+def factors(left: PyTree, right: PyTree, *, cache: PyTree = ()) -> tuple[Memory, Memory]:
+    """The boxes of the two factors of each matrix."""
+    rule = "sum or moving average"
+    return (
+        Memory("left factor", left, "l2 to g g^T", rule, cache=cache),
+        Memory("right factor", right, "l2 to g^T g", rule),
+    )
 
 
 def period(refresh: Any) -> None:

@@ -1,5 +1,6 @@
 """SOAP: Adam in the slowly moving eigenbasis of Shampoo's factors."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nestedjax.levels.describe import EVERY
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
+from nestedjax.optim.memories import Memory, Part, every, first_moment, periodic, second_moment
 from nestedjax.optim.parts import PyTree, Rate, number, with_adamw
-from nestedjax.optim.shampoo import period, sandwich, side, summed
+from nestedjax.optim.shampoo import factors, period, sandwich, side, summed
 from pallas_kernels.lapack import eigh, stacked
 
 
@@ -18,6 +19,11 @@ class BasisState(NamedTuple):
     """Eigenvectors of the two factors, one pair a matrix."""
 
     basis: PyTree
+
+    def memories(self) -> tuple[Memory, ...]:
+        """Its box."""
+        about = "eigenvectors of the factors", "orthogonal iteration"
+        return (Memory("eigenbasis", self.basis, *about),)
 
 
 class SoapState(NamedTuple):
@@ -38,6 +44,13 @@ class SoapState(NamedTuple):
     left: PyTree
     right: PyTree
     bases: dict[str, BasisState]
+
+    def memories(self) -> Iterator[Memory | Part]:
+        """Its boxes: two moments, the factors, and their eigenbasis at a period of its own."""
+        yield first_moment(self.mu)
+        yield second_moment(self.nu)
+        yield from factors(self.left, self.right)
+        yield from periodic(self.bases)
 
 
 def soap(
@@ -117,7 +130,7 @@ def scale_by_soap(
     for name, value in (("b1", b1), ("b2", b2), ("factor_decay", factor_decay)):
         number(name, value)
     period(refresh)
-    key = f"{EVERY}{refresh}"
+    key = every(refresh)
 
     def zeros(layout: Layout | None, p: jax.Array) -> tuple[Any, Any, Any, Any]:
         if layout is None:
@@ -174,7 +187,7 @@ def _refreshed(
 ) -> PyTree:
     """The bases for the next step: of the first gradient, moved on at the end of each period."""
 
-    position, held = state.position, state.bases[f"{EVERY}{refresh}"].basis
+    position, held = state.position, state.bases[every(refresh)].basis
 
     def each(function: Any) -> PyTree:
         def one(layout: Layout | None, _: Any, left: Any, right: Any, basis: Any) -> tuple[Any]:

@@ -11,10 +11,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nestedjax import levels, models
 from nestedjax.errors import ConfigError, one_line
-from nestedjax.optim import menu
+from nestedjax.optim import adamw, boxes_of, menu, warmup_cosine
 from nestedjax.optim.parts import add_decay
 from nestedjax.run.config import RunConfig
-from nestedjax.training import TrainState, adamw, init_state, state_shardings, warmup_cosine
+from nestedjax.training import TrainState, init_state, state_shardings
 
 PyTree = Any
 
@@ -116,8 +116,7 @@ def optimizer(
         moments: dict[str, Any] = {
             "b1": settings.b1,
             "b2": settings.b2,
-            "clip": None,
-            "decay_mask": models.weight_decays,
+            "mask": models.weight_decays,
         }
         if settings.name == "adamw":
             return adamw(rate, weight_decay=settings.weight_decay, **moments)
@@ -152,7 +151,7 @@ def nested_system(config: RunConfig) -> NestedSystem:
     memories = jax.eval_shape(tx.init, models.weights(model))
     tokens = models.step_tokens_by_label(config.model, step_tokens=config.step_tokens)
     own = model.boxes()
-    boxes = levels.describe(own, memories, step_tokens=tokens)
+    boxes = levels.describe(own, boxes_of(memories), step_tokens=tokens)
     return NestedSystem(boxes, frozenset(box.name for box in boxes) - {box.name for box in own})
 
 

@@ -4,7 +4,6 @@ from nestedjax.training.events import Event, Saved, Started, Stepped, Validated
 from nestedjax.training.loop import Dataset, Hook, LoopConfig, Result, train
 from nestedjax.training.metrics import MetricsWriter, read_metrics
 from nestedjax.training.nonfinite import Nonfinite, TrainingError, locate_nonfinite
-from nestedjax.training.optimizer import adamw, matrices, warmup_cosine
 from nestedjax.training.placement import state_shardings
 from nestedjax.training.plots import plot_losses
 from nestedjax.training.state import TrainState, init_state
@@ -25,16 +24,13 @@ __all__ = [
     "TrainState",
     "TrainingError",
     "Validated",
-    "adamw",
     "init_state",
     "locate_nonfinite",
     "make_dispatch",
     "make_evaluate",
-    "matrices",
     "plot_losses",
     "read_metrics",
     "state_shardings",
     "stateless",
     "train",
-    "warmup_cosine",
 ]

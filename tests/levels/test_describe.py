@@ -1,8 +1,10 @@
 """The order of boxes and the worked decompositions of specification A7."""
 
+import inspect
 import json
 from fractions import Fraction
 from math import inf
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from nestedjax import levels
+from nestedjax import levels, optim
 from nestedjax.levels import Box
 
 WEIGHTS = jnp.zeros((4, 3))
+SGD = optim.boxes_of(optax.sgd(0.1).init(WEIGHTS))
 
 
 def names(boxes):
@@ -75,31 +78,31 @@ def test_a_circle_at_equal_frequency_is_refused():
 
 
 def test_sgd_on_a_linear_layer_is_one_level():
-    boxes = levels.describe((), optax.sgd(0.1).init(WEIGHTS), params=WEIGHTS, step_tokens=64)
+    boxes = levels.describe((), SGD, params=WEIGHTS, step_tokens=64)
     assert names(boxes) == [{"parameters"}]
     assert (boxes[0].parameters, boxes[0].state_bytes, boxes[0].period) == (12, 48, 64)
 
 
 def test_sgd_with_momentum_is_two_levels():
     state = optax.sgd(0.1, momentum=0.9).init(WEIGHTS)
-    boxes = levels.describe((), state, params=WEIGHTS, step_tokens=64)
+    boxes = levels.describe((), optim.boxes_of(state), params=WEIGHTS, step_tokens=64)
     assert names(boxes) == [{"parameters"}, {"momentum"}]
     assert boxes[1].parameters == 12 and boxes[1].transfer == "gen_context"
 
 
 def test_linear_attention_trained_by_sgd():
     level = linear_attention()
-    boxes = levels.describe(level, optax.sgd(0.1).init(WEIGHTS), params=WEIGHTS, step_tokens=64)
+    boxes = levels.describe(level, SGD, params=WEIGHTS, step_tokens=64)
     assert names(boxes) == [{"parameters"}, {"attention"}]
     assert boxes[1].state_bytes == 36 and boxes[1].objective == "dot"
     state = optax.sgd(0.1, momentum=0.9).init(WEIGHTS)
-    boxes = levels.describe(level, state, params=WEIGHTS, step_tokens=64)
+    boxes = levels.describe(level, optim.boxes_of(state), params=WEIGHTS, step_tokens=64)
     assert names(boxes) == [{"parameters"}, {"momentum"}, {"attention"}]
 
 
 def test_the_moments_of_adamw_share_a_level():
     state = jax.eval_shape(optax.adamw(1e-3).init, WEIGHTS)  # shapes suffice
-    boxes = levels.describe((), state, params=WEIGHTS)
+    boxes = levels.describe((), optim.boxes_of(state), params=WEIGHTS)
     assert names(boxes) == [{"parameters"}, {"first moment", "second moment"}]
 
 
@@ -109,7 +112,8 @@ def test_transformer_is_frozen_projections_and_attention():
         Box("projections and MLP", None, parameters=100),
     ]
     assert names(levels.describe(boxes)) == [{"projections and MLP"}, {"attention"}]
-    trained = levels.describe(boxes, optax.adamw(1e-3).init(WEIGHTS), step_tokens=2048)
+    memories = optim.boxes_of(optax.adamw(1e-3).init(WEIGHTS))
+    trained = levels.describe(boxes, memories, step_tokens=2048)
     assert names(trained)[0] == {"projections and MLP"}
     assert trained[0].period == 2048 and len(names(trained)) == 3
 
@@ -136,7 +140,7 @@ def test_other_optimizers():
         {"fast": optax.sgd(0.1, momentum=0.9), "slow": optax.adam(0.1)}, {"a": "fast", "b": "slow"}
     )
     tokens = {"": 1, "fast": 16, "slow": 64}
-    boxes = levels.describe((), tx.init(params), params=params, step_tokens=tokens)
+    boxes = levels.describe((), optim.boxes_of(tx.init(params)), params=params, step_tokens=tokens)
     assert {box.name: box.period for box in boxes} == {
         "parameters": 1,
         "fast momentum": 16,
@@ -145,11 +149,80 @@ def test_other_optimizers():
     }
     assert [box.parameters for box in boxes if box.name == "fast momentum"] == [12]
     tx = optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 4)
-    boxes = levels.describe((), tx.init(WEIGHTS), params=WEIGHTS)
+    boxes = levels.describe((), optim.boxes_of(tx.init(WEIGHTS)), params=WEIGHTS)
     assert names(boxes) == [{"parameters"}, {"momentum"}, {"gradient accumulator"}]
     tx = optax.chain(optax.trace(0.9), optax.trace(0.5), optax.scale_by_lbfgs())
-    found = {box.name for box in levels.describe((), tx.init(WEIGHTS))}
+    found = {box.name for box in levels.describe((), optim.boxes_of(tx.init(WEIGHTS)))}
     assert found == {"momentum", "momentum 2", "state of ScaleByLBFGSState"}
+
+
+class Theirs(NamedTuple):
+    """A state that this library has never seen: a counter, a momentum-like tree, another state."""
+
+    count: jax.Array
+    mu: object
+    inner: object
+
+
+class Ours(NamedTuple):
+    """A state that says itself what it remembers, one part of it four times slower."""
+
+    fast: object
+    slow: object
+
+    def memories(self):
+        fast = optim.Memory("fast weights", self.fast, "dot", "gradient step", cache=self.fast)
+        return fast, optim.Part(self.slow, "late", 4)
+
+
+def test_states_that_are_not_known_and_states_that_say_what_they_hold():
+    trace = optax.TraceState(WEIGHTS)
+    theirs = Theirs(jnp.zeros((), jnp.int32), {"w": WEIGHTS, "b": optax.MaskedNode()}, trace)
+    boxes = levels.describe((), optim.boxes_of((theirs, optax.EmptyState())), step_tokens=8)
+    assert [(box.name, box.parameters) for box in boxes] == [
+        ("momentum", 12),
+        ("state of Theirs", 12),
+    ]
+    for alone in ({"m": WEIGHTS}, WEIGHTS):
+        (box,) = optim.boxes_of(alone)(1)
+        assert box.name.startswith("state of") and box.parameters == 12
+    ours = Ours(WEIGHTS, optax.MultiStepsState((), (), trace, WEIGHTS, ()))
+    found = {box.name: box for box in optim.boxes_of({"label": ours})({"": 8, "label": 16})}
+    assert {name: box.period for name, box in found.items()} == {
+        "label fast weights": 16,
+        "label late momentum": 64,
+        "label late gradient accumulator": 16,
+    }
+    assert found["label fast weights"].state_bytes == 2 * 48
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (optax.amsgrad, {"first moment", "second moment", "state of ScaleByAmsgradState"}),
+        (optax.lion, {"first moment"}),
+        (optax.rmsprop, {"second moment"}),
+        (optax.adagrad, {"sum of squares"}),
+        (optax.adabelief, {"first moment", "second moment"}),
+        (optax.novograd, {"first moment", "second moment"}),
+        (optax.contrib.muon, {"muon first moment"}),
+        (lambda rate: optax.ema(rate), {"average"}),
+        (lambda rate: optax.apply_every(3), {"gradient accumulator"}),
+        (lambda rate: optax.scale_by_rms(bias_correction=True), {"second moment"}),
+        (lambda rate: optax.scale_by_stddev(), {"first moment", "second moment"}),
+    ],
+)
+def test_the_states_of_optax_are_known_by_name(make, expected):
+    """Of this version of optax: another name of a state shows here, not as a worse listing."""
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.eval_shape(make(0.1).init, WEIGHTS)
+    assert {box.name for box in optim.boxes_of(state)(1)} == expected
+
+
+def test_a_state_in_place_of_its_boxes_is_refused():
+    describe = inspect.unwrap(levels.describe)  # without the runtime check of its types
+    with pytest.raises(ValueError, match=r"is a tuple.* give optim.boxes_of\(state\)"):
+        describe((), optax.adam(0.1).init(WEIGHTS))
 
 
 def test_a_composition_describes_its_parts():

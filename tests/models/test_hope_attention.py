@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from nestedjax import levels, models
+from nestedjax import levels, models, optim
 from tests.models.families import ATTENTION, FAMILIES, LAYERS, VOCAB, WIDTH, built, tokens_of
 
 TRANSFORMER = FAMILIES["transformer"]
@@ -102,7 +102,7 @@ def test_a_preset_and_its_optimizer_as_a_table(name):
     tx = models.optimizer(model, lambda period: optax.adamw(1e-3), step_tokens=step)
     state = jax.eval_shape(tx.init, nnx.state(model, nnx.Param))
     tokens = models.step_tokens_by_label(model.config, step_tokens=step)
-    boxes = levels.describe(model, state, step_tokens=tokens)
+    boxes = levels.describe(model, optim.boxes_of(state), step_tokens=tokens)
     assert len(boxes) <= 40 and len(levels.table(boxes).splitlines()) == len(boxes) + 2
     found = {box.name: box for box in boxes}
     trained = sum(box.parameters for box in boxes if box.rule == "optimizer")

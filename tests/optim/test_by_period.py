@@ -154,7 +154,7 @@ def test_describe_shows_each_label_with_its_period():
     tx = optim.by_period({"fast": (2, adam), "slow": (4, adam), "": (None, adam)}, LABELS)
     tokens = optim.in_tokens({"fast": 2, "slow": 4}, step_tokens=64)
     state = jax.eval_shape(tx.init, weights())
-    boxes = levels.describe((), state, params=weights(), step_tokens=tokens)
+    boxes = levels.describe((), optim.boxes_of(state), params=weights(), step_tokens=tokens)
     assert {box.name: box.period for box in boxes} == {
         "parameters": 64,
         "first moment": 64,

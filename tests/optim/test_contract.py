@@ -284,7 +284,7 @@ def test_decomposes_into_boxes(name):
     at a period of its own."""
     tx, params = CASES[name](), weights(name)
     state = jax.eval_shape(tx.init, params)
-    boxes = levels.describe((), state, params=params, step_tokens=64)
+    boxes = levels.describe((), optim.boxes_of(state), params=params, step_tokens=64)
     memories = [box for box in boxes if box.name != "parameters"]
     assert not [box.name for box in memories if "state of" in box.name]
     held = sum(leaf.size * 4 for leaf in jax.tree.leaves(state) if leaf.shape)

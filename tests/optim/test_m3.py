@@ -258,12 +258,9 @@ def test_describe_shows_the_slow_memory_at_its_own_period():
     """Alone, and inside by_period, where its steps are the writes of its label."""
     params = {"w": draw(4, 3)}
     tx = optim.m3(0.1, period=(5, 20))
-    boxes = {
-        box.name: box
-        for box in levels.describe(
-            (), jax.eval_shape(tx.init, params), params=params, step_tokens=64
-        )
-    }
+    memories = optim.boxes_of(jax.eval_shape(tx.init, params))
+    described = levels.describe((), memories, params=params, step_tokens=64)
+    boxes = {box.name: box for box in described}
     assert {name: box.period for name, box in boxes.items()} == {
         "parameters": 64,
         "matrix first moment": 64,
@@ -279,9 +276,10 @@ def test_describe_shows_the_slow_memory_at_its_own_period():
     )
     assert slow < weights < boxes["parameters"].level < fast
     nested = optim.by_period({"cms": (4, optim.m3(0.1, period=5))}, lambda p: {"w": "cms"})
-    state = jax.eval_shape(nested.init, params)
+    memories = optim.boxes_of(jax.eval_shape(nested.init, params))
     tokens = optim.in_tokens({"cms": 4}, step_tokens=64)
-    boxes = {b.name: b for b in levels.describe((), state, params=params, step_tokens=tokens)}
+    described = levels.describe((), memories, params=params, step_tokens=tokens)
+    boxes = {box.name: box for box in described}
     assert boxes["cms matrix first moment"].period == 256
     assert boxes["cms matrix every 5 first moment"].period == 1280
     assert boxes["cms matrix every 5 gradient accumulator"].period == 256

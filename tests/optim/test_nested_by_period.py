@@ -128,7 +128,10 @@ def test_describe_shows_the_starts():
     tx = optim.nested_by_period(groups, LABELS, chain=CHAIN)
     tokens = optim.in_tokens(PERIODS, step_tokens=64)
     state = jax.eval_shape(tx.init, params)
-    found = {box.name: box for box in levels.describe((), state, params=params, step_tokens=tokens)}
+    found = {
+        box.name: box
+        for box in levels.describe((), optim.boxes_of(state), params=params, step_tokens=tokens)
+    }
     assert found["slow start of the faster block"].period == 6 * 64
     assert found["mid start of the faster block"].parameters == 3
     assert found["slow start of the faster block"].transfer == "init"

@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from nestedjax import models, sharding, training
+from nestedjax import models, optim, sharding, training
 from nestedjax.checkpoint import Checkpoints, fingerprints
 from nestedjax.models import AttentionConfig, TransformerConfig
 
@@ -38,7 +39,7 @@ class Rows:
 
 def train(mesh, folder):
     """Losses by step, and the fingerprints of the last state."""
-    tx = training.adamw(1e-2)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optim.adamw(1e-2))
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: models.build(CONFIG, rngs=nnx.Rngs(0))))
 
     def make():

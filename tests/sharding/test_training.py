@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from nestedjax import models, sharding, training
+from nestedjax import models, optim, sharding, training
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.layers import SelfModifyingConfig
 from nestedjax.models import AttentionConfig, CMSConfig, HopeConfig, TransformerConfig
@@ -61,7 +61,8 @@ def initial(name):
         label = jax.nn.one_hot(batch["targets"], VOCAB, dtype=logits.dtype)
         return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * label, axis=-1)), {}
 
-    tx = training.adamw(training.warmup_cosine(1e-2, steps=STEPS, warmup=4))
+    tx = optim.adamw(optim.warmup_cosine(1e-2, steps=STEPS, warmup=4))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
     state = training.init_state(params, tx)
     return state, models.logical_axes(params), training.stateless(loss), tx
 

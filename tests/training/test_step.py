@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import pytest
 
 from nestedjax import training
 from nestedjax.training.step import loss_and_gradients
@@ -94,40 +92,3 @@ def test_evaluate_weighs_by_tokens():
     np.testing.assert_allclose(found["loss"], np.concatenate(squares).mean(), rtol=1e-5)
     plain = training.make_evaluate(training.stateless(lambda p, b: (jnp.mean(b), {})))
     assert plain(None, [jnp.ones(2), jnp.full(2, 4.0)]) == {"loss": 2.5}
-
-
-def test_warmup_cosine_is_the_formula():
-    schedule = training.warmup_cosine(0.3, steps=50, warmup=10, final_fraction=0.2)
-
-    def formula(step):
-        if step < 10:
-            return 0.3 * step / 10
-        along = min(step - 10, 40) / 40
-        return 0.06 + 0.24 * 0.5 * (1 + np.cos(np.pi * along))
-
-    for step in (0, 1, 9, 10, 11, 30, 50, 60):
-        np.testing.assert_allclose(schedule(step), formula(step), rtol=1e-5, atol=1e-8)
-    assert float(training.warmup_cosine(1.0, steps=4, warmup=100)(2)) == 1.0  # cut to half
-    assert float(training.warmup_cosine(1.0, steps=4)(0)) == 1.0
-    with pytest.raises(ValueError, match="steps=0"):
-        training.warmup_cosine(1.0, steps=0)
-
-
-def test_adamw_clips_and_decays_matrices_only():
-    rate, decay, eps = 0.1, 0.5, 1e-8
-    tx = training.adamw(rate, weight_decay=decay, clip=1.0, b1=0.9, b2=0.95)
-    params = {"w": np.full((2, 2), 2.0, np.float32), "b": np.full(2, 2.0, np.float32)}
-    gradient = {"w": np.full((2, 2), 3.0, np.float32), "b": np.full(2, -3.0, np.float32)}
-    norm = np.sqrt(6 * 9.0)
-    update, _ = tx.update(gradient, tx.init(params), params)
-    for name in params:
-        g = gradient[name] / norm
-        # Bias correction of the first step: both moments are the gradient's own.
-        step = g / (np.abs(g) + eps) + (decay * params[name] if name == "w" else 0.0)
-        np.testing.assert_allclose(update[name], -rate * step, rtol=1e-5)
-    free = training.adamw(rate, weight_decay=0.0, clip=None)
-    a, _ = free.update(gradient, free.init(params), params)
-    b, _ = optax.adamw(rate, 0.9, 0.95, weight_decay=0.0).update(
-        gradient, optax.adamw(rate, 0.9, 0.95).init(params), params
-    )
-    jax.tree.map(np.testing.assert_array_equal, a, b)

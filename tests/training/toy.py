@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from nestedjax import training
+from nestedjax import optim, training
 from nestedjax.training import LoopConfig
 
 SIZE = 3
@@ -67,8 +68,8 @@ def probe(params, batch):
     return {"inner": hidden, "outer": hidden @ params["outer"]}
 
 
-SCHEDULE = training.warmup_cosine(0.05, steps=20, warmup=4)
-TX = training.adamw(SCHEDULE)
+SCHEDULE = optim.warmup_cosine(0.05, steps=20, warmup=4)
+TX = optax.chain(optax.clip_by_global_norm(1.0), optim.adamw(SCHEDULE))
 
 
 def make_state(microbatches=1, seed=0, tx=TX):

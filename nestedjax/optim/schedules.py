@@ -1,0 +1,46 @@
+"""How the learning rate changes in a run."""
+
+import optax
+
+
+def warmup_cosine(
+    peak: float, *, steps: int, warmup: int = 0, final_fraction: float = 0.1
+) -> optax.Schedule:
+    """A learning rate that rises linearly from 0 to `peak`, then falls along a half cosine.
+
+        peak t / warmup                                              t < warmup
+        peak (f + (1 - f) (1 + cos(pi (t - warmup) / (steps - warmup))) / 2)    else
+
+    with f = final_fraction. From step `steps` on it stays at `peak final_fraction`.
+
+    Args:
+      peak: the highest learning rate.
+      steps: length of the run, in optimizer steps.
+      warmup: optimizer steps; more than half of `steps` is cut to that.
+      final_fraction: the last learning rate, as a fraction of `peak`.
+
+    Returns:
+      `schedule(step) -> learning rate`.
+
+    Raises:
+      ValueError: a step count that is not positive, or a negative warm-up.
+
+    Example:
+      >>> from nestedjax import optim
+      >>> schedule = optim.warmup_cosine(1.0, steps=100, warmup=10)
+      >>> [round(float(schedule(step)), 2) for step in (0, 5, 10, 100)]
+      [0.0, 0.5, 1.0, 0.1]
+
+    Reference:
+      Loshchilov and Hutter, SGDR (arXiv 1608.03983), without restarts.
+    """
+    if steps < 1 or warmup < 0:
+        raise ValueError(f"steps={steps} must be positive and warmup={warmup} not negative")
+    warmup = min(warmup, steps // 2)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else peak,
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=peak * final_fraction,
+    )
