@@ -147,7 +147,7 @@ def check(config: RunConfig) -> RunConfig:
     if length < period:
         raise ConfigError(
             f"length={length} is shorter than a chunk of {period} tokens, so that no memory would "
-            f"be written; use length={period} or a smaller memory.chunk_size"
+            f"be written; use length={period} or a smaller chunk size"
         )
     if length % period:
         raise ConfigError(
