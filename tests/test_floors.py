@@ -23,6 +23,7 @@ FLOORS = {
     "nestedjax.evaluation": 5,
     "nestedjax.configs": 6,
     "nestedjax.runs": 7,
+    "nestedjax.planning": 7,
     "nestedjax.benchmarks": 8,
     "nestedjax.cli": 9,
     "nestedjax": 10,

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nestedjax.levels import Level, flow
+from pallas_kernels import accumulation_dtype
 from pallas_kernels.mlp_memory import (
     CHOICES,
     Documents,
@@ -36,7 +37,6 @@ from pallas_kernels.mlp_memory import (
     recomputed,
     write_chunk,
 )
-from pallas_kernels.numerics import accumulation_dtype
 
 MEMORIES = ("key", "rate", "keep", "value", "memory")
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nestedjax.optim import watch_inputs
 from nestedjax.sharding import constrain, contract, gathered, lookup
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels import accumulation_dtype
 
 INIT_STD = 0.02
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.levels import due
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels import accumulation_dtype
 
 PyTree = Any
 Periods = Mapping[str, int | None]

@@ -11,7 +11,7 @@ from nestedjax.levels.describe import EVERY
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.parts import PyTree, Rate, number, with_adamw
 from nestedjax.optim.shampoo import period, sandwich, side, summed
-from pallas_kernels.lapack import eigh, stacked
+from pallas_kernels import eigh, stacked
 
 
 class BasisState(NamedTuple):

@@ -50,11 +50,11 @@ def _one_by_one(routine: Callable[..., Any], batch: int) -> Callable[..., Any]:
 
     @loops.def_vmap
     def _(size, are_batched, *operands):
-        operands = [
+        given = [
             array if batched else jnp.broadcast_to(array, (size, *array.shape))
             for array, batched in zip(operands, are_batched, strict=True)
         ]
-        results = _one_by_one(routine, batch + 1)(*operands)
+        results = _one_by_one(routine, batch + 1)(*given)
         return results, jax.tree.map(lambda _: True, results)
 
     return loops
