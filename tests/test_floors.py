@@ -24,6 +24,7 @@ FLOORS = {
     "nestedjax.training": 6,
     "nestedjax.evaluation": 6,
     "nestedjax.run": 7,
+    "nestedjax.planning": 7,
     "nestedjax.benchmarks": 8,
     "nestedjax.cli": 9,
     "nestedjax": 10,

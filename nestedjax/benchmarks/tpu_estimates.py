@@ -17,41 +17,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from nestedjax.benchmarks import devices, tpu_cycles
+from nestedjax import planning
+from nestedjax.benchmarks import devices
 from nestedjax.benchmarks.kernels import Workload, _refused, newton_schulz, workloads
 from nestedjax.errors import ConfigError
+from nestedjax.planning.topology import ENVIRONMENT, TPUS
 
 LIMIT = 900  # seconds for one row
-
-
-class Generation(NamedTuple):
-    """A TPU: the clock is the one at which its matrix units reach the published peak.
-
-    Attributes:
-      topology: name of the smallest one.
-      kind: of its devices.
-      clock: cycles a second.
-    """
-
-    topology: str
-    kind: str
-    clock: float
-
-
-GENERATIONS = {
-    "v5e": Generation("v5e:2x2", "TPU v5 lite", 1.5e9),
-    "v5p": Generation("v5p:2x2x1", "TPU v5", 1.75e9),
-    "v6e": Generation("v6e:2x2", "TPU v6 lite", 1.75e9),
-}
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+# Cycles a second at which the matrix units reach the published peak.
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
 
 def _one_memory(chunk: int) -> Workload:
@@ -94,7 +70,7 @@ def measure(generations: Sequence[str], *, ops: Sequence[str] = ()) -> Iterator[
     """One row for each generation, workload, implementation ("xla", "pallas_tpu") and direction.
 
     Args:
-      generations: names in `GENERATIONS`; none for all.
+      generations: names in `CLOCKS`; none for all.
       ops: names of operations; none for all.
 
     Yields:
@@ -107,12 +83,12 @@ def measure(generations: Sequence[str], *, ops: Sequence[str] = ()) -> Iterator[
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("--tpu-estimates needs the TPU compiler: pip install 'nestedjax[tpu]'")
     for name in generations:
-        if name not in GENERATIONS:
-            raise ConfigError(f"no estimates for {name!r}; {', '.join(GENERATIONS)}")
+        if name not in CLOCKS:
+            raise ConfigError(f"no estimates for {name!r}; {', '.join(CLOCKS)}")
     for index, workload in enumerate(estimated()):
         if ops and workload.op not in ops:
             continue
-        for generation in generations or GENERATIONS:
+        for generation in generations or CLOCKS:
             for implementation in ("xla", "pallas_tpu"):
                 for direction in ("forward", "forward+backward"):
                     row: dict[str, Any] = {
@@ -121,7 +97,7 @@ def measure(generations: Sequence[str], *, ops: Sequence[str] = ()) -> Iterator[
                         "clock": "estimate",
                     }
                     row |= {"implementation": implementation, "direction": direction}
-                    row["device"] = GENERATIONS[generation].kind
+                    row["device"] = TPUS[generation].kind
                     found = _isolated([str(index), generation, implementation, direction])
                     yield {"cycles": None, "bundles": None, "refused": None} | found | row
 
@@ -138,8 +114,8 @@ def isolated(directory: str, *arguments: str) -> dict[str, Any]:
       directory: for the schedules.
       arguments: index in `estimated()`, generation, implementation, direction.
     """
-    environment = os.environ | _ENVIRONMENT
-    environment["LIBTPU_INIT_ARGS"] = tpu_cycles.dump_flags(directory)
+    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
+    environment["LIBTPU_INIT_ARGS"] = planning.dump_flags(directory)
     command = [sys.executable, "-m", __name__, directory, *arguments]
     try:
         done = subprocess.run(
@@ -154,44 +130,26 @@ def isolated(directory: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compiled_for(generation: Generation, function, *operands):
-    """The program of a function for one chip, compiled ahead of time, and its results' shapes."""
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=generation.topology)
-    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), operands
-    )
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask what they are for
-        lowered = jax.jit(function).lower(*placed)
-        return lowered.compile(), lowered.out_info
-
-
 def _figures(directory: str, index: str, name: str, implementation: str, direction: str):
     import jax
 
     from nestedjax.benchmarks.kernels import passes_of
 
-    workload, generation = estimated()[int(index)], GENERATIONS[name]
+    workload, tpu, clock = estimated()[int(index)], TPUS[name], CLOCKS[name]
     arrays = jax.eval_shape(workload.make, jax.random.key(0))
     function, passes = passes_of(workload, implementation, direction)
     try:
-        compiled, results = compiled_for(generation, function, arrays)
+        compiled, results = planning.compiled_for(tpu, function, arrays)
     except NotImplementedError as error:
         return _refused(str(error))
-    program = tpu_cycles.program(compiled.as_text())
-    kernels = tpu_cycles.schedules(directory)
-    per_byte = generation.clock / devices.PEAKS[generation.kind].bytes_per_second
+    program = planning.program(compiled.as_text())
+    kernels = planning.schedules(directory)
+    per_byte = clock / devices.PEAKS[tpu.kind].bytes_per_second
     cycles = program.cycles + sum(
         calls * max(kernels[kernel].cycles, program.moved[kernel] * per_byte)
         for kernel, calls in program.calls.items()
     )
-    seconds = cycles / generation.clock
+    seconds = cycles / clock
     leaves = jax.tree.leaves((arrays, results))
     flops = passes * workload.flops
     moved = float(sum(a.size * a.dtype.itemsize for a in leaves))
@@ -199,7 +157,7 @@ def _figures(directory: str, index: str, name: str, implementation: str, directi
         "milliseconds": 1e3 * seconds,
         "flops_per_second": flops / seconds,
         "bytes_per_second": moved / seconds,
-        "roofline": devices.roofline(generation.kind, flops, moved, seconds),
+        "roofline": devices.roofline(tpu.kind, flops, moved, seconds),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "cycles": cycles,
         "bundles": sum(kernels[kernel].bundles for kernel in program.calls),

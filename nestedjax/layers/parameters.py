@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from nestedjax.optim import MatrixAxes
 from nestedjax.sharding import gathered
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels import accumulation_dtype
 
 PyTree = Any
 

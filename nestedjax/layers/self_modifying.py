@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from nestedjax import memory
 from nestedjax.levels import Level, flow, incremental
+from pallas_kernels import accumulation_dtype
 from pallas_kernels.mlp_memory import (
     CHOICES,
     Documents,
@@ -40,7 +41,6 @@ from pallas_kernels.mlp_memory import (
     running_start,
     write_chunk,
 )
-from pallas_kernels.numerics import accumulation_dtype
 
 MEMORIES = ("key", "rate", "keep", "value", "memory")
 

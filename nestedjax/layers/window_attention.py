@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nestedjax.sharding import constrain
+from pallas_kernels import accumulation_dtype
 from pallas_kernels.attention import attention as softmax_attention
 from pallas_kernels.attention import default_implementation
-from pallas_kernels.numerics import accumulation_dtype
 
 
 class AttentionState(NamedTuple):

@@ -21,7 +21,7 @@ from nestedjax.memory.state import (
     next_window,
     with_window,
 )
-from pallas_kernels.lapack import solve
+from pallas_kernels import solve
 
 
 class _Carry(NamedTuple):

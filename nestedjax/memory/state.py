@@ -11,7 +11,7 @@ from nestedjax.memory.features import FeatureMap
 from nestedjax.memory.objectives import Objective
 from nestedjax.memory.retention import Retention
 from nestedjax.memory.rules import Rule
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels import accumulation_dtype
 
 
 class Tokens(NamedTuple):

@@ -10,7 +10,7 @@ import optax
 
 from nestedjax.levels import due
 from nestedjax.optim.memories import Memory, Part, accumulator
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels import accumulation_dtype
 
 PyTree = Any
 Periods = Mapping[str, int | None]

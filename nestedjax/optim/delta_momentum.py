@@ -10,7 +10,7 @@ from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identit
 from nestedjax.optim.memories import Memory, Part, momentum
 from nestedjax.optim.parts import PyTree, Rate, add_decay, choice, number
 from nestedjax.optim.preconditioned_momentum import Preconditioner, preconditioners
-from pallas_kernels.lapack import solve
+from pallas_kernels import solve
 
 _POWER_STEPS = 8
 

@@ -18,7 +18,7 @@ from nestedjax.optim.matrices import (
     widened,
 )
 from nestedjax.optim.parts import PyTree, Rate, choice, lenient, number
-from pallas_kernels.lapack import solve
+from pallas_kernels import solve
 
 TAP = "tap"
 WEIGHTS = ("kernel", "embedding")

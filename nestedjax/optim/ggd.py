@@ -12,7 +12,7 @@ from nestedjax.memory.retention import Retention
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identity, unfold, widened
 from nestedjax.optim.memories import Memory
 from nestedjax.optim.parts import PyTree, Rate, choice, number
-from pallas_kernels.lapack import solve
+from pallas_kernels import solve
 
 OBJECTIVES = {"dot": objectives.dot, "l2": objectives.l2}
 RETENTIONS = {"none": retention.none, "decay": retention.decay, "kl": retention.kl}

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels import accumulation_dtype
 
 PyTree = Any
 MatrixAxes = optax.contrib.MuonDimensionNumbers

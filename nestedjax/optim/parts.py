@@ -17,7 +17,7 @@ from nestedjax.optim.matrices import (
     unfold,
     widened,
 )
-from pallas_kernels.lapack import stacked
+from pallas_kernels import stacked
 from pallas_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 
 PyTree = Any

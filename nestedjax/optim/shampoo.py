@@ -10,7 +10,7 @@ from nestedjax.levels import due
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.memories import Memory, momentum
 from nestedjax.optim.parts import PyTree, Rate, choice, number, rescaled, with_adamw
-from pallas_kernels.lapack import eigh
+from pallas_kernels import eigh
 
 
 class ShampooState(NamedTuple):

@@ -12,7 +12,7 @@ from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, wide
 from nestedjax.optim.memories import Memory, Part, every, first_moment, periodic, second_moment
 from nestedjax.optim.parts import PyTree, Rate, number, with_adamw
 from nestedjax.optim.shampoo import factors, period, sandwich, side, summed
-from pallas_kernels.lapack import eigh, stacked
+from pallas_kernels import eigh, stacked
 
 
 class BasisState(NamedTuple):

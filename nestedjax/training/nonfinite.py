@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestedjax.training.state import PyTree
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels import accumulation_dtype
 
 
 class TrainingError(RuntimeError):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from nestedjax.training.state import PyTree, TrainState
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels import accumulation_dtype
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[..., tuple[jax.Array, tuple[Metrics, PyTree]]]

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.attention.masks import Masks, visible, without_blanks
-from pallas_kernels.numerics import accumulation_dtype
 
 
 def attention_reference(

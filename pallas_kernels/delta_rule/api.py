@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.delta_rule.xla import delta_chunk_xla, delta_rule_xla
-from pallas_kernels.numerics import accumulation_dtype
 
 _READS = ("running_prev", "running", "anchor")
 _IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")

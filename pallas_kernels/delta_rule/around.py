@@ -5,9 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels._linalg.products import nn
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.delta_rule.xla import delta_chunk_xla
-from pallas_kernels.products import nn
 
 GATES = ("rate", "keep", "erase", "momentum")
 _TOKENS = ("x", "error", "queries", *GATES)

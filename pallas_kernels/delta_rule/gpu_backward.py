@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._gpu.tiles import ROWS, Warpgroup, launch, where
 from pallas_kernels.delta_rule.gpu_chunk import GRADIENTS, Carried, advance, pull, solve
 from pallas_kernels.delta_rule.gpu_forward import (
     Sizes,
@@ -25,7 +26,6 @@ from pallas_kernels.delta_rule.gpu_forward import (
     scratch,
     sizes_of,
 )
-from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, where
 
 
 def _pull_outputs(spec: Spec, sizes: Sizes):

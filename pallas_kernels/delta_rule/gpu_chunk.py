@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.gpu_tiles import ROWS, Flipped, Warpgroup
+from pallas_kernels._gpu.tiles import ROWS, Flipped, Warpgroup
 
 # Numbers of a token, and log sums of keep: to it, to the one before, from it to the chunk's end,
 # and of the whole chunk (64 times the same).

@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._gpu.tiles import ROWS, Warpgroup, launch, scratch_bytes, tile, where
 from pallas_kernels.delta_rule.gpu_chunk import VECTORS, Chunk, advance, read, solve
-from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, scratch_bytes, tile, where
 
 
 class Spec(NamedTuple):

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels._gpu.tiles import ROWS, Flipped
 from pallas_kernels.delta_rule.gpu_chunk import Carried, Chunk, pull_pairs, until
-from pallas_kernels.gpu_tiles import ROWS, Flipped
 
 # Numbers of a token, besides those of `gpu_chunk`: log sums of momentum to it, from it to the
 # chunk's end and of the whole chunk; c to it, to the one before and to the end; kap to the end.

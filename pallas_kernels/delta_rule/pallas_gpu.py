@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._gpu.tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles
 from pallas_kernels.delta_rule.around import GATES, around
 from pallas_kernels.delta_rule.gpu_backward import backward
 from pallas_kernels.delta_rule.gpu_chunk import GRADIENTS
 from pallas_kernels.delta_rule.gpu_forward import Spec, forward, shared_bytes
 from pallas_kernels.delta_rule.gpu_vectors import log_sums, logs_of, of_logs, stacked
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
-from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles
 
 _COLUMNS = (64, 128)  # of a memory: what a warpgroup's registers hold
 

@@ -1,16 +1,16 @@
-"""The chunked delta rule as one TPU kernel each way; see `chunk_loop_tpu`."""
+"""The chunked delta rule as one TPU kernel each way; see `pallas_kernels._tpu.chunk_loop`."""
 
 from functools import partial
 
 import jax.numpy as jnp
 
-from pallas_kernels.chunk_loop_tpu import chunk_loop
-from pallas_kernels.chunk_plan import plan
+from pallas_kernels._linalg.numerics import Form
+from pallas_kernels._tpu.chunk_loop import chunk_loop
+from pallas_kernels._tpu.chunk_plan import plan
+from pallas_kernels._tpu.vmem import vmem_limit_of
 from pallas_kernels.delta_rule.around import GATES, around
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.delta_rule.xla import chunk_tables, read_chunk, solve_chunk, write_chunk
-from pallas_kernels.numerics import Form
-from pallas_kernels.vmem import vmem_limit_of
 
 _FORM = Form(dense=True)
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.chunk_scan import chunk_scan
+from pallas_kernels._linalg.chunk_scan import chunk_scan
+from pallas_kernels._linalg.numerics import PLAIN, Form
+from pallas_kernels._linalg.products import gram, nn, nt, scaled_nn, solve_unit_lowers, tn
+from pallas_kernels._linalg.triangular import masked
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
-from pallas_kernels.numerics import PLAIN, Form
-from pallas_kernels.products import gram, nn, nt, scaled_nn, solve_unit_lowers, tn
-from pallas_kernels.triangular import masked
 
 
 class Tables(NamedTuple):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
 from pallas_kernels.mlp_memory.reference import mlp_memory_reference
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
-from pallas_kernels.numerics import accumulation_dtype
 
 CHOICES = {
     "objective": ("l2", "dot"),

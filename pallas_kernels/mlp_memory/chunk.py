@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import delta_rule
+from pallas_kernels._linalg.numerics import PLAIN, Form
+from pallas_kernels._linalg.products import nn, tn
 from pallas_kernels.delta_rule import Operands
 from pallas_kernels.mlp_memory.types import FastWeights, Readout, Reads, Rule, Tokens, Written
-from pallas_kernels.numerics import PLAIN, Form
-from pallas_kernels.products import nn, tn
 
 _BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 

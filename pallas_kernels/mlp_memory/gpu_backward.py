@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._gpu.tiles import ROWS, Warpgroup, launch, where
 from pallas_kernels.delta_rule.gpu_chunk import Carried
-from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, where
 from pallas_kernels.mlp_memory.gpu_cell import (
     Cell,
     Norms,

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._gpu.tiles import ROWS, Flipped, Warpgroup
 from pallas_kernels.delta_rule.gpu_chunk import Chunk
-from pallas_kernels.gpu_tiles import ROWS, Flipped, Warpgroup
 from pallas_kernels.mlp_memory.types import Rule
 
 _BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715

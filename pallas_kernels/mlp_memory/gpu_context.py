@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._gpu.tiles import ROWS, Warpgroup
 from pallas_kernels.delta_rule.gpu_chunk import pull_pairs
-from pallas_kernels.gpu_tiles import ROWS, Warpgroup
 from pallas_kernels.mlp_memory.gpu_cell import erase_of, erases_of, predict, pull_erase
 from pallas_kernels.mlp_memory.types import Rule
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._gpu.tiles import ROWS, Warpgroup, launch, scratch_bytes, tile, where
 from pallas_kernels.delta_rule import gpu_chunk, gpu_momentum
-from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, scratch_bytes, tile, where
 from pallas_kernels.mlp_memory.gpu_cell import VECTORS, Cell, gelu, predict
 from pallas_kernels.mlp_memory.types import Rule
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_tiles import ROWS, Warpgroup, launch, where
+from pallas_kernels._gpu.tiles import ROWS, Warpgroup, launch, where
 from pallas_kernels.mlp_memory import gpu_backward, gpu_forward
 from pallas_kernels.mlp_memory.gpu_cell import VECTORS, pull_predict
 from pallas_kernels.mlp_memory.gpu_context import (

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._gpu.tiles import ROWS, as_parts, as_tiles, summed
 from pallas_kernels.delta_rule.gpu_vectors import logs_of
-from pallas_kernels.gpu_tiles import ROWS, as_parts, as_tiles, summed
 from pallas_kernels.mlp_memory.chunk import unit
 from pallas_kernels.mlp_memory.gpu_forward import Spec
 from pallas_kernels.mlp_memory.gpu_self import backward, forward

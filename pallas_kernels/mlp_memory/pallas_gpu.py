@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._gpu.tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles, summed
 from pallas_kernels.delta_rule.gpu_vectors import (
     log_sums,
     logs_of,
@@ -15,7 +16,6 @@ from pallas_kernels.delta_rule.gpu_vectors import (
     of_momentum_logs,
     stacked,
 )
-from pallas_kernels.gpu_tiles import ROWS, SMEM_LIMIT, as_parts, as_tiles, summed
 from pallas_kernels.mlp_memory.gpu_backward import backward
 from pallas_kernels.mlp_memory.gpu_cell import erase_of, erases_of
 from pallas_kernels.mlp_memory.gpu_forward import Spec, forward, shared_bytes

@@ -1,17 +1,17 @@
-"""The deep memory as one TPU kernel each way; see `chunk_loop_tpu`."""
+"""The deep memory as one TPU kernel each way; see `pallas_kernels._tpu.chunk_loop`."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chunk_loop_tpu import chunk_loop
-from pallas_kernels.chunk_plan import plan
+from pallas_kernels._linalg.numerics import Form
+from pallas_kernels._tpu.chunk_loop import chunk_loop
+from pallas_kernels._tpu.chunk_plan import plan
+from pallas_kernels._tpu.vmem import MIB, rounds_products, state_bytes, vmem_limit_of
 from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
-from pallas_kernels.numerics import Form
-from pallas_kernels.vmem import MIB, rounds_products, state_bytes, vmem_limit_of
 
 _ABREAST = 4  # memories of a step: one product of each, for a core has up to four matrix units
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._linalg.numerics import PLAIN
+from pallas_kernels._linalg.products import nn, nt, tn
 from pallas_kernels.mlp_memory.chunk import (
     _at_anchor,
     _clipped,
@@ -18,8 +20,6 @@ from pallas_kernels.mlp_memory.chunk import (
     predict,
 )
 from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens, Written
-from pallas_kernels.numerics import PLAIN
-from pallas_kernels.products import nn, nt, tn
 
 
 def read_anchor(

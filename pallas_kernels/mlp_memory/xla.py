@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._linalg.products import INVERSE
 from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
-from pallas_kernels.products import INVERSE
 
 
 def recomputed(chunk):

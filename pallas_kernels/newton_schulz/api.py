@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.newton_schulz.pallas_tpu import newton_schulz_pallas_tpu
 from pallas_kernels.newton_schulz.reference import newton_schulz_reference
 from pallas_kernels.newton_schulz.xla import newton_schulz_xla
-from pallas_kernels.numerics import accumulation_dtype
 
 # X <- a X + b (X X^T) X [+ c (X X^T)^2 X]
 COEFFICIENTS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5)}

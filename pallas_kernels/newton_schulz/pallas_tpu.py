@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels._tpu.vmem import MIB, vmem_limit_of
 from pallas_kernels.newton_schulz.xla import newton_schulz_xla
-from pallas_kernels.vmem import MIB, vmem_limit_of
 
 
 def newton_schulz_pallas_tpu(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.numerics import accumulation_dtype
+from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from pallas_kernels.selective_scan.reference import selective_scan_reference
 from pallas_kernels.selective_scan.xla import selective_scan_xla

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.vmem import MIB, vmem_limit_of
+from pallas_kernels._tpu.vmem import MIB, vmem_limit_of
 
 _LANES, _ROWS = 128, 8
 

@@ -306,7 +306,7 @@ def test_mistakes_are_named(change, error, message):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("generation", tpu.GENERATIONS)
+@pytest.mark.parametrize("generation", tpu.TPUS)
 @pytest.mark.parametrize("width", [64, 128])
 def test_compiles_ahead_of_time(generation, width):
     """Sixteen heads over 1,024 tokens with a window, a prefix and documents, with gradients."""

@@ -4,7 +4,8 @@ from importlib import metadata
 
 import pytest
 
-from nestedjax.benchmarks import tpu_cycles, tpu_estimates
+from nestedjax import planning
+from nestedjax.benchmarks import tpu_estimates
 
 COMPILER = "0.0.42.1"  # of libtpu: another one schedules in another way
 # Bundles written down for v5e: record again where a change is meant.
@@ -27,7 +28,7 @@ def test_no_kernel_has_become_slower(case, tmp_path):
     arguments = (str(index), "v5e", "pallas_tpu", "forward+backward")
     row = tpu_estimates.isolated(str(tmp_path), *arguments)
     assert row.get("refused") is None, row
-    found = {name: s.bundles for name, s in tpu_cycles.schedules(tmp_path).items()}
+    found = {name: s.bundles for name, s in planning.schedules(tmp_path).items()}
     for direction, recorded in RECORDED[case].items():
         (bundles,) = (n for name, n in found.items() if f"{case[0]}_{direction}" in name)
         assert bundles <= 1.1 * recorded, f"{direction}: {bundles} bundles, {recorded} recorded"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels.chunk_scan import chunk_scan
+from pallas_kernels._linalg.chunk_scan import chunk_scan
 
 BATCH, CHUNKS, SIZE, D = 2, 3, 4, 5
 

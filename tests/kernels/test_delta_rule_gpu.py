@@ -1,7 +1,8 @@
 """The GPU kernel of the delta rule: interpreted on the CPU, lowered and compiled for Hopper.
 
 Mosaic GPU's interpreter runs the kernel's copies, barriers, shared memory and control flow; the
-products of its tiles are jnp's there (see `gpu_tiles`). What needs a GPU is marked `gpu`.
+products of its tiles are jnp's there (see `pallas_kernels._gpu.tiles`). What needs a GPU is marked
+`gpu`.
 """
 
 import functools
@@ -13,11 +14,11 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from pallas_kernels._gpu.tiles import SMEM_LIMIT
 from pallas_kernels.delta_rule import Operands, delta_chunk, delta_rule
 from pallas_kernels.delta_rule.gpu_forward import Spec, shared_bytes
 from pallas_kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
-from pallas_kernels.gpu_tiles import SMEM_LIMIT
 from tests.kernels import gpu
 
 BOTH = ("keep", "erase")

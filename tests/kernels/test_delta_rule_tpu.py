@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels._tpu.vmem import save_every, vmem_limit_of
 from pallas_kernels.delta_rule import Operands, delta_chunk, delta_rule
 from pallas_kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
-from pallas_kernels.vmem import save_every, vmem_limit_of
 from tests.kernels import tpu
 
 GATES = [("keep", "erase", "momentum"), ("keep", "erase"), ("momentum",), ()]
@@ -108,11 +108,11 @@ def test_float64_is_refused(x64):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("generation", tpu.GENERATIONS)
+@pytest.mark.parametrize("generation", tpu.TPUS)
 @pytest.mark.parametrize("chunk", [16, 64, 128])
 def test_compiles_ahead_of_time(generation, chunk):
     """One layer of the 340M preset: 16 heads of 64 features, forward and backward."""
-    limit = vmem_limit_of(tpu.GENERATIONS[generation][1])
+    limit = vmem_limit_of(tpu.TPUS[generation].kind)
     kernel = functools.partial(
         delta_rule_pallas_tpu, read="running_prev", chunk_size=chunk, vmem_limit=limit
     )

@@ -8,14 +8,14 @@ from flax import nnx
 from nestedjax import models
 from nestedjax.layers import SelfModifyingConfig
 from nestedjax.models import CMSConfig, HopeConfig
-from pallas_kernels import vmem
+from pallas_kernels._tpu import vmem
 from tests.kernels import tpu
 
 
 @pytest.mark.tpu_compile
 def test_a_training_step_compiles_ahead_of_time(monkeypatch):
     """Two blocks with the heads of the 340M preset, packed documents, whole chunks and a rest."""
-    limit = vmem.VMEM[tpu.GENERATIONS["v5e"][1]]
+    limit = vmem.VMEM[tpu.TPUS["v5e"].kind]
     monkeypatch.setitem(vmem.VMEM, jax.devices()[0].device_kind, limit)
     memory = SelfModifyingConfig(heads=16, head_dim=64, hidden=64, chunk_size=64)
     config = HopeConfig(256, 256, 2, memory, CMSConfig((None,), 256), dtype="bfloat16")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.lapack import eigh, solve
+from pallas_kernels._linalg.lapack import eigh, solve
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 40])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.lockstep import Window, lockstep, value_of
-from pallas_kernels.pullback import split_pullback
+from pallas_kernels._tpu.lockstep import Window, lockstep, value_of
+from pallas_kernels._tpu.pullback import split_pullback
 
 
 def shapes(*arrays):

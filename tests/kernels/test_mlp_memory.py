@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import vmem
+from pallas_kernels._tpu import vmem
+from pallas_kernels._tpu.vmem import vmem_limit_of
 from pallas_kernels.mlp_memory import (
     Documents,
     FastWeights,
@@ -17,7 +18,6 @@ from pallas_kernels.mlp_memory import (
     mlp_memory,
 )
 from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
-from pallas_kernels.vmem import vmem_limit_of
 from pallas_kernels.workloads import PRESETS
 from tests.kernels import tpu
 
@@ -275,12 +275,12 @@ SMALL = (("340m", 16), ("340m", 64))  # what fits the 16 MiB of a v4
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("generation", tpu.GENERATIONS)
+@pytest.mark.parametrize("generation", tpu.TPUS)
 @pytest.mark.parametrize("workload", PRESETS)
 @pytest.mark.parametrize("chunk", [16, 64, 128])
 def test_compiles_ahead_of_time(generation, workload, chunk):
     heads, d, f = PRESETS[workload]
-    limit = vmem_limit_of(tpu.GENERATIONS[generation][1])
+    limit = vmem_limit_of(tpu.TPUS[generation].kind)
     if generation == "v4" and (workload, chunk) not in SMALL:
         with pytest.raises(NotImplementedError, match="MiB of VMEM, more than 14"):
             compiled(generation, heads, d, f, chunk, limit)
@@ -298,7 +298,7 @@ def compiled(generation, heads, d, f, chunk, limit, length=512):
         tokens = Tokens(*tokens, None, None, given["momentum"])
         start, readout = given["initial"], given["readout"]
         run = functools.partial(mlp_memory_pallas_tpu, rule=Rule(), chunk_size=chunk)
-        rounded = vmem.rounds_products(tpu.GENERATIONS[generation][1])
+        rounded = vmem.rounds_products(tpu.TPUS[generation].kind)
         reads, final = run(start, tokens, readout, vmem_limit=limit, rounded=rounded)
         leaves = [reads.astype(jnp.float32), *jax.tree.leaves(final)]
         return sum(jnp.sum(leaf**2) for leaf in leaves)

@@ -11,7 +11,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels.gpu_tiles import SMEM_LIMIT
+from pallas_kernels._gpu.tiles import SMEM_LIMIT
 from pallas_kernels.mlp_memory import Documents, Rule, api, mlp_memory, pallas_gpu
 from pallas_kernels.mlp_memory.gpu_forward import Spec, shared_bytes
 from pallas_kernels.mlp_memory.pallas_gpu import mlp_memory_pallas_gpu

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels._tpu.vmem import vmem_limit_of
 from pallas_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 from pallas_kernels.newton_schulz.pallas_tpu import (
     newton_schulz_pallas_tpu,
     vmem_bytes,
 )
 from pallas_kernels.newton_schulz.reference import newton_schulz_reference
-from pallas_kernels.vmem import vmem_limit_of
 from tests.kernels import tpu
 
 SHAPES = [(8, 128), (2, 24, 16), (2, 1, 5, 7)]
@@ -84,11 +84,11 @@ def test_a_backward_pass_that_does_not_fit_says_so():
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("generation", tpu.GENERATIONS)
+@pytest.mark.parametrize("generation", tpu.TPUS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiles_ahead_of_time(generation, dtype):
     """Forward at the width of the 340M preset where it fits, backward at half of it."""
-    kind, coefficients = tpu.GENERATIONS[generation][1], COEFFICIENTS["quintic"]
+    kind, coefficients = tpu.TPUS[generation].kind, COEFFICIENTS["quintic"]
     form = functools.partial(newton_schulz_pallas_tpu, vmem_limit=vmem_limit_of(kind))
 
     def forward(x):

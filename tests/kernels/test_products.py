@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import products
+from pallas_kernels._linalg import products
 
 
 def draw(seed, *shape):

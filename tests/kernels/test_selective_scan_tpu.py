@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels._tpu.vmem import vmem_limit_of
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu, vmem_bytes
 from pallas_kernels.selective_scan.reference import selective_scan_reference
-from pallas_kernels.vmem import vmem_limit_of
 from tests.kernels import tpu
 
 
@@ -85,11 +85,11 @@ def test_what_it_cannot_take_is_refused(x64):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("generation", tpu.GENERATIONS)
+@pytest.mark.parametrize("generation", tpu.TPUS)
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_compiles_ahead_of_time(generation, chunk):
     """2,048 channels of 16 states, forward and backward."""
-    limit = vmem_limit_of(tpu.GENERATIONS[generation][1])
+    limit = vmem_limit_of(tpu.TPUS[generation].kind)
     kernel = functools.partial(selective_scan_pallas_tpu, chunk_size=chunk, vmem_limit=limit)
     shapes = jax.eval_shape(lambda: draw((2,), 512, 2048, 16))
     function = functools.partial(with_gradients, kernel)

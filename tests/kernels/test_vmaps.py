@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import lapack, products
+from pallas_kernels._linalg import lapack, products
 from pallas_kernels.attention import attention
 from pallas_kernels.delta_rule import Operands, delta_chunk, delta_rule
 from pallas_kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu

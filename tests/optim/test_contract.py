@@ -169,7 +169,7 @@ def test_composes_with_optax(name):
     assert np.abs(plain["kernel"]).max() > 1e-4
 
 
-# they factorise matrices one by one (`pallas_kernels.lapack`), which has no reverse mode
+# they factorise matrices one by one (`pallas_kernels._linalg.lapack`), which has no reverse mode
 NO_GRADIENT = ("preconditioned by shampoo", "preconditioned by learning", "shampoo", "soap")
 
 

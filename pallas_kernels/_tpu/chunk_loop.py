@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lockstep import Window, lockstep, value_of
-from pallas_kernels.pullback import split_pullback
+from pallas_kernels._tpu.lockstep import Window, lockstep, value_of
+from pallas_kernels._tpu.pullback import split_pullback
 
 # (constants, state, tokens) -> (state, outputs): trees of arrays, one leading axis of size one
 Chunk = Callable[[Any, Any, Any], tuple[Any, Any]]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.numerics import PLAIN, Form, dot
+from pallas_kernels._linalg.numerics import PLAIN, Form, dot
 
 BLOCK = 16  # inverted under masks; larger matrices are merged from such blocks
 _SUBLANES = 8  # rows of a register: a kernel takes such blocks of rows apart for nothing

@@ -1,12 +1,12 @@
-"""How much a chunk loop's kernels do in one step, by what VMEM holds; see `chunk_loop_tpu`."""
+"""How much the kernels of a chunk loop do in one step, by what VMEM holds; see `chunk_loop`."""
 
 from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.chunk_loop_tpu import Chunk, Options, arguments_of_one
-from pallas_kernels.pullback import split_pullback
-from pallas_kernels.vmem import MIB, MOST, least_every, padded_bytes, save_every
+from pallas_kernels._tpu.chunk_loop import Chunk, Options, arguments_of_one
+from pallas_kernels._tpu.pullback import split_pullback
+from pallas_kernels._tpu.vmem import MIB, MOST, least_every, padded_bytes, save_every
 
 # Values between the products of a chunk, in what its pullback keeps: as the compiler asked for.
 _BETWEEN = 1.25

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from pallas_kernels.numerics import PLAIN, Form, dot
-from pallas_kernels.triangular import invert_unit_lower, masked
+from pallas_kernels._linalg.numerics import PLAIN, Form, dot
+from pallas_kernels._linalg.triangular import invert_unit_lower, masked
 
 # Names the inverses in `solve_unit_lower` for checkpoint policies: what is dear to recompute.
 INVERSE = "invert_unit_lower"

@@ -1,0 +1,1 @@
+"""What GPU kernels share: tiles of one warpgroup."""

@@ -1,0 +1,1 @@
+"""Linear algebra that the operations share, in plain JAX: products, inverses, scans."""
