@@ -64,14 +64,14 @@ class OptimizerConfig:
     """The outer optimizer, each block of the continuum memory at its own period.
 
     Attributes:
-      name: "adamw", or one of `nestedjax.optim.menu.OPTIMIZERS`; `--set optimizer=NAME`.
+      name: one of `nestedjax.optim.menu.OPTIMIZERS`; `--set optimizer=NAME`.
       arguments: its arguments in name and value; `--set optimizer.ARGUMENT=VALUE`.
       learning_rate: the highest, after the warm-up.
       warmup: steps.
       final_fraction: of the learning rate, at the last step.
       weight_decay: decoupled; of projections and embedding.
       clip: the largest global norm of a gradient; None does not clip.
-      b1: decay of AdamW's first moment; of the parameters that another optimizer leaves to it.
+      b1: decay of the first moment of the AdamW for what another optimizer leaves to it.
       b2: decay of its second moment.
     """
 
@@ -96,22 +96,17 @@ class OptimizerConfig:
 
 def _check_optimizer(config: OptimizerConfig) -> None:
     """Refuse a name or arguments that do not exist, and moments that nothing would use."""
-    arguments = config.arguments
-    if config.name == "adamw":
-        if arguments:
-            raise ConfigError(f"adamw has no optimizer.{arguments[0][0]}; set b1, b2, weight_decay")
-        return
     try:
-        menu.make(config.name, 1e-3, given=dict(arguments))
+        menu.make(config.name, 1e-3, given=dict(config.arguments))
     except ValueError as error:
-        text = str(error).replace("there are", "there are adamw,")
-        raise ConfigError(f"optimizer={config.name}: {text}") from error
+        raise ConfigError(f"optimizer={config.name}: {error}") from error
     if not menu.has_rest(config.name):
         for moment, usual in (("b1", 0.9), ("b2", 0.95)):
             if getattr(config, moment) != usual:
+                known = moment in menu.arguments(config.name)
                 raise ConfigError(
-                    f"{config.name} leaves nothing to AdamW, so that {moment} would do nothing; "
-                    f"leave {moment} out"
+                    f"{config.name} leaves no parameters to another AdamW, so that {moment} would"
+                    f" do nothing; {'set optimizer.' if known else 'leave out '}{moment}"
                 )
 
 
@@ -230,7 +225,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
         if path == "optimizer.name":
             found["optimizer"] = value
         elif path == "optimizer.arguments":
-            usual = _arguments(config.optimizer.name)
+            usual = {n: a.default for n, a in menu.arguments(config.optimizer.name).items()}
             found |= {f"optimizer.{n}": v for n, v in {**usual, **dict(value)}.items()}
         elif path not in ("preset", "data.files", "data.vocabulary"):
             found[rest or group] = value
@@ -270,11 +265,6 @@ def change(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     return config
 
 
-def _arguments(name: str) -> dict[str, Any]:
-    """What `--set optimizer.ARGUMENT` can set, with its default."""
-    return {} if name == "adamw" else menu.arguments(name)
-
-
 def _with_optimizer(config: RunConfig, key: str, text: str) -> RunConfig:
     """The run with another optimizer (whose arguments begin anew), or one argument changed."""
     settings = config.optimizer
@@ -284,16 +274,17 @@ def _with_optimizer(config: RunConfig, key: str, text: str) -> RunConfig:
         kept = settings.arguments if text == settings.name else ()
         changes: dict[str, Any] = {"name": text, "arguments": kept}
     else:
-        known = _arguments(settings.name)
+        known = menu.arguments(settings.name)
         if argument not in known:
-            there = f"it has {', '.join(known)}" if known else "set b1, b2, weight_decay"
-            raise ConfigError(f"optimizer={settings.name} has no argument {argument!r}; {there}")
+            raise ConfigError(
+                f"optimizer={settings.name} has no argument {argument!r}; it has {', '.join(known)}"
+            )
         try:
             value = menu.parse(settings.name, argument, text)
         except ValueError as error:
             raise ConfigError(f"{key}: {overrides.one_line(error)}") from error
         given = {**dict(settings.arguments), argument: value}
-        others = {name: value for name, value in given.items() if value != known[name]}
+        others = {name: value for name, value in given.items() if value != known[name].default}
         changes = {"arguments": tuple(sorted(others.items()))}
     optimizer = dataclasses.replace(settings, **changes)
     return dataclasses.replace(config, optimizer=optimizer)

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from nestedjax import configs, models, overrides
+from nestedjax.optim import menu
 from nestedjax.overrides import ConfigError
 
 
@@ -30,7 +31,8 @@ def test_no_two_settings_share_a_name():
         run = configs.change(configs.run_preset(preset), ["optimizer=adamw"])
         hidden = ("preset", "data.files", "optimizer.arguments")
         paths = [p for p in overrides.settings(run) if p not in hidden]
-        assert len(configs.flat(run)) == len(paths) - ("data.vocabulary" in paths)
+        plain = len(paths) - ("data.vocabulary" in paths)
+        assert len(configs.flat(run)) == plain + len(menu.arguments("adamw"))
 
 
 def test_values_are_read_by_type():

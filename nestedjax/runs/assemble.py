@@ -114,18 +114,11 @@ def optimizer(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sc
         def rate(writes: jax.Array) -> jax.Array:
             return schedule(writes * period)
 
-        moments: dict[str, Any] = {
-            "b1": settings.b1,
-            "b2": settings.b2,
-            "mask": decays,
-        }
-        if settings.name == "adamw":
-            return adamw(rate, weight_decay=settings.weight_decay, **moments)
         rule = menu.make(
             settings.name,
             rate,
             axes=models.matrix_axes(model),
-            rest=adamw(rate, weight_decay=0.0, **moments),
+            rest=adamw(rate, b1=settings.b1, b2=settings.b2, weight_decay=0.0),
             given=dict(settings.arguments),
         )
         return optax.chain(rule, add_decay(rate, settings.weight_decay, mask=decays))
