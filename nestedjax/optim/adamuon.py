@@ -68,6 +68,9 @@ def adamuon(
       axes: which parameters are matrices, and how; see `m3`.
       rest: the optimizer of the parameters that are no matrices; see `m3`.
 
+    Returns:
+      A transformation. With `optax.inject_hyperparams` name `steps` and functions in `static_args`.
+
     Raises:
       ValueError: an argument out of range, or axes that do not fit a parameter, by its name.
 

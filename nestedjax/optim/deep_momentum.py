@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -199,18 +200,7 @@ def scale_by_deep_momentum(
     inner = _Inner(
         architecture, width, objective, decay, inner_learning_rate, decay_to, normalize_key
     )
-    average = value == "ema"
-
-    def begin(layout: Layout | None, p: Leaf) -> tuple[PyTree]:
-        if layout is None:
-            return (jnp.zeros_like(p),)
-        if layout.matrix[-1] > max_inputs:
-            raise ValueError(
-                f"{layout.name!r} has {layout.matrix[-1]} inputs, more than max_inputs={max_inputs}"
-                ": raise it, or label the parameter None in axes"
-            )
-        start, stack = inner.start(layout, p.dtype), layout.matrix[:-2]
-        return (jax.tree.map(lambda w: jnp.broadcast_to(w, (*stack, *w.shape)), start),)
+    begin, average = partial(inner.begin, max_inputs=max_inputs), value == "ema"
 
     def init(params: Leaves) -> DeepMomentumState:
         (network,) = on_leaves(begin, axes, params)
@@ -219,14 +209,6 @@ def scale_by_deep_momentum(
 
     def keyed(layout: Layout | None, g: Leaf) -> tuple[Leaf]:
         return (g / (rms(g, layout) + _EPS) if normalize_key and layout is not None else g,)
-
-    def learn(layout: Layout | None, key: Leaf, goal: Leaf, phi: PyTree):
-        if layout is None:
-            phi = decay * phi + key
-            return phi, phi
-        arrays = fold(key, layout), fold(goal, layout)
-        out, phi = inner.step(phi, inner.start(layout, key.dtype), *arrays)
-        return unfold(-out, layout), phi
 
     def update(updates, state, params=None, **extra):
         (keys,) = on_leaves(keyed, axes, updates)
@@ -237,7 +219,7 @@ def scale_by_deep_momentum(
             goals = average_ = jax.tree.map(
                 lambda a, v: value_decay * a + (1 - value_decay) * v, state.average, goals
             )
-        direction, network = on_leaves(learn, axes, keys, goals, state.network, outputs=2)
+        direction, network = on_leaves(inner.learn, axes, keys, goals, state.network, outputs=2)
         direction = rescaled(direction, 1.0, axes) if rescale else direction
         return direction, DeepMomentumState(network, average_)
 
@@ -254,6 +236,29 @@ class _Inner(NamedTuple):
     learning_rate: Number
     decay_to: DecayTo
     normalized: bool
+
+    def begin(self, layout: Layout | None, p: Leaf, *, max_inputs: int) -> tuple[PyTree]:
+        """The state of a leaf: one network for each of its matrices, or zeros for a momentum."""
+        if layout is None:
+            return (jnp.zeros_like(p),)
+        if layout.matrix[-1] > max_inputs:
+            raise ValueError(
+                f"{layout.name!r} has {layout.matrix[-1]} inputs, more than max_inputs={max_inputs}"
+                ": raise it, or label the parameter None in axes"
+            )
+        start, stack = self.start(layout, p.dtype), layout.matrix[:-2]
+        return (jax.tree.map(lambda w: jnp.broadcast_to(w, (*stack, *w.shape)), start),)
+
+    def learn(
+        self, layout: Layout | None, key: Leaf, goal: Leaf, phi: PyTree
+    ) -> tuple[Leaf, PyTree]:
+        """The direction of a leaf, and its state after one step."""
+        if layout is None:
+            phi = self.decay * phi + key
+            return phi, phi
+        arrays = fold(key, layout), fold(goal, layout)
+        out, phi = self.step(phi, self.start(layout, key.dtype), *arrays)
+        return unfold(-out, layout), phi
 
     def start(self, layout: Layout, dtype: DTypeLike) -> PyTree:
         """phi_0, drawn from the parameter's name: the state need not hold it."""

@@ -73,6 +73,7 @@ def ggd(
       A transformation that needs `params`. Objectives other than dot need two more trees like the
       parameters, `update(grads, state, params, inputs=, errors=)`: each layer's inputs [..., n, di]
       and the mean loss's gradient by its outputs [..., n, do], as `recorded_linear` gives them.
+      With `optax.inject_hyperparams` name `inner_steps` in `static_args`.
 
     Raises:
       ValueError: an objective, retention and solver that do not go together; inputs that are

@@ -143,17 +143,8 @@ def nested_by_period(
         starts = {}
         for fast, slow in pairs:
             now = due(state.position, periods[slow])
-            weights, moved, gradient = (_pick(names, fast, t) for t in (params, new, updates))
-            start, written = state.starts[slow]
-            end = jax.tree.map(jnp.add, weights, moved)  # where the block arrived in this period
-            step, written = movers[slow].update(gradient, written, start, now=now, end=end)
-            start = optax.apply_updates(start, step)
-            jump = jax.tree.map(jnp.subtract, start, weights)
-            # weights + (start - weights) is not start to the last bit: keep as start what the block
-            # will have been moved to, so that "begins again from it" is exact.
-            reached = jax.tree.map(jnp.add, weights, jump)
-            start, moved = _where(now, (reached, jump), (start, moved))
-            starts[slow] = StartState(start, written)
+            parts = (_pick(names, fast, tree) for tree in (params, new, updates))
+            moved, starts[slow] = _moved(movers[slow], state.starts[slow], now, *parts)
             held[fast] = _begin_again(now, fresh[fast], held[fast])
             new = jax.tree.map(
                 lambda name, old, part, fast=fast: part if name == fast else old, names, new, moved
@@ -162,6 +153,36 @@ def nested_by_period(
         return new, NestedState(state.position + 1, blocks, starts)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moved(
+    mover: optax.GradientTransformationExtraArgs,
+    state: StartState,
+    now: bool | Bool[Array, ""],
+    weights: Leaves,
+    moved: Leaves,
+    gradient: Leaves,
+) -> tuple[Leaves, StartState]:
+    """A fast block's update and its start after a step of the block that holds the start.
+
+    Args:
+      mover: see `_mover`.
+      state: the start before.
+      now: whether the slower block steps, so that the fast one begins again.
+      weights: of the fast block.
+      moved: its own update.
+      gradient: its gradient.
+    """
+    start, written = state
+    end = jax.tree.map(jnp.add, weights, moved)  # where the block arrived in this period
+    step, written = mover.update(gradient, written, start, now=now, end=end)
+    start = optax.apply_updates(start, step)
+    jump = jax.tree.map(jnp.subtract, start, weights)
+    # weights + (start - weights) is not start to the last bit: keep as start what the block will
+    # have been moved to, so that "begins again from it" is exact.
+    reached = jax.tree.map(jnp.add, weights, jump)
+    start, moved = _where(now, (reached, jump), (start, moved))
+    return moved, StartState(start, written)
 
 
 def _periods(groups: Mapping[str, Any], chain: Sequence[str], rule: Rule) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Shampoo: gradients whitened on both sides by roots of their summed outer products."""
 
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -132,44 +133,22 @@ def scale_by_shampoo(
     """The direction of `shampoo`, whose arguments these are; AdaGrad for what is no matrix."""
     number("b1", b1)
     number("b2", 0.0 if b2 is None else b2)
-    choice("sides", sides, ("both", "left"))
+    choice("sides", sides, get_args(Sides))
     period(refresh)
     has_momentum = not (isinstance(b1, int | float) and b1 == 0)
     # For one gradient both powers give its orthogonal factor: L = g g^T has the eigenvalues s^2, so
     # that L^-1/2 alone, or L^-1/4 from the left and R^-1/4 from the right, divides s by s.
     power = -0.5 if sides == "left" else -0.25
 
-    def zeros(layout: Layout | None, p: Leaf) -> tuple[Any, Any]:
-        if layout is None:
-            return jnp.zeros_like(p), optax.MaskedNode()
-        left, right = (side(layout, axis, max_side, p.dtype) for axis in (-2, -1))
-        return left, optax.MaskedNode() if sides == "left" else right
-
-    def roots(left: PyTree, right: PyTree, like: Leaves) -> PyTree:
-        def one(layout: Layout | None, _: Any, left: Any, right: Any) -> tuple[Any]:
-            if layout is None:
-                return (optax.MaskedNode(),)
-            return (tuple(_root(m, power, eps) for m in (left, right)),)
-
-        return on_leaves(one, axes, like, left, right)[0]
+    zeros = partial(_zeros, sides=sides, max_side=max_side)
+    gather, direct = partial(_gather, decay=b2), partial(_direct, eps=eps)
+    roots = partial(_roots, power=power, eps=eps, axes=axes)
 
     def init(params: Leaves) -> ShampooState:
         left, right = on_leaves(zeros, axes, params, outputs=2)
         trace = jax.tree.map(jnp.zeros_like, params) if has_momentum else ()
         held = () if refresh == 1 else roots(left, right, params)
         return ShampooState(jnp.zeros((), jnp.int32), trace, left, right, held)
-
-    def gather(layout: Layout | None, g: Leaf, left: Any, right: Any) -> tuple[Any, Any]:
-        if layout is None:
-            return summed(left, g * g, b2), right
-        g = fold(g, layout)
-        return summed(left, g @ g.mT, b2), summed(right, g.mT @ g, b2)
-
-    def direct(layout: Layout | None, m: Leaf, left: Any, held: Any) -> tuple[Leaf]:
-        if layout is None:
-            return (m / (jnp.sqrt(left) + eps),)
-        for_left, for_right = held
-        return (unfold(sandwich(fold(m, layout), for_left, for_right), layout),)
 
     def update(updates, state, params=None, **extra):
         left, right = on_leaves(gather, axes, updates, state.left, state.right, outputs=2)
@@ -189,6 +168,54 @@ def scale_by_shampoo(
         return direction, ShampooState(state.position + 1, trace, left, right, held)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _zeros(
+    layout: Layout | None, p: Leaf, *, sides: Sides, max_side: int
+) -> tuple[Leaf | optax.MaskedNode, Leaf | optax.MaskedNode]:
+    """The two factors of a leaf before its first gradient; one of its own shape for no matrix."""
+    if layout is None:
+        return jnp.zeros_like(p), optax.MaskedNode()
+    left, right = (side(layout, axis, max_side, p.dtype) for axis in (-2, -1))
+    return left, optax.MaskedNode() if sides == "left" else right
+
+
+def _gather(
+    layout: Layout | None,
+    g: Leaf,
+    left: Leaf | optax.MaskedNode,
+    right: Leaf | optax.MaskedNode,
+    *,
+    decay: Number | None,
+) -> tuple[Leaf | optax.MaskedNode, Leaf | optax.MaskedNode]:
+    """The factors with a gradient added."""
+    if layout is None:
+        return summed(left, g * g, decay), right
+    g = fold(g, layout)
+    return summed(left, g @ g.mT, decay), summed(right, g.mT @ g, decay)
+
+
+def _direct(
+    layout: Layout | None, m: Leaf, left: Leaf | optax.MaskedNode, held: PyTree, *, eps: Number
+) -> tuple[Leaf]:
+    """The momentum of a leaf between the roots of its factors."""
+    if layout is None:
+        return (m / (jnp.sqrt(left) + eps),)
+    for_left, for_right = held
+    return (unfold(sandwich(fold(m, layout), for_left, for_right), layout),)
+
+
+def _roots(
+    left: PyTree, right: PyTree, like: Leaves, *, power: float, eps: Number, axes: Axes
+) -> PyTree:
+    """The pair of roots of each leaf's factors; nothing for what is no matrix."""
+
+    def one(layout: Layout | None, _: Leaf, *pair: Leaf | optax.MaskedNode) -> tuple[PyTree]:
+        if layout is None:
+            return (optax.MaskedNode(),)
+        return (tuple(_root(factor, power, eps) for factor in pair),)
+
+    return on_leaves(one, axes, like, left, right)[0]
 
 
 def factors(left: PyTree, right: PyTree, *, cache: PyTree = ()) -> tuple[Memory, Memory]:

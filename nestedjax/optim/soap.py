@@ -149,53 +149,74 @@ def scale_by_soap(
     period(refresh)
     key = every(refresh)
 
-    def zeros(layout: Layout | None, p: Leaf) -> tuple[Any, Any, Any, Any]:
-        if layout is None:
-            return (jnp.zeros_like(p), *[optax.MaskedNode()] * 3)
-        left, right = (side(layout, axis, max_side, p.dtype) for axis in (-2, -1))
-        return jnp.zeros(layout.matrix, p.dtype), left, right, (left, right)
+    zeros = partial(_zeros, max_side=max_side)
+    gather = partial(_gather, decay=factor_decay)
 
     def init(params: Leaves) -> SoapState:
         nu, left, right, basis = on_leaves(zeros, axes, params, outputs=4)
         mu = jax.tree.map(jnp.zeros_like, params)
         return SoapState(jnp.zeros((), jnp.int32), mu, nu, left, right, {key: BasisState(basis)})
 
-    def gather(layout: Layout | None, g: Leaf, left: Any, right: Any) -> tuple[Any, Any]:
-        if layout is None:
-            return left, right
-        g = fold(g, layout)
-        return summed(left, g @ g.mT, factor_decay), summed(right, g.mT @ g, factor_decay)
-
-    def adam(t: Counter, layout: Layout | None, g: Leaf, m: Leaf, nu: Leaf, basis: Any):
-        t = t.astype(g.dtype)
-        if layout is None:
-            m = b1 * m + (1 - b1) * g
-            nu = b2 * nu + (1 - b2) * g * g
-            return _ratio(m, nu, b1, b2, t + 1, eps), m, nu
-        back = [q if isinstance(q, optax.MaskedNode) else q.mT for q in basis]
-        # The moments begin with the second gradient, the first that there are bases for, so that
-        # their bias correction counts one step less than that of what is no matrix.
-        first = t == 0
-        m = jnp.where(first, m, b1 * m + (1 - b1) * g)
-        square = sandwich(fold(g, layout), back[0], basis[1]) ** 2
-        nu = jnp.where(first, nu, b2 * nu + (1 - b2) * square)
-        # M is kept in the parameters' own basis and rotated here, so that it needs no rotation
-        # when the bases move; V cannot be rotated, and stays as it is (as in the paper).
-        u = _ratio(sandwich(fold(m, layout), back[0], basis[1]), nu, b1, b2, t, eps)
-        u = jnp.where(first, jnp.zeros_like(u), sandwich(u, basis[0], back[1]))
-        return unfold(u, layout), m, nu
-
     def update(updates, state, params=None, **extra):
         left, right = on_leaves(gather, axes, updates, state.left, state.right, outputs=2)
+        adam = partial(_adam, t=state.position, b1=b1, b2=b2, eps=eps)
         moments = state.mu, state.nu, state.bases[key].basis
-        direction, mu, nu = on_leaves(
-            partial(adam, state.position), axes, updates, *moments, outputs=3
-        )
+        direction, mu, nu = on_leaves(adam, axes, updates, *moments, outputs=3)
         basis = _refreshed(state, (left, right), updates, refresh, axes)
         bases = {key: BasisState(basis)}
         return direction, SoapState(state.position + 1, mu, nu, left, right, bases)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _zeros(layout: Layout | None, p: Leaf, *, max_side: int) -> tuple[Leaf, Any, Any, Any]:
+    """Second moment, factors and bases of a leaf before its first gradient."""
+    if layout is None:
+        return (jnp.zeros_like(p), *[optax.MaskedNode()] * 3)
+    left, right = (side(layout, axis, max_side, p.dtype) for axis in (-2, -1))
+    return jnp.zeros(layout.matrix, p.dtype), left, right, (left, right)
+
+
+def _gather(
+    layout: Layout | None, g: Leaf, left: Any, right: Any, *, decay: Number
+) -> tuple[Any, Any]:
+    """The factors with a gradient averaged in."""
+    if layout is None:
+        return left, right
+    g = fold(g, layout)
+    return summed(left, g @ g.mT, decay), summed(right, g.mT @ g, decay)
+
+
+def _adam(
+    layout: Layout | None,
+    g: Leaf,
+    m: Leaf,
+    nu: Leaf,
+    basis: Any,
+    *,
+    t: Counter,
+    b1: Number,
+    b2: Number,
+    eps: Number,
+) -> tuple[Leaf, Leaf, Leaf]:
+    """The direction of a leaf after t updates, and its two moments."""
+    steps = t.astype(g.dtype)
+    if layout is None:
+        m = b1 * m + (1 - b1) * g
+        nu = b2 * nu + (1 - b2) * g * g
+        return _ratio(m, nu, b1, b2, steps + 1, eps), m, nu
+    back = [q if isinstance(q, optax.MaskedNode) else q.mT for q in basis]
+    # The moments begin with the second gradient, the first that there are bases for, so that their
+    # bias correction counts one step less than that of what is no matrix.
+    first = t == 0
+    m = jnp.where(first, m, b1 * m + (1 - b1) * g)
+    square = sandwich(fold(g, layout), back[0], basis[1]) ** 2
+    nu = jnp.where(first, nu, b2 * nu + (1 - b2) * square)
+    # M is kept in the parameters' own basis and rotated here, so that nothing has to be done to it
+    # when the bases move. V cannot be rotated, and stays as it is, as in the paper.
+    u = _ratio(sandwich(fold(m, layout), back[0], basis[1]), nu, b1, b2, steps, eps)
+    u = jnp.where(first, jnp.zeros_like(u), sandwich(u, basis[0], back[1]))
+    return unfold(u, layout), m, nu
 
 
 def _ratio(m: Leaf, nu: Leaf, b1: Number, b2: Number, t: Float[Array, ""], eps: Number) -> Leaf:
