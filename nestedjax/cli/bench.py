@@ -96,7 +96,7 @@ def _optimizers(args: argparse.Namespace) -> list[dict[str, Any]]:
     from nestedjax.errors import ConfigError
     from nestedjax.optim import menu
 
-    known = ("adamw", "muon (optax)", *menu.OPTIMIZERS)
+    known = ("muon (optax)", *menu.OPTIMIZERS)
     for name in args.names:
         if name not in known:
             raise ConfigError(f"no optimizer {name!r} in this benchmark; {', '.join(known)}")

@@ -117,8 +117,8 @@ def table(boxes: Iterable[Box]) -> str:
     return "\n".join(lines)
 
 
-def _level_boxes(level: Level, state: PyTree, prefix: str, needs: dict) -> list[Box]:
-    """One box for each plain level of a composition, whose state is a tuple in that order."""
+def _level_boxes(level: Level, state: PyTree, prefix: str, needs: dict[str, set[str]]) -> list[Box]:
+    """One box for each plain level of a composition, whose state is a tuple in the same order."""
     if not level.parts:
         about = {"objective": "", "rule": "", "transfer": "param"} | dict(level.about or {})
         words = (about["objective"], about["rule"], about["transfer"])
@@ -136,8 +136,8 @@ def _level_boxes(level: Level, state: PyTree, prefix: str, needs: dict) -> list[
     return boxes
 
 
-def _keep_levels(boxes: list[Box], needs: dict) -> None:
-    """Boxes described before stay in the order they were found to have."""
+def _keep_levels(boxes: list[Box], needs: dict[str, set[str]]) -> None:
+    """Boxes that have a `level` keep their order: a slower one needs every faster one."""
     placed = [box for box in boxes if box.level is not None]
     for slow in placed:
         faster = {box.name for box in placed if box.level > slow.level}  # type: ignore[operator]
@@ -145,7 +145,7 @@ def _keep_levels(boxes: list[Box], needs: dict) -> None:
 
 
 def _trained(boxes: list[Box], params: PyTree, period: int | Fraction) -> list[Box]:
-    """What was frozen in context, updated by the optimizer."""
+    """The boxes with what is frozen inside of a context updated by the optimizer, once a step."""
     boxes = [
         dataclasses.replace(box, period=period, rule="optimizer")
         if box.period is None and box.parameters
@@ -153,16 +153,8 @@ def _trained(boxes: list[Box], params: PyTree, period: int | Fraction) -> list[B
         for box in boxes
     ]
     if params is not None and not any(box.rule == "optimizer" for box in boxes):
-        slow = Box(
-            "parameters",
-            period,
-            count(params),
-            size(params),
-            "training loss",
-            "optimizer",
-            "backprop",
-        )
-        boxes = [slow, *boxes]
+        numbers, about = (count(params), size(params)), ("training loss", "optimizer", "backprop")
+        boxes = [Box("parameters", period, *numbers, *about), *boxes]
     return boxes
 
 

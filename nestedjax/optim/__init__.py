@@ -32,7 +32,13 @@ from nestedjax.optim.preconditioned_momentum import (
 from nestedjax.optim.schedules import warmup_cosine
 from nestedjax.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from nestedjax.optim.soap import SoapState, scale_by_soap, soap
-from nestedjax.optim.taps import recorded_linear, tapped_embedding, tapped_linear, watch_inputs
+from nestedjax.optim.taps import (
+    recorded_linear,
+    tapped_embedding,
+    tapped_linear,
+    taps_in,
+    watch_inputs,
+)
 
 __all__ = [
     "AccumulateState",
@@ -88,6 +94,7 @@ __all__ = [
     "tapped",
     "tapped_embedding",
     "tapped_linear",
+    "taps_in",
     "warmup_cosine",
     "watch_inputs",
 ]

@@ -1,6 +1,6 @@
 """AdaMuon: a second moment of the orthogonalised momentum (baseline of the M3 study)."""
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,6 @@ from nestedjax.optim.matrices import Axes, widened
 from nestedjax.optim.memories import Memory, first_moment, second_moment
 from nestedjax.optim.parts import (
     Orthogonalize,
-    PyTree,
-    Rate,
     choice,
     matrix_function,
     number,
@@ -19,13 +17,14 @@ from nestedjax.optim.parts import (
     rescaled,
     with_adamw,
 )
+from nestedjax.optim.types import LearningRate, Leaves, Number
 
 
 class AdaMuonState(NamedTuple):
-    """The state of `scale_by_adamuon`: momentum and second moment of its orthogonal factor."""
+    """The state of `scale_by_adamuon`: momentum M and second moment V of its orthogonal factor."""
 
-    mu: PyTree
-    nu: PyTree
+    mu: Leaves
+    nu: Leaves
 
     def memories(self) -> tuple[Memory, ...]:
         """Its boxes."""
@@ -33,16 +32,16 @@ class AdaMuonState(NamedTuple):
 
 
 def adamuon(
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    accumulate: str = "trace",
-    rms_rescale: Any = 0.2,
+    b1: Number = 0.95,
+    b2: Number = 0.95,
+    accumulate: Literal["trace", "ema"] = "trace",
+    rms_rescale: Number | None = 0.2,
     orthogonalize: Orthogonalize = "quintic",
     steps: int = 5,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.1,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,18 +50,26 @@ def adamuon(
         M <- b1 M + g,   O = NS(sign(M)),   V <- b2 V + (1 - b2) O^2
         W <- W - lr (rms_rescale U / rms(U) + weight_decay W),   U = O / (sqrt(V) + eps)
 
+    NS is Newton-Schulz, which approximates the orthogonal factor of a matrix.
+
     Args:
-      learning_rate: a rate or schedule that suits AdamW.
-      b1: decay of the momentum.
-      b2: decay of the second moment.
-      accumulate: "trace" as above, or "ema"; sign(M) and so the result are the same.
-      rms_rescale: root mean square of each matrix' update; None leaves it as it comes out.
-      orthogonalize: "quintic", "cubic", "svd" (exact), "none", or a function of [..., m, n].
-      steps: Newton-Schulz iterations.
-      eps: in both denominators.
-      weight_decay: decoupled, of the matrices.
+      learning_rate: a number or a schedule; one that suits AdamW.
+      b1: decay of the momentum, in one step.
+      b2: decay of the second moment, in one step.
+      accumulate: "trace" as above, or "ema", M <- b1 M + (1 - b1) g; sign(M), and so the update, is
+        the same.
+      rms_rescale: root mean square that each matrix' update is rescaled to; None leaves it as it
+        comes out.
+      orthogonalize: what computes O: "quintic" or "cubic" Newton-Schulz, "svd" (exact), "none" (the
+        identity), or a function of matrices [..., outputs, inputs].
+      steps: iterations of Newton-Schulz.
+      eps: added to both denominators, sqrt(V) and Newton-Schulz's norm.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       axes: which parameters are matrices, and how; see `m3`.
-      rest: what steps the others; see `m3`.
+      rest: the optimizer of the parameters that are no matrices; see `m3`.
+
+    Returns:
+      A transformation. With `optax.inject_hyperparams` name `steps` and functions in `static_args`.
 
     Raises:
       ValueError: an argument out of range, or axes that do not fit a parameter, by its name.
@@ -75,7 +82,9 @@ def adamuon(
       >>> updates, state = tx.update(params, tx.init(params), params)
 
     Reference:
-      Si et al., AdaMuon (arXiv 2507.11005). V has no bias correction: the rescaling undoes it.
+      Si et al., AdaMuon (arXiv 2507.11005); spec B11.
+
+    Departure from the paper: V has no bias correction, which the rescaling would undo.
     """
     rule = scale_by_adamuon(
         b1=b1,
@@ -92,18 +101,18 @@ def adamuon(
 
 def scale_by_adamuon(
     *,
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    accumulate: str = "trace",
-    rms_rescale: Any = 0.2,
+    b1: Number = 0.95,
+    b2: Number = 0.95,
+    accumulate: Literal["trace", "ema"] = "trace",
+    rms_rescale: Number | None = 0.2,
     orthogonalize: Orthogonalize = "quintic",
     steps: int = 5,
-    eps: Any = 1e-8,
+    eps: Number = 1e-8,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `adamuon`, whose arguments these are.
 
-    Leaves that are no matrices take `s / (rms(s) + eps)` of s = sign(M) for the orthogonal factor.
+    Leaves that are no matrices take `s / (rms(s) + 1e-8)` of s = sign(M) for the orthogonal factor.
     """
     choice("accumulate", accumulate, ("trace", "ema"))
     number("b1", b1)
@@ -111,7 +120,7 @@ def scale_by_adamuon(
     function = matrix_function(orthogonalize, steps=steps, eps=eps)
     add = 1.0 if accumulate == "trace" else 1 - b1
 
-    def init(params: PyTree) -> AdaMuonState:
+    def init(params: Leaves) -> AdaMuonState:
         return AdaMuonState(*(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
     def update(updates, state, params=None, **extra):

@@ -1,23 +1,21 @@
 """AdamW with this library's defaults: what steps everything that has no rule of its own."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 
 from nestedjax.optim.matrices import widened
-from nestedjax.optim.parts import PyTree, Rate, lenient, number
+from nestedjax.optim.parts import Mask, lenient, number
+from nestedjax.optim.types import LearningRate, Number, PyTree
 
 
 def adamw(
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.1,
-    mask: Callable[[PyTree], PyTree] | None = None,
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.1,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with decoupled weight decay, for parameters of any shape.
 
@@ -27,14 +25,14 @@ def adamw(
     with bias-corrected m^ = m / (1 - b1^t) and v^ = v / (1 - b2^t).
 
     Args:
-      learning_rate: a rate or schedule.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the denominator.
-      weight_decay: decoupled, times the learning rate.
-      mask: `mask(params) -> tree of bool`, which parameters decay; None: those with two axes or
-        more. Weights that are stacked over layers have one axis more than in their layer: give a
-        mask for them.
+      learning_rate: a number or a schedule.
+      b1: decay of the first moment, in one step.
+      b2: decay of the second moment, in one step.
+      eps: added to the denominator sqrt(v^).
+      weight_decay: decoupled weight decay, multiplied by the learning rate.
+      mask: which parameters decay: a tree of bool, or `mask(params)` that makes it; None: those
+        with two axes or more. Weights that are stacked over layers have one axis more than in their
+        layer: give a mask for them.
 
     Raises:
       ValueError: an argument out of range.

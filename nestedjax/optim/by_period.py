@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,12 @@ import optax
 
 from nestedjax.levels import due
 from nestedjax.optim.memories import Memory, Part, accumulator
+from nestedjax.optim.types import Counter, Leaf, Leaves, PyTree
 from pallas_kernels import accumulation_dtype
 
-PyTree = Any
-Periods = Mapping[str, int | None]
+Periods: TypeAlias = Mapping[str, int | None]
+Labels: TypeAlias = PyTree | Callable[[PyTree], PyTree]
+Reduction = Literal["mean", "sum"]
 
 
 class AccumulateState(NamedTuple):
@@ -23,11 +25,11 @@ class AccumulateState(NamedTuple):
       position: update calls since `init`.
       acc_grads: the sum of the gradients since the last write, in at least float32; () where every
         call writes.
-      inner: the state of the transformation, bitwise constant between two writes.
+      inner: the state of the transformation, which is bitwise constant between two writes.
     """
 
-    position: jax.Array  # shape=(), dtype=int32
-    acc_grads: PyTree
+    position: Counter
+    acc_grads: Leaves
     inner: PyTree
 
     def memories(self) -> tuple[Memory | Part, ...]:
@@ -36,24 +38,28 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(
-    tx: optax.GradientTransformation, period: int | None, *, reduction: str = "mean"
+    tx: optax.GradientTransformation, period: int | None, *, reduction: Reduction = "mean"
 ) -> optax.GradientTransformationExtraArgs:
-    """Step `tx` once every `period` calls, with the mean or the sum of their gradients.
+    """Step `tx` once in `period` calls, with the mean or the sum of their gradients.
 
-    At call i = 1, 2, ...: `acc <- acc + g_i`; if period divides i, `u_i, inner <- tx(acc / period)`
-    and `acc <- 0`, else `u_i = 0`. The parameters do not move in between, so with equal batches the
-    mean is the gradient of one batch `period` times as large.
+        call i = 1, 2, ...:       acc <- acc + g_i
+        if period divides i:      u_i, inner <- tx(acc / period),   acc <- 0
+        else:                     u_i = 0
+
+    The parameters do not move between two writes, so that with equal batches the mean is the
+    gradient of one batch that is `period` times as large.
 
     Args:
-      tx: the optimizer. A schedule inside it counts writes, not calls.
+      tx: the optimizer; a schedule inside of it counts writes, not calls.
       period: calls between two writes; None or 1 writes at every call.
-      reduction: "mean" or "sum" (the paper's) of the gradients.
+      reduction: whether `tx` is given the "mean" of the period's gradients, or their "sum", which
+        is the paper's.
 
     Returns:
       A transformation with state `AccumulateState`.
 
     Raises:
-      ValueError: if the period is not a positive integer or the reduction unknown.
+      ValueError: the period is no positive integer, or the reduction is unknown.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,8 +74,10 @@ def accumulate(
       0.0
 
     Reference:
-      Nested Learning (arXiv 2512.24695), equation 71. Where it prints a sum over period + 1 tokens,
-      this one is over the period's own.
+      Nested Learning (arXiv 2512.24695), equation 71; spec D3.
+
+    Departures from the paper: (1) the printed sum has period + 1 terms, this one the period's own;
+    (2) the mean (`reduction`), so that a step has the same size whatever the period.
     """
     tx = optax.with_extra_args_support(tx)
     every = 1 if period is None else period
@@ -79,7 +87,7 @@ def accumulate(
         raise ValueError(f"reduction={reduction!r} is not one of mean, sum")
     divisor = every if reduction == "mean" else 1
 
-    def init(params: PyTree) -> AccumulateState:
+    def init(params: Leaves) -> AccumulateState:
         nothing = () if every == 1 else jax.tree.map(_wide_zeros, params)
         return AccumulateState(jnp.zeros((), jnp.int32), nothing, tx.init(params))
 
@@ -90,6 +98,8 @@ def accumulate(
         total = jax.tree.map(lambda acc, g: acc + g.astype(acc.dtype), state.acc_grads, updates)
         mean = jax.tree.map(lambda acc, g: (acc / divisor).astype(g.dtype), total, updates)
 
+        # A cond, not a select: between two writes the optimizer does not run, and its state is the
+        # same to the last bit.
         def write(mean, inner):
             new, inner = tx.update(mean, inner, params, **extra)
             return new, inner, jax.tree.map(jnp.zeros_like, total)
@@ -108,27 +118,28 @@ def accumulate(
 
 def by_period(
     groups: Mapping[str, tuple[int | None, optax.GradientTransformation]],
-    labels: PyTree | Callable[[PyTree], PyTree],
+    labels: Labels,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> optax.GradientTransformationExtraArgs:
     """Step each group of parameters at its own period, by one common gradient.
 
-    This is what trains a continuum memory: one loss, one backward pass, and blocks that are written
-    at different frequencies. As outer optimizer a call is a training step; inside
-    `levels.adapt` and `levels.adaptive_level` it is a chunk of one sequence.
+    A continuum memory is trained like this: one loss, one backward pass, and blocks that are
+    written at different frequencies. A call is a training step where this is the outer optimizer,
+    and a chunk of one sequence inside of `levels.adapt` and `levels.adaptive_level`.
 
     Args:
       groups: label -> (period in update calls, optimizer); see `accumulate`.
       labels: a tree like the parameters (or a prefix of it) with a label at each leaf, or a
         function that makes it from the parameters.
-      reduction: "mean" or "sum" of a period's gradients.
+      reduction: "mean" or "sum" of a period's gradients; see `accumulate`.
 
     Returns:
-      `optax.partition` of one `accumulate` per label; with one label it is `optax.MultiSteps`.
+      `optax.partition` of one `accumulate` per label. With one label it computes what
+      `optax.MultiSteps` does.
 
     Raises:
-      ValueError: for what `accumulate` raises, and for a label without a group.
+      ValueError: what `accumulate` raises, or a label without a group.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -144,7 +155,7 @@ def by_period(
       -3.0 -2.0
 
     Reference:
-      Nested Learning (arXiv 2512.24695), equations 70-71.
+      Nested Learning (arXiv 2512.24695), equations 70-71; spec D3.
     """
     transforms = {
         label: accumulate(tx, period, reduction=reduction) for label, (period, tx) in groups.items()
@@ -157,17 +168,18 @@ def by_period(
 
 
 def in_steps(periods: Periods, *, step_tokens: int) -> dict[str, int | None]:
-    """Periods in optimizer steps from periods in tokens of the training stream.
+    """Convert periods from tokens of the training stream to optimizer steps.
 
     Args:
-      periods: label -> tokens between two writes; None for every step.
+      periods: label -> tokens between two writes; None: a write at every step.
       step_tokens: tokens in one optimizer step, batch x length.
 
     Returns:
-      label -> steps between two writes, None for every step.
+      label -> steps between two writes; None: a write at every step.
 
     Raises:
-      ValueError: if a period is not a multiple of `step_tokens`; names the nearest ones that are.
+      ValueError: a period that is not a multiple of `step_tokens`; the message names the nearest
+        ones that are.
 
     Example:
       >>> from nestedjax import optim
@@ -190,14 +202,14 @@ def in_steps(periods: Periods, *, step_tokens: int) -> dict[str, int | None]:
 
 
 def in_tokens(periods: Periods, *, step_tokens: int | Fraction) -> dict[str, int | Fraction]:
-    """Periods in tokens from periods in optimizer steps, as `levels.describe` takes them.
+    """Convert periods from optimizer steps to tokens, as `levels.describe` takes them.
 
     Args:
-      periods: label -> steps between two writes; None for every step.
+      periods: label -> steps between two writes; None: a write at every step.
       step_tokens: tokens in one optimizer step, batch x length.
 
     Returns:
-      label -> tokens, with `""` for everything that has no label.
+      label -> tokens between two writes, with `""` for everything that has no label.
 
     Example:
       >>> from nestedjax import optim
@@ -207,5 +219,5 @@ def in_tokens(periods: Periods, *, step_tokens: int | Fraction) -> dict[str, int
     return {"": step_tokens} | {label: (n or 1) * step_tokens for label, n in periods.items()}
 
 
-def _wide_zeros(leaf):
+def _wide_zeros(leaf: Leaf) -> Leaf:
     return jnp.zeros_like(leaf, dtype=accumulation_dtype(leaf))

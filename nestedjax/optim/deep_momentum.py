@@ -2,15 +2,21 @@
 
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, rms, unfold, widened
 from nestedjax.optim.memories import Memory
-from nestedjax.optim.parts import PyTree, Rate, choice, number, rescaled, with_adamw
+from nestedjax.optim.parts import choice, number, rescaled, with_adamw
+from nestedjax.optim.types import Leaf, LearningRate, Leaves, Matrices, Number, PyTree
+
+Key: TypeAlias = PRNGKeyArray
+Rows: TypeAlias = Float[Array, "outputs inputs"]
 
 _EPS = 1e-8
 
@@ -19,12 +25,12 @@ class DeepMomentumState(NamedTuple):
     """The state of `scale_by_deep_momentum`.
 
     Attributes:
-      network: the weights of one network a matrix; a plain momentum for what is no matrix.
+      network: the weights of one network for each matrix; a momentum for what is no matrix.
       average: moving average of the negative keys; () but for `value="ema"`.
     """
 
-    network: PyTree
-    average: PyTree
+    network: PyTree[Float[Array, "..."]]
+    average: Leaves
 
     def memories(self) -> tuple[Memory, ...]:
         """Its boxes."""
@@ -40,16 +46,17 @@ class Network(NamedTuple):
 
     Attributes:
       start: `(key, outputs, inputs, width, dtype) -> weights`.
-      apply: `(weights, keys[outputs, inputs]) -> [outputs, inputs]`.
-      shared: whether the rows share the weights, so that the inner loss is a mean over them.
+      apply: `(weights, keys[outputs, inputs]) -> values[outputs, inputs]`.
+      shared: whether the rows share the weights, so that the inner loss is a mean over rows.
     """
 
-    start: Callable[..., PyTree]
-    apply: Callable[[PyTree, jax.Array], jax.Array]
+    start: Callable[[Key, int, int, int, Any], PyTree]
+    apply: Callable[[PyTree, Rows], Rows]
     shared: bool = True
 
 
-def _mlp(key, outputs, inputs, width, dtype):
+def _mlp(key: Key, outputs: int, inputs: int, width: int, dtype: DTypeLike) -> dict[str, Array]:
+    # The second layer is zero, so that the network says nothing before it has learned something.
     first = jax.random.normal(key, (width, inputs), dtype) * inputs**-0.5
     return {"first": first, "second": jnp.zeros((inputs, width), dtype)}
 
@@ -66,55 +73,67 @@ NETWORKS = {
         shared=False,
     ),
 }
+Architecture: TypeAlias = Literal["mlp", "linear", "keyless"] | Network
+InnerObjective = Literal["l2", "dot"]
+Value = Literal["neg_grad", "ones", "ema"]
+DecayTo = Literal["start", "zero"]
 
 
 def deep_momentum(
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
-    decay: Any = 0.9,
-    inner_rate: Any = 0.5,
-    architecture: str | Network = "mlp",
+    decay: Number = 0.9,
+    inner_learning_rate: Number = 0.5,
+    architecture: Architecture = "mlp",
     width: int | None = None,
-    objective: str = "l2",
-    value: str = "neg_grad",
-    value_decay: Any = 0.9,
-    decay_to: str = "start",
+    objective: InnerObjective = "l2",
+    value: Value = "neg_grad",
+    value_decay: Number = 0.9,
+    decay_to: DecayTo = "start",
     normalize_key: bool = True,
     rescale: bool = True,
     max_inputs: int = 4096,
-    weight_decay: Any = 0.1,
+    weight_decay: Number = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A network m_phi over gradient rows as momentum for matrices, AdamW for everything else.
 
-        phi <- phi_0 + decay (phi - phi_0) - step grad_phi L(m_phi(k), v)
+        phi <- phi_0 + decay (phi - phi_0) - zeta grad_phi L(m_phi(k), v)
         W   <- W + lr m_phi(k) / rms(m_phi(k)) - lr weight_decay W
 
-    k = g / rms(g) row by row (a row holds one output's gradient), v the value it shall map to.
+    The rows of the gradient, one for each output neuron, are the tokens: a row of k = g / rms(g) is
+    a key, and a row of v the value that the network shall map it to.
 
     Args:
-      learning_rate: a rate or schedule that suits AdamW: updates have root mean square 1.
-      decay: of the network towards its start.
-      inner_rate: step = inner_rate / inputs with normalised keys and rows that share a network
-        (|k|^2 is about `inputs`), else step = inner_rate.
-      architecture: "mlp" (one hidden layer, no residual, output zero at the start), "linear",
-        "keyless" (phi itself, whatever the key), or a `Network`.
-      width: of the hidden layer; None: min(inputs, 64).
-      objective: "l2" `1/2 |m(k) - v|^2` or "dot" `-<m(k), v>`, mean over rows that share a network.
-      value: "neg_grad" v = -k, "ones" v = 1 (printed), "ema" a moving average of -k.
-      value_decay: of that average.
-      decay_to: "start", or "zero" as printed.
-      normalize_key: False: k = g.
-      rescale: False: the update is m_phi(k) as it comes out.
-      max_inputs: refuse wider matrices, whose networks would cost too much.
-      weight_decay: decoupled, of the matrices.
+      learning_rate: a number or a schedule; one that suits AdamW, since updates have root mean
+        square 1.
+      decay: factor on the network's distance from its start, in one step.
+      inner_learning_rate: step size zeta of the network, divided by the number of inputs where keys
+        are normalised and the rows share a network, since |k|^2 is about that number.
+      architecture: the network: "mlp" (one hidden layer, no residual, output zero at the start),
+        "linear", "keyless" (phi itself, whatever the key), or a `Network`.
+      width: hidden units of the "mlp"; None: the smaller of inputs and 64.
+      objective: inner loss: "l2" `1/2 |m(k) - v|^2` or "dot" `-<m(k), v>`, a mean over rows that
+        share a network.
+      value: what the network maps a key to: "neg_grad" v = -k, "ones" v = 1 (printed), or "ema", a
+        moving average of -k.
+      value_decay: decay of that moving average, in one step.
+      decay_to: where the network decays to: its "start", or "zero" as printed.
+      normalize_key: whether keys are divided by the matrix' root mean square; False: k = g.
+      rescale: whether updates are rescaled to root mean square 1; False: the update is m_phi(k).
+      max_inputs: refuse matrices with more inputs, whose networks would cost too much.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       axes: which parameters are matrices, and how; see `m3`.
-      rest: what steps the others; see `m3`.
+      rest: the optimizer of the parameters that are no matrices; see `m3`.
+
+    Returns:
+      A transformation. With `optax.inject_hyperparams` name `max_inputs` and `width` in
+      `static_args`.
 
     Raises:
-      ValueError: an argument out of range; a matrix that is too wide, or axes that do not fit, by
-        the parameter's name.
+      ValueError: an argument out of range; a matrix with too many inputs, or axes that do not fit,
+        by the parameter's name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,18 +143,20 @@ def deep_momentum(
       >>> updates, state = tx.update(params, tx.init(params), params)
 
     Reference:
-      Nested Learning (arXiv 2512.24695), equation 50.
+      Nested Learning (arXiv 2512.24695), equation 50; spec B5.
 
     Departures from the paper, which leaves open what the network acts on:
-      1. Tokens are the rows of the gradient, shared by one network a matrix.
-      2. The value is -k, not 1: with 1 a linear network returns 1 (m.u), which is no momentum.
-      3. The objective is l2, not the dot product, which has no minimum.
-      4. Decay pulls to the start, not to zero: at zero an MLP has no gradient and stays there.
-      5. Updates are rescaled, so that the step size is `learning_rate` alone.
+      1. The tokens are the rows of the gradient, and one network for each matrix is shared by them.
+      2. The value is -k, not 1 (`value`): with 1 a linear network returns 1 (m.u), which is no
+         momentum.
+      3. The objective is l2 (`objective`): the dot product has no minimum.
+      4. The network decays to its start (`decay_to`): an MLP at zero has no gradient and stays
+         there.
+      5. Updates are rescaled (`rescale`), so that `learning_rate` alone is the step size.
     """
     rule = scale_by_deep_momentum(
         decay=decay,
-        inner_rate=inner_rate,
+        inner_learning_rate=inner_learning_rate,
         architecture=architecture,
         width=width,
         objective=objective,
@@ -152,14 +173,14 @@ def deep_momentum(
 
 def scale_by_deep_momentum(
     *,
-    decay: Any = 0.9,
-    inner_rate: Any = 0.5,
-    architecture: str | Network = "mlp",
+    decay: Number = 0.9,
+    inner_learning_rate: Number = 0.5,
+    architecture: Architecture = "mlp",
     width: int | None = None,
-    objective: str = "l2",
-    value: str = "neg_grad",
-    value_decay: Any = 0.9,
-    decay_to: str = "start",
+    objective: InnerObjective = "l2",
+    value: Value = "neg_grad",
+    value_decay: Number = 0.9,
+    decay_to: DecayTo = "start",
     normalize_key: bool = True,
     rescale: bool = True,
     max_inputs: int = 4096,
@@ -171,40 +192,23 @@ def scale_by_deep_momentum(
     """
     number("decay", decay)
     number("value_decay", value_decay)
-    choice("objective", objective, ("l2", "dot"))
-    choice("value", value, ("neg_grad", "ones", "ema"))
-    choice("decay_to", decay_to, ("start", "zero"))
+    choice("objective", objective, get_args(InnerObjective))
+    choice("value", value, get_args(Value))
+    choice("decay_to", decay_to, get_args(DecayTo))
     if not isinstance(architecture, Network):
         architecture = NETWORKS[choice("architecture", architecture, tuple(NETWORKS))]
-    inner = _Inner(architecture, width, objective, decay, inner_rate, decay_to, normalize_key)
-    average = value == "ema"
+    inner = _Inner(
+        architecture, width, objective, decay, inner_learning_rate, decay_to, normalize_key
+    )
+    begin, average = partial(inner.begin, max_inputs=max_inputs), value == "ema"
 
-    def begin(layout: Layout | None, p: jax.Array) -> tuple[PyTree]:
-        if layout is None:
-            return (jnp.zeros_like(p),)
-        if layout.matrix[-1] > max_inputs:
-            raise ValueError(
-                f"{layout.name!r} has {layout.matrix[-1]} inputs, more than max_inputs={max_inputs}"
-                ": raise it, or label the parameter None in axes"
-            )
-        start, stack = inner.start(layout, p.dtype), layout.matrix[:-2]
-        return (jax.tree.map(lambda w: jnp.broadcast_to(w, (*stack, *w.shape)), start),)
-
-    def init(params: PyTree) -> DeepMomentumState:
+    def init(params: Leaves) -> DeepMomentumState:
         (network,) = on_leaves(begin, axes, params)
         zeros = jax.tree.map(jnp.zeros_like, params) if average else ()
         return DeepMomentumState(network, zeros)
 
-    def keyed(layout: Layout | None, g: jax.Array) -> tuple[jax.Array]:
+    def keyed(layout: Layout | None, g: Leaf) -> tuple[Leaf]:
         return (g / (rms(g, layout) + _EPS) if normalize_key and layout is not None else g,)
-
-    def learn(layout: Layout | None, key: jax.Array, goal: jax.Array, phi: PyTree):
-        if layout is None:
-            phi = decay * phi + key
-            return phi, phi
-        arrays = fold(key, layout), fold(goal, layout)
-        out, phi = inner.step(phi, inner.start(layout, key.dtype), *arrays)
-        return unfold(-out, layout), phi
 
     def update(updates, state, params=None, **extra):
         (keys,) = on_leaves(keyed, axes, updates)
@@ -215,7 +219,7 @@ def scale_by_deep_momentum(
             goals = average_ = jax.tree.map(
                 lambda a, v: value_decay * a + (1 - value_decay) * v, state.average, goals
             )
-        direction, network = on_leaves(learn, axes, keys, goals, state.network, outputs=2)
+        direction, network = on_leaves(inner.learn, axes, keys, goals, state.network, outputs=2)
         direction = rescaled(direction, 1.0, axes) if rescale else direction
         return direction, DeepMomentumState(network, average_)
 
@@ -227,33 +231,61 @@ class _Inner(NamedTuple):
 
     network: Network
     width: int | None
-    objective: str
-    decay: Any
-    rate: Any
-    decay_to: str
+    objective: InnerObjective
+    decay: Number
+    learning_rate: Number
+    decay_to: DecayTo
     normalized: bool
 
-    def start(self, layout: Layout, dtype: Any) -> PyTree:
+    def begin(self, layout: Layout | None, p: Leaf, *, max_inputs: int) -> tuple[PyTree]:
+        """The state of a leaf: one network for each of its matrices, or zeros for a momentum."""
+        if layout is None:
+            return (jnp.zeros_like(p),)
+        if layout.matrix[-1] > max_inputs:
+            raise ValueError(
+                f"{layout.name!r} has {layout.matrix[-1]} inputs, more than max_inputs={max_inputs}"
+                ": raise it, or label the parameter None in axes"
+            )
+        start, stack = self.start(layout, p.dtype), layout.matrix[:-2]
+        return (jax.tree.map(lambda w: jnp.broadcast_to(w, (*stack, *w.shape)), start),)
+
+    def learn(
+        self, layout: Layout | None, key: Leaf, goal: Leaf, phi: PyTree
+    ) -> tuple[Leaf, PyTree]:
+        """The direction of a leaf, and its state after one step."""
+        if layout is None:
+            phi = self.decay * phi + key
+            return phi, phi
+        arrays = fold(key, layout), fold(goal, layout)
+        out, phi = self.step(phi, self.start(layout, key.dtype), *arrays)
+        return unfold(-out, layout), phi
+
+    def start(self, layout: Layout, dtype: DTypeLike) -> PyTree:
         """phi_0, drawn from the parameter's name: the state need not hold it."""
         rows, columns = layout.matrix[-2:]
         width = min(columns, 64) if self.width is None else self.width
         key = jax.random.key(zlib.crc32(layout.name.encode()))
         return self.network.start(key, rows, columns, width, dtype)
 
-    def step(self, phi: PyTree, start: PyTree, keys: jax.Array, goals: jax.Array):
+    def step(
+        self, phi: PyTree, start: PyTree, keys: Matrices, goals: Matrices
+    ) -> tuple[Matrices, PyTree]:
         """The network's output after the step, and its weights; any stack of matrices in front."""
         shared = self.network.shared
-        rate = self.rate / keys.shape[-1] if shared and self.normalized else self.rate
+        # The curvature of the l2 loss in a linear network is the keys' mean of k k^T, whose trace
+        # is |k|^2 = inputs: a step of 1 / inputs is stable for keys of any direction.
+        divisor = keys.shape[-1] if shared and self.normalized else 1
+        learning_rate = self.learning_rate / divisor
 
-        def one(phi: PyTree, keys: jax.Array, goals: jax.Array) -> tuple[jax.Array, PyTree]:
-            def loss(phi: PyTree) -> jax.Array:
+        def one(phi: PyTree, keys: Rows, goals: Rows) -> tuple[Rows, PyTree]:
+            def loss(phi: PyTree) -> Float[Array, ""]:
                 out = self.network.apply(phi, keys)
                 each = (out - goals) ** 2 / 2 if self.objective == "l2" else -out * goals
                 return jnp.sum(each) / (keys.shape[0] if shared else 1)
 
-            def moved(w: jax.Array, slope: jax.Array, w0: jax.Array) -> jax.Array:
+            def moved(w: Leaf, slope: Leaf, w0: Leaf) -> Leaf:
                 anchor = w0 if self.decay_to == "start" else jnp.zeros_like(w0)
-                return anchor + self.decay * (w - anchor) - rate * slope
+                return anchor + self.decay * (w - anchor) - learning_rate * slope
 
             phi = jax.tree.map(moved, phi, jax.grad(loss)(phi), start)
             return self.network.apply(phi, keys), phi

@@ -1,16 +1,19 @@
 """Feature maps of a gradient before a momentum stores it: phi(g) in place of g (spec B6)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, DTypeLike, Float
 
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold
 from nestedjax.optim.parts import choice
+from nestedjax.optim.types import Leaf
 
-Map = Callable[[jax.Array, Layout | None], jax.Array]
+Map: TypeAlias = Callable[[Leaf, Layout | None], Leaf]
+NamedFeatures = Literal["identity", "sign", "normalized"]
 
 
 class Features(NamedTuple):
@@ -36,9 +39,14 @@ def normalized(eps: float = 1e-8) -> Features:
 
 
 def polynomial(coefficients: Sequence[float]) -> Features:
-    """`sum_j a_j sign(g) |g|^j`, j = 1, 2, ..., elementwise and odd."""
+    """`sum_j a_j sign(g) |g|^j`, j = 1, 2, ..., elementwise and odd.
 
-    def lift(g: jax.Array, layout: Layout | None) -> jax.Array:
+    Args:
+      coefficients: a_1, a_2, ...
+    """
+
+    def lift(g: Leaf, layout: Layout | None) -> Leaf:
+        # Horner's scheme on |g|, from the highest power down.
         total, size = jnp.zeros_like(g), jnp.abs(g)
         for a in reversed(coefficients):
             total = (total + a) * size
@@ -50,11 +58,14 @@ def polynomial(coefficients: Sequence[float]) -> Features:
 def spectral(coefficients: Sequence[float]) -> Features:
     """`sum_j a_j g (g^T g)^j`, j = 0, 1, ...: an odd polynomial of the singular values.
 
+    Args:
+      coefficients: a_0, a_1, ...
+
     Raises (in `init`):
-      ValueError: a leaf that is no matrix, by name.
+      ValueError: a leaf that is no matrix.
     """
 
-    def lift(g: jax.Array, layout: Layout | None) -> jax.Array:
+    def lift(g: Leaf, layout: Layout | None) -> Leaf:
         if layout is None:
             raise ValueError(f"spectral features need matrices; a leaf of shape {g.shape} is none")
         power = fold(g, layout)
@@ -70,24 +81,28 @@ def spectral(coefficients: Sequence[float]) -> Features:
 def random_features(size: int, *, function: Callable = jnp.tanh, seed: int = 0) -> Features:
     """`f(g A)` in R^{outputs x size} with a fixed random A, read out by its pseudo-inverse.
 
-    The momentum has `size` columns; with the identity for f and size >= inputs it is the plain one.
+    The momentum has `size` columns. With the identity for f and size >= inputs the result is plain
+    momentum.
 
     Args:
-      size: features of a row of the gradient.
-      function: elementwise.
-      seed: of A, drawn from normal(0, 1 / inputs).
+      size: features of each row of the gradient.
+      function: f, elementwise.
+      seed: seed of A, whose entries are drawn from normal(0, 1 / inputs).
+
+    Raises (in `init`):
+      ValueError: a leaf that is no matrix.
     """
 
-    def projection(layout: Layout | None, dtype: Any) -> jax.Array:
+    def projection(layout: Layout | None, dtype: DTypeLike) -> Float[Array, "inputs size"]:
         if layout is None:
             raise ValueError("random features need matrices: give axes for every parameter")
         inputs = layout.matrix[-1]
         return jax.random.normal(jax.random.key(seed), (inputs, size), dtype) * inputs**-0.5
 
-    def lift(g: jax.Array, layout: Layout | None) -> jax.Array:
+    def lift(g: Leaf, layout: Layout | None) -> Leaf:
         return function(fold(g, layout) @ projection(layout, g.dtype))  # type: ignore[arg-type]
 
-    def read(m: jax.Array, layout: Layout | None) -> jax.Array:
+    def read(m: Leaf, layout: Layout | None) -> Leaf:
         return unfold(m @ jnp.linalg.pinv(projection(layout, m.dtype)), layout)  # type: ignore[arg-type]
 
     return Features(lift, read)
@@ -96,7 +111,7 @@ def random_features(size: int, *, function: Callable = jnp.tanh, seed: int = 0) 
 NAMED = {"sign": sign, "normalized": normalized}
 
 
-def named_features(features: str | Features) -> Features | None:
+def named_features(features: NamedFeatures | Features) -> Features | None:
     """The features that a name stands for; None for "identity".
 
     Raises:
@@ -109,9 +124,9 @@ def named_features(features: str | Features) -> Features | None:
 
 
 def on_features(
-    tx: optax.GradientTransformation, features: str | Features, axes: Axes
+    tx: optax.GradientTransformation, features: NamedFeatures | Features, axes: Axes
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` fed with the features of the gradients, its updates read out."""
+    """`tx` with the features of the gradients as input, and its updates read out of features."""
     tx, maps = optax.with_extra_args_support(tx), named_features(features)
     if maps is None:
         return tx

@@ -1,21 +1,25 @@
-"""Generalised gradient descent: any objective and any retention for a step of the weights (B10)."""
+"""Generalised gradient descent: a step of the weights by any objective and retention (spec B10)."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from nestedjax.memory import objectives, retention
 from nestedjax.memory.objectives import Objective
 from nestedjax.memory.retention import Retention
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identity, unfold, widened
 from nestedjax.optim.memories import Memory
-from nestedjax.optim.parts import PyTree, Rate, choice, number
+from nestedjax.optim.parts import choice, number
+from nestedjax.optim.types import Counter, Leaf, LearningRate, Leaves, Matrices, Number
 from pallas_kernels import solve
 
 OBJECTIVES = {"dot": objectives.dot, "l2": objectives.l2}
 RETENTIONS = {"none": retention.none, "decay": retention.decay, "kl": retention.kl}
+Solver = Literal["one_gd_step", "n_gd_steps", "closed_form"]
 
 
 class GGDState(NamedTuple):
@@ -23,11 +27,12 @@ class GGDState(NamedTuple):
 
     Attributes:
       position: updates done, for a learning rate that is a schedule.
-      accumulator: A of a retention with W = link(A); () for the others.
+      accumulator: A, for a retention whose weights are a function of it, W = link(A); () for the
+        others.
     """
 
-    position: jax.Array  # shape=(), dtype=int32
-    accumulator: PyTree
+    position: Counter
+    accumulator: Leaves
 
     def memories(self) -> tuple[Memory, ...]:
         """Its box, where the weights are a function of an accumulator."""
@@ -36,14 +41,14 @@ class GGDState(NamedTuple):
 
 
 def ggd(
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
-    objective: str | Objective = "dot",
-    retain: str | Retention = "none",
-    keep: Any = 1.0,
-    solver: str = "one_gd_step",
+    objective: Literal["dot", "l2"] | Objective = "dot",
+    retain: Literal["none", "decay", "kl"] | Retention = "none",
+    decay: Number = 1.0,
+    solver: Solver = "one_gd_step",
     inner_steps: int = 100,
-    inner_rate: Any = 0.1,
+    inner_learning_rate: Number = 0.1,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`W <- argmin L(W x; u) + Ret(W, W_t)`, u = -dL/dy: the target each layer makes itself.
@@ -52,21 +57,23 @@ def ggd(
     exponentiated gradient; objectives and retentions are those of `nestedjax.memory`.
 
     Args:
-      learning_rate: a rate or schedule: 1 / strength of the retention.
-      objective: "dot", "l2", or an `Objective`.
-      retain: "none", "decay", "kl", or a `Retention`. One that maps an accumulator to the weights
-        needs initial weights of its kind: positive rows of sum `scale` for kl.
-      keep: fraction kept, for the retentions that use it.
-      solver: "one_gd_step" from W_t; "n_gd_steps" on the whole problem; "closed_form".
-      inner_steps: of "n_gd_steps".
-      inner_rate: of "n_gd_steps", relative to the learning rate: each step is
-        `inner_rate learning_rate` times the gradient of the whole problem.
+      learning_rate: a number or a schedule: the inverse strength of the retention.
+      objective: inner loss L: "dot", "l2", or an `Objective`.
+      retain: regulariser Ret: "none", "decay", "kl", or a `Retention`; one that maps an accumulator
+        to the weights needs initial weights of its kind (for kl positive rows of sum `scale`).
+      decay: factor on the weights in one step, for the retentions that use it; 1 for none.
+      solver: how the minimum is found: "one_gd_step" from W_t, "n_gd_steps" on the whole problem,
+        or in "closed_form".
+      inner_steps: steps of "n_gd_steps".
+      inner_learning_rate: step size of "n_gd_steps", relative to the learning rate: each step is
+        `inner_learning_rate learning_rate` times the gradient of the whole problem.
       axes: how weights are matrices; see `m3`.
 
     Returns:
       A transformation that needs `params`. Objectives other than dot need two more trees like the
       parameters, `update(grads, state, params, inputs=, errors=)`: each layer's inputs [..., n, di]
       and the mean loss's gradient by its outputs [..., n, do], as `recorded_linear` gives them.
+      With `optax.inject_hyperparams` name `inner_steps` in `static_args`.
 
     Raises:
       ValueError: an objective, retention and solver that do not go together; inputs that are
@@ -75,39 +82,39 @@ def ggd(
     Example:
       >>> import jax.numpy as jnp
       >>> from nestedjax import optim
-      >>> tx, w = optim.ggd(0.5, retain="decay", keep=0.9), jnp.ones((2, 2))
+      >>> tx, w = optim.ggd(0.5, retain="decay", decay=0.9), jnp.ones((2, 2))
       >>> tx.update(w, tx.init(w), w)[0].round(3).tolist()
       [[-0.6000000238418579, -0.6000000238418579], [-0.6000000238418579, -0.6000000238418579]]
 
     Reference:
-      Nested Learning (arXiv 2512.24695), definition 5.
+      Nested Learning (arXiv 2512.24695), definition 5; spec B10.
 
     Departure from the paper: its sentence on the self-generated targets says keys where u, the
     value, is meant.
     """
     objective, retain = _menus(objective, retain)
-    choice("solver", solver, ("one_gd_step", "n_gd_steps", "closed_form"))
-    number("keep", keep)
+    choice("solver", solver, get_args(Solver))
+    number("decay", decay)
     _check_solver(objective, retain, solver)
-    keep = 1.0 if retain.keep == "unused" else keep
-    rule = _Step(objective, retain, keep, solver, inner_steps, inner_rate)
+    decay = 1.0 if retain.keep == "unused" else decay
+    rule = _Step(objective, retain, decay, solver, inner_steps, inner_learning_rate)
 
-    def init(params: PyTree) -> GGDState:
+    def init(params: Leaves) -> GGDState:
         return GGDState(jnp.zeros((), jnp.int32), _accumulators(retain, params, axes))
 
     def update(updates, state, params=None, *, inputs=None, errors=None, **extra):
         if params is None:
             raise ValueError("ggd needs the parameters: tx.update(grads, state, params)")
-        rate = learning_rate(state.position) if callable(learning_rate) else learning_rate
+        now = learning_rate(state.position) if callable(learning_rate) else learning_rate
         nothing = jax.tree.map(lambda g: None, updates)
         trees = (nothing if tree is None else tree for tree in (inputs, errors))
         held = state.accumulator if retain.link is not None else params
 
-        def one(layout: Layout | None, g: jax.Array, w, a, x, error) -> tuple[Any, Any]:
+        def one(layout: Layout | None, g: Leaf, w, a, x, error) -> tuple[Leaf, Leaf]:
             if layout is None:
-                return rule.elementwise(w, a, g, rate)
+                return rule.elementwise(w, a, g, now)
             w, g, a = (fold(array, layout) for array in (w, g, a))
-            new, a = rule.matrix(layout, w, a, g, x, error, rate)
+            new, a = rule.matrix(layout, w, a, g, x, error, now)
             return unfold(new - w, layout), unfold(a, layout)
 
         updates, held = on_leaves(one, axes, updates, params, held, *trees, outputs=2)
@@ -118,37 +125,43 @@ def ggd(
 
 def scale_by_gm(
     *,
-    rate: Any = 1.0,
-    objective: str | Objective = "dot",
-    retain: str | Retention = "decay",
-    keep: Any = 0.9,
+    inner_learning_rate: Number = 1.0,
+    objective: Literal["dot", "l2"] | Objective = "dot",
+    retain: Literal["none", "decay"] | Retention = "decay",
+    decay: Number = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     """Generalised momentum: `m <- argmin L(m; -g) + Ret(m, m_t)` by one step; returns -m.
 
-    (dot, decay) is momentum; the rows of a gradient are the values, its row numbers the keys.
+    (dot, decay) is momentum. The rows of a gradient are the values, their indices the keys.
 
     Args:
-      rate: inner learning rate.
-      objective: "dot", "l2", or an `Objective` of a residual m - v.
-      retain: "none", "decay", or a `Retention` without link (a memory of gradients has signs).
-      keep: fraction kept.
+      inner_learning_rate: step size of the momentum.
+      objective: inner loss L: "dot", "l2", or an `Objective` of a residual m - v.
+      retain: regulariser Ret: "none", "decay", or a `Retention` without a link, since a memory of
+        gradients has entries of both signs.
+      decay: factor on the momentum in one step, for the retentions that use it.
 
     Raises:
       ValueError: a retention whose weights are a function of an accumulator.
+
+    Reference:
+      Nested Learning (arXiv 2512.24695), definition 5; spec B10.
     """
     objective, retain = _menus(objective, retain)
     if retain.link is not None:
         raise ValueError(f"retain={retain.name!r} keeps weights of one sign; use none or decay")
-    keep = 1.0 if retain.keep == "unused" else keep
+    decay = 1.0 if retain.keep == "unused" else decay
 
-    def init(params: PyTree) -> optax.TraceState:
+    def init(params: Leaves) -> optax.TraceState:
         return optax.TraceState(jax.tree.map(jnp.zeros_like, params))
 
     def update(updates, state, params=None, **extra):
-        def one(m: jax.Array, g: jax.Array) -> jax.Array:
+        def one(m: Leaf, g: Leaf) -> Leaf:
             error = objective.error(jnp.atleast_1d(m), -jnp.atleast_1d(g), None).reshape(m.shape)
-            m = keep * m - rate * error
-            return m if retain.shrink is None else retain.shrink(m, jnp.asarray(rate, m.dtype))
+            m = decay * m - inner_learning_rate * error
+            if retain.shrink is None:
+                return m
+            return retain.shrink(m, jnp.asarray(inner_learning_rate, m.dtype))
 
         trace = jax.tree.map(one, state.trace, updates)
         return jax.tree.map(jnp.negative, trace), optax.TraceState(trace)
@@ -161,53 +174,69 @@ class _Step(NamedTuple):
 
     objective: Objective
     retention: Retention
-    keep: Any
-    solver: str
+    decay: Number
+    solver: Solver
     inner_steps: int
-    inner_rate: Any
+    inner_learning_rate: Number
 
-    def elementwise(self, w: jax.Array, a: jax.Array, g: jax.Array, rate: Any):
-        """What is no matrix has no inputs: the dot objective."""
-        new, a = self.write(w, a, g, rate)
+    def elementwise(self, w: Leaf, a: Leaf, g: Leaf, learning_rate: Number) -> tuple[Leaf, Leaf]:
+        """What is no matrix has no inputs, and so the dot objective: update and accumulator."""
+        new, a = self.write(w, a, g, learning_rate)
         return new - w, a
 
-    def write(self, w: jax.Array, a: jax.Array, slope: jax.Array, rate: Any):
+    def write(self, w: Leaf, a: Leaf, slope: Leaf, learning_rate: Number) -> tuple[Leaf, Leaf]:
         """Weights and accumulator after a step along a gradient."""
-        a = self.keep * a - rate * slope
+        a = self.decay * a - learning_rate * slope
         if self.retention.shrink is not None:
-            a = self.retention.shrink(a, jnp.asarray(rate, a.dtype))
+            a = self.retention.shrink(a, jnp.asarray(learning_rate, a.dtype))
         return _linked(self.retention, a), a
 
-    def matrix(self, layout: Layout, w, a, g, x, error, rate: Any):
+    def matrix(
+        self,
+        layout: Layout,
+        w: Matrices,
+        a: Matrices,
+        g: Matrices,
+        x: Float[Array, "*stack n inputs"] | None,
+        error: Float[Array, "*stack n outputs"] | None,
+        learning_rate: Number,
+    ) -> tuple[Matrices, Matrices]:
         """Weights and accumulator after the step of the chosen solver."""
         if self.objective.name == "dot":
             if self.solver == "n_gd_steps":
-                return self.descend(w, lambda z: g, rate)
-            return self.write(w, a, g, rate)
+                return self.descend(w, lambda z: g, learning_rate)
+            return self.write(w, a, g, learning_rate)
         if x is None or error is None:
             raise ValueError(
                 f"objective {self.objective.name!r} needs inputs= and errors= of {layout.name!r}"
             )
+        # errors are those of a mean over the inputs: n times them is each input's own.
         count = x.shape[-2]
         x, u = x.astype(w.dtype), -count * error.astype(w.dtype)
 
-        def slope(z: jax.Array) -> jax.Array:
+        def slope(z: Matrices) -> Matrices:
             return self.objective.error(x @ z.mT, u, None).mT @ x / count
 
         if self.solver == "one_gd_step":
-            return self.write(w, a, slope(w), rate)
+            return self.write(w, a, slope(w), learning_rate)
         if self.solver == "n_gd_steps":
-            return self.descend(w, slope, rate)
-        factor = rate * self.objective.factor / count
-        right = self.keep * w + factor * u.mT @ x
+            return self.descend(w, slope, learning_rate)
+        assert self.objective.factor is not None  # closed_form was refused without
+        # W (I + c X^T X) = decay W_t + c U^T X, with c = learning_rate factor / n, whose matrix is
+        # symmetric with eigenvalues of at least 1.
+        factor = learning_rate * self.objective.factor / count
+        right = self.decay * w + factor * u.mT @ x
         new = solve(plus_identity(factor * (x.mT @ x)), right.mT).mT
         return new, new
 
-    def descend(self, w: jax.Array, slope: Any, rate: Any):
-        """Many steps on objective + |W - keep W_t|^2 / (2 rate)."""
+    def descend(
+        self, w: Matrices, slope: Callable[[Matrices], Matrices], learning_rate: Number
+    ) -> tuple[Matrices, Matrices]:
+        """Many steps on objective + |W - decay W_t|^2 / (2 learning_rate)."""
 
-        def step(_, z: jax.Array) -> jax.Array:
-            return z - self.inner_rate * (rate * slope(z) + z - self.keep * w)
+        def step(_, z: Matrices) -> Matrices:
+            whole = learning_rate * slope(z) + z - self.decay * w
+            return z - self.inner_learning_rate * whole
 
         z = jax.lax.fori_loop(0, self.inner_steps, step, w)
         return z, z
@@ -220,13 +249,13 @@ def _menus(objective: str | Objective, retain: str | Retention) -> tuple[Objecti
         retain = RETENTIONS[choice("retain", retain, tuple(RETENTIONS))]()
     if objective.token_threshold or objective.penalty is not None:
         raise ValueError(
-            f"objective {objective.name!r} needs thresholds or keys that an optimizer has not; use"
-            " one with a fixed threshold"
+            f"objective {objective.name!r} needs thresholds or keys, which an optimizer does not"
+            " have; use one with a fixed threshold"
         )
     return objective, retain
 
 
-def _check_solver(objective: Objective, retain: Retention, solver: str) -> None:
+def _check_solver(objective: Objective, retain: Retention, solver: Solver) -> None:
     quadratic = retain.link is None and retain.shrink is None
     if solver == "n_gd_steps" and not quadratic:
         raise ValueError(f"solver='n_gd_steps' knows none and decay, not retain={retain.name!r}")
@@ -238,7 +267,7 @@ def _check_solver(objective: Objective, retain: Retention, solver: str) -> None:
         )
 
 
-def _linked(retain: Retention, a: jax.Array) -> jax.Array:
+def _linked(retain: Retention, a: Leaf) -> Leaf:
     """`link` of each matrix."""
     if retain.link is None:
         return a
@@ -248,8 +277,8 @@ def _linked(retain: Retention, a: jax.Array) -> jax.Array:
     return link(a) if a.ndim else link(a[None])[0]
 
 
-def _accumulators(retain: Retention, params: PyTree, axes: Axes) -> PyTree:
-    """A with link(A) = W, for the links that have an inverse.
+def _accumulators(retain: Retention, params: Leaves, axes: Axes) -> Leaves:
+    """A with link(A) = W, for the links that have an inverse; () for a retention without a link.
 
     Raises:
       ValueError: this one has none.
@@ -266,7 +295,7 @@ def _accumulators(retain: Retention, params: PyTree, axes: Axes) -> PyTree:
             f" none, decay, elastic_net, {', '.join(inverses)}"
         )
 
-    def one(layout: Layout | None, w: jax.Array) -> tuple[jax.Array]:
+    def one(layout: Layout | None, w: Leaf) -> tuple[Leaf]:
         return (inverses[retain.name](w),)
 
     return on_leaves(one, axes, params)[0]

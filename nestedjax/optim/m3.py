@@ -1,11 +1,12 @@
 """M3, multi-scale momentum Muon: momenta at several time scales, orthogonalised and summed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
 from nestedjax.levels import due
 from nestedjax.optim.matrices import Axes, widened
@@ -20,8 +21,6 @@ from nestedjax.optim.memories import (
 )
 from nestedjax.optim.parts import (
     Orthogonalize,
-    PyTree,
-    Rate,
     choice,
     matrix_function,
     number,
@@ -29,20 +28,26 @@ from nestedjax.optim.parts import (
     rescaled,
     with_adamw,
 )
+from nestedjax.optim.types import Counter, LearningRate, Leaves, Number
+
+Accumulate = Literal["ema", "sum"]
+SecondMoment = Literal["grad", "ortho", "none"]
+BiasCorrection = Literal["auto", "second", "both", "none"]
+WarmSlow = Literal["off", "partial"]
 
 
 class SlowState(NamedTuple):
-    """A momentum that is written once a period.
+    """A momentum that is written once in a period.
 
     Attributes:
-      mu: the momentum, shaped like the parameters.
-      acc_grads: sum of the gradients since the last write.
-      held: its orthogonal factor, used until the next write; () where it is recomputed.
+      mu: the momentum M2, shaped like the parameters.
+      acc_grads: the sum of the gradients since the last write.
+      held: O(M2), used until the next write; () where it is recomputed at every step.
     """
 
-    mu: PyTree
-    acc_grads: PyTree
-    held: PyTree
+    mu: Leaves
+    acc_grads: Leaves
+    held: Leaves
 
     def memories(self) -> tuple[Memory, ...]:
         """Its boxes."""
@@ -54,14 +59,14 @@ class M3State(NamedTuple):
 
     Attributes:
       position: updates done.
-      mu: the fast momentum.
-      nu: the second moment; () where there is none.
-      slow: "every_<period>" -> the momentum written once in so many updates.
+      mu: the fast momentum M1.
+      nu: the second moment V; () where there is none.
+      slow: "every_<period>" -> the momentum that is written once in so many updates.
     """
 
-    position: jax.Array  # shape=(), dtype=int32
-    mu: PyTree
-    nu: PyTree
+    position: Counter
+    mu: Leaves
+    nu: Leaves
     slow: dict[str, SlowState]
 
     def memories(self) -> Iterator[Memory | Part]:
@@ -72,61 +77,70 @@ class M3State(NamedTuple):
 
 
 def m3(
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
-    b1: Any = 0.95,
-    b2: Any = 0.98,
-    b3: Any = 0.9,
-    period: int | Sequence[int] = 20,
-    slow_weight: Any = 0.5,
-    accumulate: str = "ema",
-    second_moment: str = "grad",
-    rms_rescale: Any = 0.2,
-    bias_correction: str | None = None,
-    warm_slow: str = "off",
+    b1: Number = 0.95,
+    b2: Number = 0.98,
+    b3: Number = 0.9,
+    period: int | tuple[int, ...] = 20,
+    slow_weight: Number | tuple[Number, ...] = 0.5,
+    accumulate: Accumulate = "ema",
+    second_moment: SecondMoment = "grad",
+    rms_rescale: Number | None = 0.2,
+    bias_correction: BiasCorrection = "auto",
+    warm_slow: WarmSlow = "off",
     cache: bool = True,
     orthogonalize: Orthogonalize = "quintic",
     steps: int = 5,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.1,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multi-scale momentum Muon for matrices, AdamW for everything else.
 
-    With the gradient g of step t = 1, 2, ..., O = orthogonal factor (Newton-Schulz), period f:
+    With the gradient g of step t = 1, 2, ..., the orthogonal factor O(M) = U S^0 V^T of M = U S V^T
+    (by Newton-Schulz), and the period f:
 
         M1 <- b1 M1 + (1 - b1) g,    V <- b2 V + (1 - b2) g^2
         W  <- W - lr (u + weight_decay W),   u = (O(M1) + slow_weight O(M2)) / (sqrt(V^) + eps)
         if f divides t:   M2 <- b3 M2 + (1 - b3) mean of the last f gradients
 
-    so that M2 is a level of its own, f times slower, and acts from step f + 1 on.
+    M2 is a level of its own, f times slower than M1, and acts from step f + 1 on.
 
     Args:
-      learning_rate: a rate or schedule; with `rms_rescale=0.2` one that suits AdamW.
-      b1: decay of the fast momentum.
-      b2: decay of the second moment; 0.999 for long runs.
-      b3: decay of the slow momentum, a write.
-      period: f, updates between two writes of the slow momentum (100 for long runs); several
-        numbers make several slow momenta.
-      slow_weight: of the slow momentum; one number, or one for each period.
-      accumulate: "ema", or "sum" as printed: M1 <- M1 + b1 g, V <- V + b2 g^2, M2 <- M2 + b3 sum.
-      second_moment: "grad" (printed), "ortho" (V of the orthogonalised sum, as in AdaMuon), "none".
-      rms_rescale: root mean square of each matrix' update; None leaves it as it comes out.
-      bias_correction: "second" (V only; the default with "ema"), "both" (M1 too), "none" (the
-        default with "sum").
-      warm_slow: "off", or "partial": before its first write the slow momentum is its gradient sum.
-      cache: hold O(M2) between its writes; False recomputes it, which saves a parameter's memory.
-      orthogonalize: "quintic", "cubic", "svd" (exact), "none", or a function of [..., m, n].
-      steps: Newton-Schulz iterations.
-      eps: in both denominators.
-      weight_decay: decoupled, of the matrices.
-      axes: which parameters are matrices, and how: a tree or function of `MatrixAxes` or None.
-      rest: what steps the others; None: `optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0)`.
+      learning_rate: a number or a schedule; with `rms_rescale=0.2` one that suits AdamW.
+      b1: decay of the fast momentum, in one step.
+      b2: decay of the second moment, in one step; 0.999 suits long runs.
+      b3: decay of the slow momentum, in one write.
+      period: steps between two writes of the slow momentum (100 suits long runs); several numbers
+        make several slow momenta.
+      slow_weight: weight of the slow momentum in the update, or one weight for each period.
+      accumulate: whether the momenta are moving averages, "ema", or as printed weighted sums,
+        "sum": M1 <- M1 + b1 g, V <- V + b2 g^2, M2 <- M2 + b3 (sum of f gradients).
+      second_moment: what V averages the squares of: "grad", the gradient, as printed; "ortho", the
+        orthogonalised sum, as in AdaMuon; "none", no V.
+      rms_rescale: root mean square that each matrix' update is rescaled to; None leaves it as it
+        comes out.
+      bias_correction: which averages are divided by 1 - decay^t: "second", V; "both", V and M1;
+        "none"; "auto" is "second" with moving averages and "none" with sums.
+      warm_slow: what the slow momentum contributes before its first write: "off", nothing;
+        "partial", the sum of the gradients so far.
+      cache: whether O(M2) is kept between two writes of M2, at the cost of one more array per
+        parameter, or recomputed at every step.
+      orthogonalize: what computes O: "quintic" or "cubic" Newton-Schulz, "svd" (exact), "none" (the
+        identity), or a function of matrices [..., outputs, inputs].
+      steps: iterations of Newton-Schulz.
+      eps: added to both denominators, sqrt(V) and Newton-Schulz's norm.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
+      axes: which parameters are matrices, and how: a tree like the parameters, or a function that
+        makes it, of `MatrixAxes` or None; None: the last two axes of each are (inputs, outputs).
+      rest: the optimizer of the parameters that are no matrices; None:
+        `optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0)`.
 
     Returns:
-      A transformation; its state holds 4-5 times the matrices. With `optax.inject_hyperparams` name
-      `period`, `steps` and functions in `static_args`.
+      A transformation whose state holds 4-5 times the matrices. With `optax.inject_hyperparams`
+      name `period`, `steps` and functions in `static_args`.
 
     Raises:
       ValueError: an argument out of range, or axes that do not fit a parameter, by its name.
@@ -139,18 +153,21 @@ def m3(
       >>> updates, state = tx.update(params, tx.init(params), params)
 
     Reference:
-      Nested Learning (arXiv 2512.24695), equation 75 and algorithm 1.
+      Nested Learning (arXiv 2512.24695), equation 75 and algorithm 1; spec B11.
 
     Departures from the paper, each with the argument that undoes it:
-      1. Moving averages, not sums (`accumulate`): Newton-Schulz has no scale, so that with sums b1
-         and b3 do nothing, and V makes the rate fall like 1/sqrt(t).
-      2. Eq. 75 subtracts the slow term with b2; algorithm 1 adds it with b3, which is done here.
-      3. Its chunks hold f gradients, not f + 1.
+      1. Moving averages in place of sums (`accumulate`). O does not depend on the scale of its
+         argument, so that with sums b1 and b3 have no effect, and V, which only grows, lowers the
+         learning rate like 1/sqrt(t).
+      2. Equation 75 subtracts the slow term with b2, algorithm 1 adds it with b3: it is added, with
+         b3 (no argument).
+      3. A period has f gradients; the printed limits include f + 1 (no argument).
       4. O(M2) is 0 before the first write (`warm_slow`).
       5. V is bias-corrected (`bias_correction`).
-      6. The quotient has units 1/|g| and is not orthogonal, so it is rescaled (`rms_rescale`).
-      7. Decoupled weight decay; AdamW for what is no matrix.
-      8. All default values; none is published.
+      6. The quotient by sqrt(V) has the units of 1/|g| and is no longer orthogonal, so that the
+         update is rescaled (`rms_rescale`).
+      7. Decoupled weight decay (`weight_decay`); AdamW for what is no matrix (`rest`).
+      8. The default values are this library's; the paper publishes none.
     """
     rule = scale_by_m3(
         b1=b1,
@@ -174,31 +191,32 @@ def m3(
 
 def scale_by_m3(
     *,
-    b1: Any = 0.95,
-    b2: Any = 0.98,
-    b3: Any = 0.9,
-    period: int | Sequence[int] = 20,
-    slow_weight: Any = 0.5,
-    accumulate: str = "ema",
-    second_moment: str = "grad",
-    rms_rescale: Any = 0.2,
-    bias_correction: str | None = None,
-    warm_slow: str = "off",
+    b1: Number = 0.95,
+    b2: Number = 0.98,
+    b3: Number = 0.9,
+    period: int | tuple[int, ...] = 20,
+    slow_weight: Number | tuple[Number, ...] = 0.5,
+    accumulate: Accumulate = "ema",
+    second_moment: SecondMoment = "grad",
+    rms_rescale: Number | None = 0.2,
+    bias_correction: BiasCorrection = "auto",
+    warm_slow: WarmSlow = "off",
     cache: bool = True,
     orthogonalize: Orthogonalize = "quintic",
     steps: int = 5,
-    eps: Any = 1e-8,
+    eps: Number = 1e-8,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction u of `m3`, whose arguments these are.
 
-    Leaves that are no matrices take `m / (rms(m) + eps)` in place of the orthogonal factor.
+    Leaves that are no matrices take `m / (rms(m) + 1e-8)` in place of the orthogonal factor.
     """
-    choice("accumulate", accumulate, ("ema", "sum"))
-    choice("second_moment", second_moment, ("grad", "ortho", "none"))
-    choice("warm_slow", warm_slow, ("off", "partial"))
-    corrected = bias_correction or ("second" if accumulate == "ema" else "none")
-    choice("bias_correction", corrected, ("second", "both", "none"))
+    choice("accumulate", accumulate, get_args(Accumulate))
+    choice("second_moment", second_moment, get_args(SecondMoment))
+    choice("warm_slow", warm_slow, get_args(WarmSlow))
+    choice("bias_correction", bias_correction, get_args(BiasCorrection))
+    automatic = "second" if accumulate == "ema" else "none"
+    corrected = automatic if bias_correction == "auto" else bias_correction
     for name, value in (("b1", b1), ("b2", b2), ("b3", b3)):
         number(name, value)
     function = matrix_function(orthogonalize, steps=steps, eps=eps)
@@ -225,19 +243,21 @@ def scale_by_m3(
 class _Rule(NamedTuple):
     """The settings of one `scale_by_m3`."""
 
-    decays: tuple[Any, Any, Any]
-    periods: dict[int, Any]  # period -> weight
+    decays: tuple[Number, Number, Number]
+    periods: dict[int, Number]  # period -> weight
     ema: bool
-    moment: str
-    corrected: tuple[str, ...]
+    moment: SecondMoment
+    corrected: tuple[str, ...]  # which moments are bias-corrected
     partial: bool
     cache: bool
-    ortho: Callable[[PyTree], PyTree]
-    rescale: Callable[[PyTree], PyTree]
-    eps: Any
+    ortho: Callable[[Leaves], Leaves]
+    rescale: Callable[[Leaves], Leaves]
+    eps: Number
 
 
-def _periods(period: int | Sequence[int], weight: Any) -> dict[int, Any]:
+def _periods(
+    period: int | tuple[int, ...], weight: Number | tuple[Number, ...]
+) -> dict[int, Number]:
     periods = tuple(period) if isinstance(period, Sequence) else (period,)
     if not all(isinstance(f, int) and f >= 1 for f in periods) or len({*periods}) < len(periods):
         raise ValueError(
@@ -250,26 +270,30 @@ def _periods(period: int | Sequence[int], weight: Any) -> dict[int, Any]:
     return dict(zip(periods, weights, strict=True))
 
 
-def _init(rule: _Rule, params: PyTree) -> M3State:
-    def zeros(wanted: bool = True) -> PyTree:
+def _init(rule: _Rule, params: Leaves) -> M3State:
+    def zeros(wanted: bool = True) -> Leaves:
         return jax.tree.map(jnp.zeros_like, params) if wanted else ()
 
     slow = {every(f): SlowState(zeros(), zeros(), zeros(rule.cache)) for f in rule.periods}
     return M3State(jnp.zeros((), jnp.int32), zeros(), zeros(rule.moment != "none"), slow)
 
 
-def _update(rule: _Rule, grads: PyTree, state: M3State) -> tuple[PyTree, M3State]:
+def _update(rule: _Rule, grads: Leaves, state: M3State) -> tuple[Leaves, M3State]:
     position, (b1, b2, _) = state.position, rule.decays
     mu = _moment(rule, state.mu, grads, b1)
     direction, slow = rule.ortho(_unbiased(rule, "mu", mu, b1, position)), {}
     for f, weight in rule.periods.items():
         before = state.slow[every(f)]
+        # The gradient of this step counts for the write at its end, but the slow term of this step
+        # is read before that write: M2 acts from step f + 1 on (departure 4).
         total = jax.tree.map(jnp.add, before.acc_grads, grads)
         slower = _slow_direction(rule, before, total, position < f)
         direction = jax.tree.map(lambda o, s, w=weight: o + w * s, direction, slower)
         slow[every(f)] = _slow_write(rule, before, total, f, position)
     nu = state.nu
     if rule.moment != "none":
+        # As printed, V divides what is orthogonal already (departure 6). The other order, O of
+        # M / sqrt(V), would keep the update orthogonal, and is another algorithm.
         source = grads if rule.moment == "grad" else direction
         nu = _moment(rule, nu, jax.tree.map(jnp.square, source), b2)
         size = _unbiased(rule, "nu", nu, b2, position)
@@ -277,18 +301,21 @@ def _update(rule: _Rule, grads: PyTree, state: M3State) -> tuple[PyTree, M3State
     return rule.rescale(direction), M3State(position + 1, mu, nu, slow)
 
 
-def _slow_direction(rule: _Rule, state: SlowState, total: PyTree, first: jax.Array) -> PyTree:
-    """What a slow momentum adds: since its last write always the same."""
+def _slow_direction(rule: _Rule, state: SlowState, total: Leaves, first: Bool[Array, ""]) -> Leaves:
+    """O(M2), which stays the same between two writes."""
     held = state.held if rule.cache else rule.ortho(state.mu)
     if not rule.partial:
-        return held
+        return held  # 0 before the first write, since O(0) = 0
     return jax.lax.cond(first, lambda: rule.ortho(total), lambda: held)
 
 
 def _slow_write(
-    rule: _Rule, state: SlowState, total: PyTree, period: int, position: jax.Array
+    rule: _Rule, state: SlowState, total: Leaves, period: int, position: Counter
 ) -> SlowState:
+    """The slow momentum after this step; Newton-Schulz runs only where it is written."""
+
     def write() -> SlowState:
+        # The mean, so that M2 is an average of gradients whatever the period; "sum" as printed.
         chunk = jax.tree.map(lambda g: g / period if rule.ema else g, total)
         mu = _moment(rule, state.mu, chunk, rule.decays[2])
         held = rule.ortho(mu) if rule.cache else ()
@@ -297,15 +324,15 @@ def _slow_write(
     return jax.lax.cond(due(position, period), write, lambda: state._replace(acc_grads=total))
 
 
-def _moment(rule: _Rule, old: PyTree, new: PyTree, decay: Any) -> PyTree:
-    """A moving average, or the printed sum weighted by its decay."""
+def _moment(rule: _Rule, old: Leaves, new: Leaves, decay: Number) -> Leaves:
+    """A moving average, or the printed sum, whose terms are weighted by its decay."""
     if rule.ema:
         return jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, old, new)
     return jax.tree.map(lambda m, g: m + decay * g, old, new)
 
 
-def _unbiased(rule: _Rule, which: str, tree: PyTree, decay: Any, position: jax.Array) -> PyTree:
-    """Divided by what a moving average from zero has gathered of its weights, 1 - decay^t."""
+def _unbiased(rule: _Rule, which: str, tree: Leaves, decay: Number, position: Counter) -> Leaves:
+    """A moving average divided by the sum of its weights so far, 1 - decay^t."""
     if which not in rule.corrected:
         return tree
     return jax.tree.map(lambda m: m / (1 - decay ** (position + 1).astype(m.dtype)), tree)

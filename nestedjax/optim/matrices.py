@@ -7,44 +7,45 @@ of independent matrices. The same labels therefore serve `optax.contrib.muon`.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
+from nestedjax.optim.types import Leaf, Matrices, PyTree
 from pallas_kernels import accumulation_dtype
 
-PyTree = Any
 MatrixAxes = optax.contrib.MuonDimensionNumbers
-Axes = PyTree | Callable[[PyTree], PyTree] | None
+Axes: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 
 
 class Layout(NamedTuple):
     """How one parameter is a stack of matrices [..., outputs, inputs].
 
     Attributes:
-      name: of the parameter, for errors.
-      order: its axes, stack first, then outputs, then inputs.
-      split: its shape in that order.
-      matrix: shape [*stack, outputs, inputs].
-      sharding: where it lies, under a mesh of Explicit axes; else None.
+      name: of the parameter, for error messages.
+      order: the parameter's axes in the order stack, outputs, inputs.
+      split: the parameter's shape in that order.
+      matrix: the shape [*stack, outputs, inputs], after all outputs and all inputs are merged.
+      sharding: the parameter's sharding on a mesh with Explicit axes; else None.
     """
 
     name: str
     order: tuple[int, ...]
     split: tuple[int, ...]
     matrix: tuple[int, ...]
-    sharding: Any = None
+    sharding: NamedSharding | None = None
 
 
 def last_two(params: PyTree) -> PyTree:
-    """The rule for a plain pytree: the last two axes are (inputs, outputs), the others stacks.
+    """The default for a plain pytree: the last two axes are (inputs, outputs), the others stacks.
 
     Arrays with fewer than two axes are no matrices (None). A plain pytree does not say which of its
-    arrays are embeddings: give `axes` where there are some.
+    arrays are embeddings, which are better left to AdamW: give `axes` where there are some.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,8 +60,8 @@ def layouts(axes: Axes, params: PyTree) -> list[Layout | None]:
 
     Args:
       axes: a tree like the parameters, or a prefix of it, of `MatrixAxes` or None; or a function
-        that makes it from the parameters; None is `last_two`. Parameters are found in it by their
-        path, so that it fits a masked tree too.
+        that makes it from the parameters; None is `last_two`. Parameters are looked up in it by
+        their path, so that the tree of all parameters serves a masked part of them.
       params: arrays; masked ones may be missing.
 
     Raises:
@@ -81,8 +82,8 @@ def layouts(axes: Axes, params: PyTree) -> list[Layout | None]:
     return found
 
 
-def named(path: Any) -> str:
-    """The path of a leaf as text."""
+def named(path: tuple[Any, ...]) -> str:
+    """The path of a leaf as text, such as "blocks.mlp.kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator=".") or "(the only one)"
 
 
@@ -105,18 +106,23 @@ def _layout(name: str, leaf: Any, axes: Any) -> Layout | None:
     return Layout(name, order, tuple(shape[a] for a in order), matrix, _explicit(leaf))
 
 
-def _explicit(leaf: Any) -> Any:
-    """The sharding of an array on a mesh with Explicit axes, where reshapes must not guess it."""
+def _explicit(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array on a mesh with Explicit axes.
+
+    There JAX refuses to merge axes of which one is split over devices, so that `fold` has to say
+    where its result lies.
+    """
     sharding = getattr(jax.typeof(leaf), "sharding", None)
     types = getattr(getattr(sharding, "mesh", None), "axis_types", ()) or ()
     return sharding if AxisType.Explicit in types else None
 
 
-def fold(leaf: jax.Array, layout: Layout) -> jax.Array:
-    """A parameter as matrices [*stack, outputs, inputs]: `y = matrix @ x`.
+def fold(leaf: Leaf, layout: Layout) -> Matrices:
+    """A parameter as matrices, `y = matrix @ x`.
 
-    On a mesh of Explicit axes the matrices are gathered and the stack stays where it lies; on Auto
-    axes the compiler decides.
+    On a mesh with Explicit axes each device gathers whole matrices for its part of the stack, since
+    what follows (Newton-Schulz, factorizations) needs all of a matrix; on Auto axes the compiler
+    decides.
     """
     leaf = leaf.transpose(layout.order)
     if layout.sharding is not None:
@@ -126,8 +132,8 @@ def fold(leaf: jax.Array, layout: Layout) -> jax.Array:
     return leaf.reshape(layout.matrix)
 
 
-def unfold(matrix: jax.Array, layout: Layout) -> jax.Array:
-    """The inverse of `fold`."""
+def unfold(matrix: Matrices, layout: Layout) -> Leaf:
+    """Matrices in the shape and sharding of their parameter: the inverse of `fold`."""
     leaf = matrix.reshape(layout.split)
     back = sorted(range(leaf.ndim), key=lambda i: layout.order[i])
     leaf = leaf.transpose(back)
@@ -139,14 +145,18 @@ def unfold(matrix: jax.Array, layout: Layout) -> jax.Array:
 def on_leaves(
     function: Callable, axes: Axes, tree: PyTree, *states: PyTree, outputs: int = 1
 ) -> tuple[PyTree, ...]:
-    """`function(layout, leaf, *its parts of the states) -> outputs values`, for every leaf.
+    """Apply a function to every leaf and to what belongs to it.
 
     Args:
-      function: takes the `Layout` of the leaf, None where it is no matrix.
+      function: `(layout, leaf, *parts of the states) -> tuple of values`, where the layout is None
+        for a leaf that is no matrix.
       axes: see `layouts`.
       tree: arrays, in the parameters' shapes.
       states: trees whose structure begins with that of `tree`; at a leaf they may hold anything.
-      outputs: how many trees to return.
+      outputs: how many values the function returns.
+
+    Returns:
+      For each value a tree with the structure of `tree`.
     """
     leaves = jax.tree.leaves(tree)
     treedef: Any = jax.tree.structure(tree)
@@ -170,9 +180,10 @@ def labels(axes: Axes) -> Callable[[PyTree], PyTree]:
 
 
 def widened(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` with its states and its arithmetic in at least float32, updates as the gradients are.
+    """`tx` with states and arithmetic in at least float32, and updates in the gradients' dtype.
 
-    What every optimizer here is wrapped in, so that bfloat16 parameters have float32 memories.
+    Every optimizer here is wrapped in it: a moving average with decay 0.95 in bfloat16, which has 8
+    significant bits, loses increments smaller than about 1/256 of what it holds.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -191,13 +202,16 @@ def widened(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def rms(x: jax.Array, layout: Layout | None) -> jax.Array:
-    """Root mean square of each matrix that a leaf holds, or of the whole leaf; kept as size 1."""
+def rms(x: Leaf, layout: Layout | None) -> Leaf:
+    """Root mean square of each matrix that a leaf holds, or of the whole leaf.
+
+    Reduced axes stay, with size 1, so that the result divides the leaf.
+    """
     axes = tuple(range(x.ndim)) if layout is None else layout.order[len(layout.matrix) - 2 :]
     return jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
 
 
-def plus_identity(square: jax.Array) -> jax.Array:
-    """`I + square` for every matrix [..., n, n]."""
+def plus_identity(square: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
+    """`I + square` for every matrix."""
     eye = jnp.eye(square.shape[-1], dtype=square.dtype)
     return jnp.broadcast_to(eye, square.shape) + square

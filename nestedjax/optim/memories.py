@@ -15,8 +15,7 @@ import optax
 from nestedjax import levels
 from nestedjax.levels import Box
 from nestedjax.levels.describe import OptimizerBoxes, StepTokens, count, distinct, size, tokens_of
-
-PyTree = Any
+from nestedjax.optim.types import PyTree
 
 
 class Memory(NamedTuple):

@@ -1,12 +1,18 @@
 """The optimizers by name, and their arguments as plain values: what a command line chooses from."""
 
 import inspect
+import re
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import reduce
+from operator import or_
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union
 
 import optax
 
 from nestedjax.optim.adamuon import adamuon
+from nestedjax.optim.adamw import adamw
 from nestedjax.optim.deep_momentum import deep_momentum
 from nestedjax.optim.delta_momentum import delta_momentum
 from nestedjax.optim.dgd import dgd
@@ -14,12 +20,13 @@ from nestedjax.optim.ggd import ggd
 from nestedjax.optim.m3 import m3
 from nestedjax.optim.matrices import Axes
 from nestedjax.optim.nonlinear_momentum import nonlinear_momentum
-from nestedjax.optim.parts import Rate
 from nestedjax.optim.preconditioned_momentum import preconditioned_momentum
 from nestedjax.optim.shampoo import shampoo
 from nestedjax.optim.soap import soap
+from nestedjax.optim.types import LearningRate
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    "adamw": adamw,
     "adamuon": adamuon,
     "deep_momentum": deep_momentum,
     "delta_momentum": delta_momentum,
@@ -32,27 +39,55 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "soap": soap,
 }
 # Given by whoever makes the optimizer, not by its name.
-_CONTEXT = ("learning_rate", "weight_decay", "axes", "rest")
+_CONTEXT = ("learning_rate", "weight_decay", "mask", "axes", "rest")
 
 
-def arguments(name: str) -> dict[str, Any]:
-    """The arguments of an optimizer that a number, a word or a list of numbers can be -> defaults.
+class Argument(NamedTuple):
+    """An argument of an optimizer that a plain value can be given for.
+
+    Attributes:
+      name: of the argument.
+      type: int, float, bool, `Literal[...]`, `tuple[kind, ...]`, None, or a union of those.
+      default: its value where it is not given.
+      doc: what it means, from the optimizer's docstring.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+
+
+def arguments(name: str) -> dict[str, Argument]:
+    """The settable arguments of an optimizer, by name, in the order of its signature.
+
+    Arguments that only an object can be given for (functions, transformations) are left out; of a
+    union with such an object the plain part is named.
 
     Raises:
       ValueError: there is no optimizer of that name.
 
     Example:
       >>> from nestedjax.optim import menu
-      >>> menu.arguments("adamuon")["b2"]
-      0.95
+      >>> argument = menu.arguments("m3")["period"]
+      >>> argument.type, argument.default
+      (int | tuple[int, ...], 20)
+      >>> menu.arguments("adamw")["b2"].doc
+      'decay of the second moment, in one step.'
     """
-    found = inspect.signature(_named(name)).parameters
-    return {n: p.default for n, p in found.items() if n not in _CONTEXT}
+    function = _named(name)
+    hints, texts = typing.get_type_hints(function), _documented(inspect.getdoc(function) or "")
+    found = {}
+    for argument, parameter in inspect.signature(function).parameters.items():
+        kind = None if argument in _CONTEXT else _plain(hints[argument])
+        if kind not in (None, NoneType):
+            found[argument] = Argument(argument, kind, parameter.default, texts[argument])
+    return found
 
 
 def make(
     name: str,
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
@@ -62,13 +97,15 @@ def make(
 
     Args:
       name: one of `OPTIMIZERS`.
-      learning_rate: a rate or schedule.
+      learning_rate: a number or a schedule.
       axes: which parameters are matrices; see `m3`.
-      rest: what steps the parameters that the rule does not; unused by rules for every parameter.
-      given: values of its arguments.
+      rest: the optimizer of the parameters that the rule leaves out; unused by rules for every
+        parameter.
+      given: values of its arguments; see `arguments`.
 
     Raises:
-      ValueError: no such optimizer or argument, with those that exist; or a value it refuses.
+      ValueError: no such optimizer or argument, with those that exist; a value of another type, or
+        one that the optimizer refuses.
 
     Example:
       >>> from nestedjax.optim import menu
@@ -80,6 +117,9 @@ def make(
         raise ValueError(
             f"{name} has no argument {unknown[0]!r}; its arguments are {', '.join(known)}"
         )
+    for argument, value in given.items():
+        if not _fits(known[argument].type, value):
+            raise ValueError(f"{argument}={value!r} is not {_words(known[argument].type)}")
     context = {"axes": axes, "rest": rest, "weight_decay": 0.0}
     taken = inspect.signature(function).parameters
     return function(learning_rate, **{n: v for n, v in context.items() if n in taken}, **given)
@@ -91,7 +131,7 @@ def has_rest(name: str) -> bool:
 
 
 def parse(name: str, argument: str, text: str) -> Any:
-    """The value of an argument from text, of the kind that its default is.
+    """The value of an argument from text.
 
     Args:
       name: of the optimizer.
@@ -99,33 +139,96 @@ def parse(name: str, argument: str, text: str) -> Any:
       text: such as `3`, `5,20`, `1e-3`, `true`, `none`, or a word.
 
     Raises:
-      ValueError: the text is of another kind.
+      ValueError: the text is of another type.
 
     Example:
       >>> from nestedjax.optim import menu
       >>> menu.parse("m3", "period", "5,20"), menu.parse("m3", "b1", "0.9")
       ((5, 20), 0.9)
     """
-    default, text = arguments(name)[argument], text.strip()
-    words = {"none": None, "true": True, "false": False}
-    if text.lower() in words:
-        value = words[text.lower()]
-        if isinstance(default, bool) == isinstance(value, bool):
-            return value
-    elif isinstance(default, str):
-        return text
-    elif not isinstance(default, bool):
-        kind = int if isinstance(default, int) else float
-        try:
-            numbers = tuple(kind(part) for part in text.split(","))
-            return numbers[0] if len(numbers) == 1 else numbers
-        except ValueError:
-            if default is None and text.isidentifier():
-                return text
-    raise ValueError(f"{argument}={text} is not of the kind of its default, {default}")
+    kind = arguments(name)[argument].type
+    try:
+        return _read(kind, text.strip())
+    except ValueError:
+        raise ValueError(f"{argument}={text} is not {_words(kind)}") from None
 
 
 def _named(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
     if name not in OPTIMIZERS:
         raise ValueError(f"no optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
+
+
+def _plain(annotation: Any) -> Any:
+    """The part of a type that plain values have; None where there is none."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, UnionType):
+        kinds = [kind for kind in map(_plain, parts) if kind is not None]
+        if float in kinds:  # which includes the whole numbers
+            kinds = [kind for kind in kinds if kind is not int]
+        return reduce(or_, dict.fromkeys(kinds)) if kinds else None
+    if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
+        kind = _plain(parts[0])
+        return None if kind is None else tuple[kind, ...]  # type: ignore[valid-type]
+    if origin is Literal or annotation in (bool, int, float, NoneType):
+        return annotation
+    return None
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value has a type that `_plain` returns."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(part, value) for part in parts)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(parts[0], part) for part in value)
+    if kind in (int, float):
+        wanted = int if kind is int else int | float
+        return isinstance(value, wanted) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _read(kind: Any, text: str) -> Any:
+    """A value of a type that `_plain` returns, from text."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, UnionType):
+        for part in parts:
+            try:
+                return _read(part, text)
+            except ValueError:
+                continue
+        raise ValueError
+    if origin is tuple:
+        return tuple(_read(parts[0], part) for part in text.split(","))
+    if kind in (int, float):
+        return kind(text)
+    words = {"none": None} if kind is NoneType else {"true": True, "false": False}
+    if origin is Literal:
+        words = dict(zip(parts, parts, strict=True))
+    if text.lower() not in words:
+        raise ValueError
+    return words[text.lower()]
+
+
+def _words(kind: Any) -> str:
+    """A type in words."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, parts))
+    if origin is Literal:
+        return f"one of {', '.join(parts)}"
+    if origin is tuple:
+        return f"several of which each is {_words(parts[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "none")
+
+
+def _documented(doc: str) -> dict[str, str]:
+    """Argument -> its text in the section Args of a docstring."""
+    section = re.search(r"^Args:\n((?:  .*\n|\n)+)", doc + "\n", re.MULTILINE)
+    entries = re.split(r"^  (\w+): ", section.group(1), flags=re.MULTILINE) if section else [""]
+    return {
+        name: " ".join(text.split())
+        for name, text in zip(entries[1::2], entries[2::2], strict=True)
+    }

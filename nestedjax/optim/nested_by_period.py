@@ -1,29 +1,32 @@
-"""Multi-frequency optimizers whose faster blocks start anew when a slower one steps."""
+"""Optimizers at several frequencies whose faster blocks begin again when a slower one steps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
 from nestedjax.levels import due
-from nestedjax.optim.by_period import PyTree, accumulate, by_period
+from nestedjax.optim.by_period import Labels, Reduction, accumulate, by_period
 from nestedjax.optim.memories import Memory, Part
+from nestedjax.optim.parts import choice
+from nestedjax.optim.types import Counter, Leaves, Number, PyTree
 
-RULES = ("fomaml", "reptile", "frozen")
+Rule = Literal["fomaml", "reptile", "frozen"]
 
 
 class StartState(NamedTuple):
     """What a block holds of the next faster one.
 
     Attributes:
-      start: the weights that the faster block starts from.
-      written: the state of the optimizer that moves them, or ().
+      start: the weights that the faster block begins from.
+      written: the state of the optimizer that moves them; () for "reptile" and "frozen".
     """
 
-    start: PyTree
+    start: Leaves
     written: PyTree
 
     def memories(self) -> tuple[Memory | Part, ...]:
@@ -42,8 +45,8 @@ class NestedState(NamedTuple):
       starts: label of a block -> the `StartState` of the next faster one.
     """
 
-    position: jax.Array  # shape=(), dtype=int32
-    blocks: PyTree
+    position: Counter
+    blocks: optax.PartitionState
     starts: dict[str, StartState]
 
     def memories(self) -> tuple[Part, ...]:
@@ -53,12 +56,12 @@ class NestedState(NamedTuple):
 
 def nested_by_period(
     groups: Mapping[str, tuple[int | None, optax.GradientTransformation]],
-    labels: PyTree | Callable[[PyTree], PyTree],
+    labels: Labels,
     *,
     chain: Sequence[str],
-    rule: str = "fomaml",
-    reptile_rate: float = 0.1,
-    reduction: str = "mean",
+    rule: Rule = "fomaml",
+    reptile_learning_rate: Number = 0.1,
+    reduction: Reduction = "mean",
 ) -> optax.GradientTransformationExtraArgs:
     """`by_period` in which the start of each block is a parameter of the next slower one.
 
@@ -66,7 +69,7 @@ def nested_by_period(
     its optimizer's memory with it:
 
         start <- start + tx_s(reduce of f's gradients since s last stepped)       ("fomaml")
-        start <- start + reptile_rate (f - start)                                 ("reptile")
+        start <- start + reptile_learning_rate (f - start)                        ("reptile")
         start <- start                                                            ("frozen")
         f <- start, bit for bit
 
@@ -74,16 +77,17 @@ def nested_by_period(
       groups: see `by_period`.
       labels: see `by_period`.
       chain: labels of the nested blocks, fast to slow; each period divides the next.
-      rule: how a start moves.
-      reptile_rate: of "reptile".
-      reduction: "mean" or "sum" of a period's gradients.
+      rule: how a start moves: "fomaml", "reptile" or "frozen".
+      reptile_learning_rate: the fraction of the way from the start to the weights, for "reptile".
+      reduction: "mean" or "sum" of a period's gradients; see `accumulate`.
 
     Returns:
-      A transformation with state `NestedState`. Its `update` needs `params`. Learning-rate
-      schedules (`optax.scale_by_schedule`) belong to the run: their count does not begin again.
+      A transformation with state `NestedState`, whose `update` needs `params`. When a block begins
+      again so does its optimizer, but for learning-rate schedules (`optax.scale_by_schedule`),
+      which belong to the run.
 
     Raises:
-      ValueError: if a period of the chain is missing or does not divide the next, or for what
+      ValueError: a period of the chain that is missing or does not divide the next, or what
         `by_period` raises.
 
     Example:
@@ -103,19 +107,24 @@ def nested_by_period(
       -3.0 -3.0
 
     Reference:
-      Nested Learning (arXiv 2512.24695), equation 72; first order as in Finn et al. (arXiv
-      1703.03400), Reptile as in Nichol et al. (arXiv 1803.02999).
+      Nested Learning (arXiv 2512.24695), equation 72; "fomaml" is the first-order gradient of Finn
+      et al. (arXiv 1703.03400), "reptile" that of Nichol et al. (arXiv 1803.02999); spec D5.
 
-    Departures from the paper: (1) the start of a block that is itself started anew is kept: only
-    the weights begin again, not the starts they hold; (2) first order takes the gradients at the
-    weights in force all through the slow period, the first-order gradient of its whole loss.
+    Departures from the paper:
+      1. A block that begins again keeps the start it holds for the next faster one: only its
+         weights begin again.
+      2. The first-order gradient is summed over the whole slow period, each term at the weights
+         that were in force: the gradient of the period's whole loss with the start's influence on
+         the weights taken as the identity.
     """
     periods = _periods(groups, chain, rule)
     base = by_period(groups, labels, reduction=reduction)
     pairs = tuple(zip(chain, chain[1:], strict=False))
-    movers = {slow: _mover(groups[slow], rule, reptile_rate, reduction) for _, slow in pairs}
+    movers = {
+        slow: _mover(groups[slow], rule, reptile_learning_rate, reduction) for _, slow in pairs
+    }
 
-    def init(params: PyTree) -> NestedState:
+    def init(params: Leaves) -> NestedState:
         names = labels(params) if callable(labels) else labels
         starts = {}
         for fast, slow in pairs:
@@ -134,16 +143,8 @@ def nested_by_period(
         starts = {}
         for fast, slow in pairs:
             now = due(state.position, periods[slow])
-            weights, moved, gradient = (_pick(names, fast, t) for t in (params, new, updates))
-            start, written = state.starts[slow]
-            end = jax.tree.map(jnp.add, weights, moved)
-            step, written = movers[slow].update(gradient, written, start, now=now, end=end)
-            start = optax.apply_updates(start, step)
-            jump = jax.tree.map(jnp.subtract, start, weights)
-            # What the sum of weights and update will be, so that both agree to the last bit.
-            reached = jax.tree.map(jnp.add, weights, jump)
-            start, moved = _where(now, (reached, jump), (start, moved))
-            starts[slow] = StartState(start, written)
+            parts = (_pick(names, fast, tree) for tree in (params, new, updates))
+            moved, starts[slow] = _moved(movers[slow], state.starts[slow], now, *parts)
             held[fast] = _begin_again(now, fresh[fast], held[fast])
             new = jax.tree.map(
                 lambda name, old, part, fast=fast: part if name == fast else old, names, new, moved
@@ -154,9 +155,38 @@ def nested_by_period(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _periods(groups, chain, rule) -> dict[str, int]:
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
+def _moved(
+    mover: optax.GradientTransformationExtraArgs,
+    state: StartState,
+    now: bool | Bool[Array, ""],
+    weights: Leaves,
+    moved: Leaves,
+    gradient: Leaves,
+) -> tuple[Leaves, StartState]:
+    """A fast block's update and its start after a step of the block that holds the start.
+
+    Args:
+      mover: see `_mover`.
+      state: the start before.
+      now: whether the slower block steps, so that the fast one begins again.
+      weights: of the fast block.
+      moved: its own update.
+      gradient: its gradient.
+    """
+    start, written = state
+    end = jax.tree.map(jnp.add, weights, moved)  # where the block arrived in this period
+    step, written = mover.update(gradient, written, start, now=now, end=end)
+    start = optax.apply_updates(start, step)
+    jump = jax.tree.map(jnp.subtract, start, weights)
+    # weights + (start - weights) is not start to the last bit: keep as start what the block will
+    # have been moved to, so that "begins again from it" is exact.
+    reached = jax.tree.map(jnp.add, weights, jump)
+    start, moved = _where(now, (reached, jump), (start, moved))
+    return moved, StartState(start, written)
+
+
+def _periods(groups: Mapping[str, Any], chain: Sequence[str], rule: Rule) -> dict[str, int]:
+    choice("rule", rule, get_args(Rule))
     periods = {label: groups[label][0] for label in chain if label in groups}
     for label in chain:
         if periods.get(label) is None:
@@ -170,8 +200,17 @@ def _periods(groups, chain, rule) -> dict[str, int]:
     return periods
 
 
-def _mover(group, rule, reptile_rate, reduction):
-    """What moves the start of a block: a transformation of the block's gradients."""
+def _mover(
+    group: tuple[int | None, optax.GradientTransformation],
+    rule: Rule,
+    learning_rate: Number,
+    reduction: Reduction,
+) -> optax.GradientTransformationExtraArgs:
+    """What moves the start of a block: a transformation of the block's gradients.
+
+    Its `update` takes whether the slower block steps, `now`, and the weights after this step,
+    `end`, as extra arguments.
+    """
     period, tx = group
     if rule == "fomaml":
         return accumulate(tx, period, reduction=reduction)
@@ -180,13 +219,13 @@ def _mover(group, rule, reptile_rate, reduction):
         del updates, extra
         if rule == "frozen":
             return jax.tree.map(jnp.zeros_like, params), state
-        step = jax.tree.map(lambda e, s: reptile_rate * (e - s), end, params)
+        step = jax.tree.map(lambda e, s: learning_rate * (e - s), end, params)
         return _where(now, step, jax.tree.map(jnp.zeros_like, params)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
-def _begin_again(now, fresh, held):
+def _begin_again(now: bool | Bool[Array, ""], fresh: PyTree, held: PyTree) -> PyTree:
     """The fresh state of a block's optimizer where `now` holds, but for its schedules."""
 
     def choose(new, old):
@@ -200,12 +239,12 @@ def _begin_again(now, fresh, held):
     return jax.tree.map(choose, fresh, held, is_leaf=schedule)
 
 
-def _pick(names, label, tree):
+def _pick(names: PyTree, label: str, tree: PyTree) -> PyTree:
     """The leaves of one label; `optax.MaskedNode` in place of the others."""
     return jax.tree.map(
         lambda name, leaf: leaf if name == label else optax.MaskedNode(), names, tree
     )
 
 
-def _where(condition, new, old):
+def _where(condition: bool | Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(partial(jnp.where, condition), new, old)

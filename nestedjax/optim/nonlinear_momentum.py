@@ -1,7 +1,6 @@
 """Momentum with a nonlinear output: Muon, signed momentum, or any function of the memory."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ import optax
 
 from nestedjax.optim.matrices import Axes, widened
 from nestedjax.optim.parts import (
-    PyTree,
-    Rate,
+    Shape,
     choice,
     matrix_function,
     number,
@@ -18,21 +16,22 @@ from nestedjax.optim.parts import (
     scale_by_shape,
     with_adamw,
 )
+from nestedjax.optim.types import LearningRate, Leaves, MatrixFunction, Number, PyTree
 
-Output = str | Callable[[jax.Array], jax.Array]
+Output: TypeAlias = Literal["quintic", "cubic", "svd", "sign", "none"] | MatrixFunction
 
 
 def nonlinear_momentum(
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
-    decay: Any = 0.95,
+    decay: Number = 0.95,
     output: Output = "quintic",
     nesterov: bool = True,
-    accumulate: str = "trace",
-    scale: str | None = "rms",
+    accumulate: Literal["trace", "ema"] = "trace",
+    scale: Shape | None = "rms",
     steps: int = 5,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.1,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,19 +42,24 @@ def nonlinear_momentum(
     With `output="quintic"` this is Muon, with "sign" signed momentum.
 
     Args:
-      learning_rate: a rate or schedule; the step size that the printed equation lacks.
-      decay: of the momentum.
-      output: "quintic" or "cubic" (Newton-Schulz), "svd" (exact), "sign", "none", or a function of
-        matrices [..., outputs, inputs].
-      nesterov: read `decay m + g` in place of m.
-      accumulate: "trace" as above, or "ema": m <- decay m + (1 - decay) g.
-      scale: "rms": 0.2 sqrt(max(outputs, inputs)), about AdamW's root mean square;
-        "jordan": sqrt(max(1, outputs / inputs)); None: 1.
-      steps: Newton-Schulz iterations.
-      eps: guards the division by the norm.
-      weight_decay: decoupled, of the matrices.
+      learning_rate: a number or a schedule.
+      decay: decay of the momentum, in one step.
+      output: function that the momentum is read through: "quintic" or "cubic" Newton-Schulz, "svd"
+        (the exact orthogonal factor), "sign", "none", or a function of matrices [..., outputs,
+        inputs].
+      nesterov: whether `decay m + g` is read in place of m.
+      accumulate: whether the momentum is a "trace" as above, or a moving average, "ema":
+        m <- decay m + (1 - decay) g.
+      scale: factor on a matrix' update: "rms" 0.2 sqrt(max(outputs, inputs)), which gives about the
+        root mean square of AdamW's; "jordan" sqrt(max(1, outputs / inputs)); None 1.
+      steps: iterations of Newton-Schulz.
+      eps: added to Newton-Schulz's norm.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       axes: which parameters are matrices, and how; see `m3`.
-      rest: what steps the others; see `m3`.
+      rest: the optimizer of the parameters that are no matrices; see `m3`.
+
+    Returns:
+      A transformation. With `optax.inject_hyperparams` name `steps` and functions in `static_args`.
 
     Raises:
       ValueError: an argument out of range, or axes that do not fit a parameter, by its name.
@@ -68,10 +72,13 @@ def nonlinear_momentum(
       >>> updates, state = tx.update(params, tx.init(params), params)
 
     Reference:
-      Nested Learning (arXiv 2512.24695), equation 52; Muon for the constants.
+      Nested Learning (arXiv 2512.24695), equation 52; Jordan et al., Muon (2024), for the
+      constants; spec B7.
 
-    Departures from the paper: (1) a step size: the printed `W + NS(decay m - lr g)` has none, since
-    NS(c m) = NS(m); (2) the rate is outside of the memory.
+    Departures from the paper:
+      1. A learning rate: the printed `W + NS(decay m - lr g)` has no step size, since NS(c m) =
+         NS(m) for c > 0.
+      2. The learning rate is outside of the memory, as in Muon.
     """
     rule = optax.chain(
         scale_by_nonlinear_momentum(
@@ -90,23 +97,23 @@ def nonlinear_momentum(
 
 def scale_by_nonlinear_momentum(
     *,
-    decay: Any = 0.95,
+    decay: Number = 0.95,
     output: Output = "quintic",
     nesterov: bool = True,
-    accumulate: str = "trace",
+    accumulate: Literal["trace", "ema"] = "trace",
     steps: int = 5,
-    eps: Any = 1e-8,
+    eps: Number = 1e-8,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`output(m)` of `nonlinear_momentum`, whose arguments these are; state `optax.TraceState`.
 
-    Leaves that are no matrices: sign as it is; for the others `m / (rms(m) + eps)`.
+    Of leaves that are no matrices it takes the sign for "sign", and else `m / (rms(m) + 1e-8)`.
     """
     choice("accumulate", accumulate, ("trace", "ema"))
     number("decay", decay)
     function = None if output == "sign" else matrix_function(output, steps=steps, eps=eps)
 
-    def read(momenta: PyTree, params: PyTree = None) -> PyTree:
+    def read(momenta: Leaves, params: PyTree = None) -> Leaves:
         if output == "sign":
             return jax.tree.map(jnp.sign, momenta)
         return orthogonal(momenta, function, axes)

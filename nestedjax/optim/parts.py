@@ -1,7 +1,7 @@
 """Small pieces that several optimizers are chained from."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,27 @@ from nestedjax.optim.matrices import (
     unfold,
     widened,
 )
+from nestedjax.optim.types import LearningRate, Leaves, Matrices, MatrixFunction, Number, PyTree
 from pallas_kernels import stacked
 from pallas_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 
-PyTree = Any
-Rate = float | jax.Array | Callable[[Any], Any]
-Orthogonalize = str | Callable[[jax.Array], jax.Array]
+Orthogonalize: TypeAlias = Literal["quintic", "cubic", "svd", "none"] | MatrixFunction
+Shape: TypeAlias = Literal["rms", "jordan"]
+Mask: TypeAlias = Callable[[PyTree], PyTree] | PyTree
 
 _EPS = 1e-8
 
 
-def matrix_function(name: Orthogonalize, *, steps: Any, eps: Any) -> Callable | None:
-    """The map of matrices [..., m, n] that a name stands for; None for "none", which changes none.
+def matrix_function(name: Orthogonalize, *, steps: int, eps: Number) -> MatrixFunction | None:
+    """The map of matrices that a name stands for; None for "none", which leaves them as they are.
+
+    Args:
+      name: see `m3`.
+      steps: Newton-Schulz iterations.
+      eps: added to the norm that Newton-Schulz divides by.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or a number of steps that is not known when compiling.
     """
     if callable(name):
         return name
@@ -50,25 +56,24 @@ def matrix_function(name: Orthogonalize, *, steps: Any, eps: Any) -> Callable | 
     return lambda x: newton_schulz(x, variant=name, steps=steps, eps=eps)
 
 
-def polar(x: jax.Array) -> jax.Array:
+def polar(x: Matrices) -> Matrices:
     """The exact orthogonal factor U V^T of x = U S V^T: what Newton-Schulz approximates."""
     u, _, vt = stacked(lambda one: tuple(jnp.linalg.svd(one, full_matrices=False)), x)
     return u @ vt
 
 
-def number(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> Any:
-    """Refuse a hyper-parameter outside [low, high]; one that is traced passes.
+def number(name: str, value: Number, low: float = 0.0, high: Number = 1.0) -> None:
+    """Refuse a hyper-parameter outside of [low, high]; an array, which may be traced, passes.
 
     Raises:
       ValueError: it is outside.
     """
     if isinstance(value, int | float) and not low <= value <= high:
         raise ValueError(f"{name}={value} must be between {low} and {high}")
-    return value
 
 
 def choice(name: str, value: Any, known: tuple[str, ...]) -> Any:
-    """Refuse a word that is not known.
+    """The word itself, if it is a known one.
 
     Raises:
       ValueError: it is not.
@@ -78,16 +83,17 @@ def choice(name: str, value: Any, known: tuple[str, ...]) -> Any:
     return value
 
 
-def scale_by_shape(rule: str | None, axes: Axes) -> optax.GradientTransformation:
-    """The scale of an orthogonalised update of a matrix [outputs, inputs].
+def scale_by_shape(rule: Shape | None, axes: Axes) -> optax.GradientTransformation:
+    """Scale the orthogonalised update of each matrix [outputs, inputs] by its shape.
 
-    "rms": `0.2 sqrt(max(outputs, inputs))`, about AdamW's root mean square; "jordan":
-    `sqrt(max(1, outputs / inputs))`; None: 1. Other leaves stay as they are.
+    An orthogonal m x n matrix has root mean square `1 / sqrt(max(m, n))`. "rms" multiplies by
+    `0.2 sqrt(max(outputs, inputs))`, which makes it 0.2, about that of AdamW's updates; "jordan"
+    by `sqrt(max(1, outputs / inputs))`; None by 1. Other leaves stay as they are.
     """
     if rule is not None:
         choice("scale", rule, ("rms", "jordan"))
 
-    def factor(layout: Any) -> float:
+    def factor(layout: Layout | None) -> float:
         if layout is None or rule is None:
             return 1.0
         rows, columns = layout.matrix[-2:]
@@ -99,7 +105,7 @@ def scale_by_shape(rule: str | None, axes: Axes) -> optax.GradientTransformation
     return optax.stateless(scale)
 
 
-def rescaled(updates: PyTree, target: Any, axes: Axes) -> PyTree:
+def rescaled(updates: Leaves, target: Number, axes: Axes) -> Leaves:
     """Updates with the root mean square `target`, matrix by matrix; zero stays zero."""
 
     def one(layout: Layout | None, u: jax.Array) -> tuple[jax.Array]:
@@ -109,8 +115,11 @@ def rescaled(updates: PyTree, target: Any, axes: Axes) -> PyTree:
     return on_leaves(one, axes, updates)[0]
 
 
-def orthogonal(tree: PyTree, function: Callable | None, axes: Axes) -> PyTree:
+def orthogonal(tree: Leaves, function: MatrixFunction | None, axes: Axes) -> Leaves:
     """`function` of the matrices that each leaf holds; `x / (rms(x) + 1e-8)` where it holds none.
+
+    The second is what an orthogonal factor does to a matrix, for a leaf without a matrix: the scale
+    of a momentum is lost.
 
     Args:
       tree: arrays in the parameters' shapes.
@@ -130,20 +139,21 @@ def orthogonal(tree: PyTree, function: Callable | None, axes: Axes) -> PyTree:
 
 def with_adamw(
     rule: optax.GradientTransformation,
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
     axes: Axes,
-    weight_decay: Any,
+    weight_decay: Number,
     rest: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`rule` for the matrices, with decoupled decay; AdamW for everything else.
+    """`rule` for the matrices, with decoupled weight decay; AdamW for everything else.
 
     Args:
       rule: a `scale_by_...`.
       learning_rate: of the rule, and of AdamW where `rest` is None.
       axes: which parameters are matrices; see `nestedjax.optim.matrices`.
-      weight_decay: of the matrices, times the learning rate.
-      rest: what steps the others; None: `optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0)`.
+      weight_decay: of the matrices, multiplied by the learning rate.
+      rest: the optimizer of the other parameters; None:
+        `optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0)`.
     """
     matrix = optax.chain(
         rule,
@@ -155,7 +165,11 @@ def with_adamw(
 
 
 def lenient(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` under standard type promotion: optax's Adam raises a float to an integer power."""
+    """`tx` under standard type promotion.
+
+    Adam's bias correction in optax raises a float to an integer power, which strict promotion
+    (`jax_numpy_dtype_promotion="strict"`) refuses.
+    """
     tx = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra):
@@ -166,13 +180,13 @@ def lenient(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
 
 
 def add_decay(
-    learning_rate: Rate, weight_decay: Any, *, mask: Any = None
+    learning_rate: LearningRate, weight_decay: Number, *, mask: Mask | None = None
 ) -> optax.GradientTransformation:
-    """Adds `-learning_rate weight_decay W` to updates that hold their rate already.
+    """Add `-learning_rate weight_decay W` to updates that contain their learning rate already.
 
     Args:
-      learning_rate: a rate or schedule.
-      weight_decay: 0 adds nothing.
+      learning_rate: a number or a schedule.
+      weight_decay: decoupled; 0 adds nothing.
       mask: which parameters decay, as in `optax.add_decayed_weights`; None: all.
     """
     if callable(learning_rate):

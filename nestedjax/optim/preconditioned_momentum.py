@@ -1,29 +1,41 @@
 """Momentum as an associative memory, with any operator on the gradients it stores (spec B2, B3)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
-from nestedjax.optim.features import Features, on_features
-from nestedjax.optim.matrices import Axes, fold, on_leaves, unfold, widened
+from nestedjax.optim.features import Features, NamedFeatures, on_features
+from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.memories import Memory
-from nestedjax.optim.parts import PyTree, Rate, add_decay, choice, lenient, number, polar
+from nestedjax.optim.parts import add_decay, choice, lenient, number, polar
 from nestedjax.optim.shampoo import scale_by_shampoo
 from nestedjax.optim.soap import scale_by_soap
+from nestedjax.optim.types import (
+    Leaf,
+    LearningRate,
+    Leaves,
+    Matrices,
+    MatrixFunction,
+    Number,
+    PyTree,
+)
 
-Preconditioner = Any  # a name or an optax.GradientTransformation
+Preconditioner: TypeAlias = (
+    Literal["identity", "diagonal", "shampoo", "soap", "learned"] | optax.GradientTransformation
+)
 
 
 def preconditioned_momentum(
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
-    decay: Any = 0.9,
+    decay: Number = 0.9,
     preconditioner: Preconditioner = "diagonal",
-    features: str | Features = "identity",
-    weight_decay: Any = 0.0,
+    features: NamedFeatures | Features = "identity",
+    weight_decay: Number = 0.0,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum that stores preconditioned gradients, for parameters of any shape.
@@ -33,13 +45,16 @@ def preconditioned_momentum(
     The inner objective of m is `<m, P g> + (decay |m - m_t|^2 + (1 - decay) |m|^2) / (2 lr)`.
 
     Args:
-      learning_rate: a rate or schedule, inside the memory: a gradient keeps the rate of its step.
-      decay: of the momentum; 1 - decay^n is the weight of the last n gradients.
-      preconditioner: "identity" (plain momentum), "diagonal" (`1 / (sqrt(v) + 1e-8)`, v a
-        bias-corrected moving average of g^2), "shampoo", "soap", "learned"
-        (`scale_by_learned_preconditioner`), or any transformation, such as `scale_by_matrix`.
-      features: "identity", "sign", "normalized", or one of `nestedjax.optim.features`.
-      weight_decay: decoupled, of every parameter.
+      learning_rate: a number or a schedule, inside of the memory: a gradient keeps the learning
+        rate of its own step.
+      decay: decay of the momentum, in one step; the last n gradients have the weight 1 - decay^n.
+      preconditioner: operator P on the gradients that are stored: "identity" (plain momentum),
+        "diagonal" (`1 / (sqrt(v) + 1e-8)` with v a bias-corrected moving average of g^2),
+        "shampoo", "soap", "learned" (`scale_by_learned_preconditioner`), or any transformation,
+        such as `scale_by_matrix`.
+      features: map phi of a gradient before it is stored: "identity", "sign", "normalized"
+        (g / (|g| + 1e-8)), or one of `nestedjax.optim.features`.
+      weight_decay: decoupled weight decay of every parameter, multiplied by the learning rate.
       axes: which parameters are matrices, and how, for the preconditioners that ask; see `m3`.
 
     Raises:
@@ -54,7 +69,7 @@ def preconditioned_momentum(
       [-0.10000000149011612, -0.10000000149011612, -0.10000000149011612]
 
     Reference:
-      Nested Learning (arXiv 2512.24695), equations 33, 46, 47, 51.
+      Nested Learning (arXiv 2512.24695), equations 33, 46, 47, 51; spec B2, B3 and B6.
 
     Departure from the paper: the NeurIPS version prints W - m together with m - lr g, which climbs;
     the sign here is that of equation 33.
@@ -72,9 +87,9 @@ def preconditioned_momentum(
 
 def scale_by_preconditioned_momentum(
     *,
-    decay: Any = 0.9,
+    decay: Number = 0.9,
     preconditioner: Preconditioner = "diagonal",
-    features: str | Features = "identity",
+    features: NamedFeatures | Features = "identity",
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`m <- decay m + P(phi(g))` of `preconditioned_momentum`, whose arguments these are."""
@@ -84,7 +99,7 @@ def scale_by_preconditioned_momentum(
 
 
 def preconditioners(name: Preconditioner, axes: Axes) -> optax.GradientTransformationExtraArgs:
-    """The transformation that a name stands for.
+    """The transformation that a preconditioner's name stands for.
 
     Raises:
       ValueError: an unknown name.
@@ -105,12 +120,15 @@ def scale_by_matrix(matrix: PyTree, *, axes: Axes = None) -> optax.GradientTrans
     """`P g` with a fixed P [outputs, outputs], the same for a whole stack.
 
     Args:
-      matrix: P for every leaf, or a tree like the parameters of one P a leaf. For a leaf that is no
-        matrix, P acts on it flattened.
-      axes: see `m3`.
+      matrix: P for every leaf, or a tree like the parameters with one P for each leaf. On a leaf
+        that is no matrix, P acts as on a flat vector.
+      axes: which parameters are matrices, and how; see `m3`.
+
+    Reference:
+      Nested Learning (arXiv 2512.24695), equations 46-47; spec B3.
     """
 
-    def one(layout: Any, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
+    def one(layout: Layout | None, g: Leaf, p: Float[Array, "n n"]) -> tuple[Leaf]:
         if layout is None:
             return ((p @ g.reshape(-1)).reshape(g.shape),)
         return (unfold(p @ fold(g, layout), layout),)
@@ -124,9 +142,9 @@ def scale_by_matrix(matrix: PyTree, *, axes: Axes = None) -> optax.GradientTrans
 
 
 class LearnedState(NamedTuple):
-    """The state of `scale_by_learned_preconditioner`: one P [..., outputs, outputs] a matrix."""
+    """The state of `scale_by_learned_preconditioner`: one P for each matrix."""
 
-    operator: PyTree
+    operator: PyTree[Float[Array, "*stack outputs outputs"]]
 
     def memories(self) -> tuple[Memory, ...]:
         """Its box."""
@@ -137,30 +155,32 @@ class LearnedState(NamedTuple):
 
 def scale_by_learned_preconditioner(
     *,
-    rate: Any = 0.1,
-    target: Callable[[jax.Array], jax.Array] = polar,
+    inner_learning_rate: Number = 0.1,
+    target: MatrixFunction = polar,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`P g` with P learned by an inner level from pairs (g, target(g)) by the delta rule.
 
-        P <- P - rate (P k - v) k^T,    k = g / |g|_F,  v = target(g) / |target(g)|_F
+        P <- P - inner_learning_rate (P k - v) k^T,    k = g / |g|_F,  v = target(g) / |target(g)|_F
 
-    from P = I; the result is `P g`. Leaves that are no matrices pass unchanged.
+    from P = I. Leaves that are no matrices pass unchanged.
 
     Args:
-      rate: inner learning rate, in (0, 2).
-      target: of matrices [..., outputs, inputs]; the default is the orthogonal factor, so that P
-        becomes a linear stand-in for it.
-      axes: see `m3`.
+      inner_learning_rate: step size of P, in [0, 2]; with |k|_F = 1 a larger one diverges.
+      target: function of matrices [..., outputs, inputs]; by default the orthogonal factor, which P
+        then approximates by a linear map.
+      axes: which parameters are matrices, and how; see `m3`.
 
     Reference:
-      Nested Learning (arXiv 2512.24695), equation 41, which names the inner problem and leaves
-      objective and target open: both are choices made here.
-    """
-    number("rate", rate, 0.0, 2.0)
+      Nested Learning (arXiv 2512.24695), equation 41; spec B3.
 
-    def init(params: PyTree) -> LearnedState:
-        def one(layout: Any, p: jax.Array) -> tuple[Any]:
+    Departure from the paper: it names the inner problem and leaves objective and target open; both
+    are choices made here.
+    """
+    number("inner_learning_rate", inner_learning_rate, 0.0, 2.0)
+
+    def init(params: Leaves) -> LearnedState:
+        def one(layout: Layout | None, p: Leaf) -> tuple[Any]:
             if layout is None:
                 return (optax.MaskedNode(),)
             rows = layout.matrix[-2]
@@ -170,12 +190,12 @@ def scale_by_learned_preconditioner(
         return LearnedState(on_leaves(one, axes, params)[0])
 
     def update(updates, state, params=None, **extra):
-        def one(layout: Any, g: jax.Array, p: Any) -> tuple[Any, Any]:
+        def one(layout: Layout | None, g: Leaf, p: Any) -> tuple[Leaf, Any]:
             if layout is None:
                 return g, p
             gradient = fold(g, layout)
             key, value = _unit(gradient), _unit(target(gradient))
-            p = p - rate * (p @ key - value) @ key.mT
+            p = p - inner_learning_rate * (p @ key - value) @ key.mT
             return unfold(p @ gradient, layout), p
 
         updates, operator = on_leaves(one, axes, updates, state.operator, outputs=2)
@@ -184,5 +204,6 @@ def scale_by_learned_preconditioner(
     return widened(optax.GradientTransformationExtraArgs(init, update))
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _unit(x: Matrices) -> Matrices:
+    """Matrices of Frobenius norm 1; zero stays zero."""
     return x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-12)

@@ -1,16 +1,29 @@
 """Shampoo: gradients whitened on both sides by roots of their summed outer products."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, DTypeLike, Float
 
 from nestedjax.levels import due
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.memories import Memory, momentum
-from nestedjax.optim.parts import PyTree, Rate, choice, number, rescaled, with_adamw
+from nestedjax.optim.parts import choice, number, rescaled, with_adamw
+from nestedjax.optim.types import (
+    Counter,
+    Leaf,
+    LearningRate,
+    Leaves,
+    Matrices,
+    Number,
+    PyTree,
+)
 from pallas_kernels import eigh
+
+Sides = Literal["both", "left"]
 
 
 class ShampooState(NamedTuple):
@@ -18,16 +31,17 @@ class ShampooState(NamedTuple):
 
     Attributes:
       position: updates done.
-      trace: momentum; () without.
-      left: sums of g g^T [..., outputs, outputs]; of g^2 for what is no matrix.
-      right: sums of g^T g [..., inputs, inputs].
-      held: inverse roots of the two, computed once in `refresh` updates; () where it is 1.
+      trace: momentum m; () without.
+      left: sums L of g g^T; of g^2 for what is no matrix; nothing for a side longer than
+        `max_side`.
+      right: sums R of g^T g; nothing for a side longer than `max_side`.
+      held: the inverse roots of the two, computed once in `refresh` updates; () where it is 1.
     """
 
-    position: jax.Array  # shape=(), dtype=int32
-    trace: PyTree
-    left: PyTree
-    right: PyTree
+    position: Counter
+    trace: Leaves
+    left: PyTree[Float[Array, "*stack outputs outputs"]]
+    right: PyTree[Float[Array, "*stack inputs inputs"]]
     held: PyTree
 
     def memories(self) -> tuple[Memory, ...]:
@@ -36,37 +50,44 @@ class ShampooState(NamedTuple):
 
 
 def shampoo(
-    learning_rate: Rate,
+    learning_rate: LearningRate,
     *,
-    b1: Any = 0.0,
-    b2: Any = None,
-    sides: str = "both",
+    b1: Number = 0.0,
+    b2: Number | None = None,
+    sides: Sides = "both",
     refresh: int = 1,
     max_side: int = 8192,
-    rms_rescale: Any = None,
-    eps: Any = 1e-6,
-    weight_decay: Any = 0.0,
+    rms_rescale: Number | None = None,
+    eps: Number = 1e-6,
+    weight_decay: Number = 0.0,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo for matrices, AdamW for everything else.
 
-        L <- L + g g^T,  R <- R + g^T g,   W <- W - lr ((L + eps)^-1/4 m (R + eps)^-1/4 + ...)
+        L <- L + g g^T,  R <- R + g^T g,  m <- b1 m + g
+        W <- W - lr ((L + eps I)^-1/4 m (R + eps I)^-1/4 + weight_decay W)
 
     Args:
-      learning_rate: a rate or schedule.
-      b1: decay of a momentum m; 0: m = g.
-      b2: decay of L and R as moving averages; None sums.
-      sides: "both", or "left": `(L + eps)^-1/2 m`, one-sided full-matrix AdaGrad (equation 106 with
-        its shapes mended).
-      refresh: updates between two computations of the roots. What a gradient holds that those
-        before the last one did not is divided by eps^(1/2): with more than 1, give a larger eps.
-      max_side: a longer side is not preconditioned.
-      rms_rescale: root mean square of each matrix' update; None leaves it as it comes out.
-      eps: added to the eigenvalues.
-      weight_decay: decoupled, of the matrices.
+      learning_rate: a number or a schedule.
+      b1: decay of the momentum m, in one step; 0 makes m the gradient.
+      b2: decay of L and R as moving averages, in one step; None makes them sums.
+      sides: what whitens m: "both" factors as above, or the "left" one alone,
+        `(L + eps I)^-1/2 m`, which is one-sided full-matrix AdaGrad (equation 106).
+      refresh: steps between two computations of the roots; directions that are absent from the
+        accumulated statistics are amplified by eps^(-1/2), so that with more than 1 a larger eps is
+        needed.
+      max_side: longest side of a matrix, in entries, that is preconditioned.
+      rms_rescale: root mean square that each matrix' update is rescaled to; None leaves it as it
+        comes out.
+      eps: added to the eigenvalues of L and R.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       axes: which parameters are matrices, and how; see `m3`.
-      rest: what steps the others; see `m3`.
+      rest: the optimizer of the parameters that are no matrices; see `m3`.
+
+    Returns:
+      A transformation. With `optax.inject_hyperparams` name `refresh` and `max_side` in
+      `static_args`.
 
     Raises:
       ValueError: an argument out of range, or axes that do not fit a parameter, by its name.
@@ -80,7 +101,10 @@ def shampoo(
 
     Reference:
       Gupta et al., Shampoo (arXiv 1802.09568); Nested Learning (arXiv 2512.24695), equations
-      106-111.
+      106-111; spec B8 and B11.
+
+    Departure from the paper: the printed shapes of equations 106-111 do not match; "left" is the
+    reading in which they do.
     """
     rule = scale_by_shampoo(
         b1=b1,
@@ -97,71 +121,101 @@ def shampoo(
 
 def scale_by_shampoo(
     *,
-    b1: Any = 0.0,
-    b2: Any = None,
-    sides: str = "both",
+    b1: Number = 0.0,
+    b2: Number | None = None,
+    sides: Sides = "both",
     refresh: int = 1,
     max_side: int = 8192,
-    rms_rescale: Any = None,
-    eps: Any = 1e-6,
+    rms_rescale: Number | None = None,
+    eps: Number = 1e-6,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `shampoo`, whose arguments these are; AdaGrad for what is no matrix."""
     number("b1", b1)
     number("b2", 0.0 if b2 is None else b2)
-    choice("sides", sides, ("both", "left"))
+    choice("sides", sides, get_args(Sides))
     period(refresh)
-    momentum = not (isinstance(b1, int | float) and b1 == 0)
+    has_momentum = not (isinstance(b1, int | float) and b1 == 0)
+    # For one gradient both powers give its orthogonal factor: L = g g^T has the eigenvalues s^2, so
+    # that L^-1/2 alone, or L^-1/4 from the left and R^-1/4 from the right, divides s by s.
     power = -0.5 if sides == "left" else -0.25
 
-    def zeros(layout: Layout | None, p: jax.Array) -> tuple[Any, Any]:
-        if layout is None:
-            return jnp.zeros_like(p), optax.MaskedNode()
-        left, right = (side(layout, axis, max_side, p.dtype) for axis in (-2, -1))
-        return left, optax.MaskedNode() if sides == "left" else right
+    zeros = partial(_zeros, sides=sides, max_side=max_side)
+    gather, direct = partial(_gather, decay=b2), partial(_direct, eps=eps)
+    roots = partial(_roots, power=power, eps=eps, axes=axes)
 
-    def roots(left: PyTree, right: PyTree, like: PyTree) -> PyTree:
-        def one(layout: Layout | None, _: Any, left: Any, right: Any) -> tuple[Any]:
-            if layout is None:
-                return (optax.MaskedNode(),)
-            return (tuple(_root(m, power, eps) for m in (left, right)),)
-
-        return on_leaves(one, axes, like, left, right)[0]
-
-    def init(params: PyTree) -> ShampooState:
+    def init(params: Leaves) -> ShampooState:
         left, right = on_leaves(zeros, axes, params, outputs=2)
-        trace = jax.tree.map(jnp.zeros_like, params) if momentum else ()
+        trace = jax.tree.map(jnp.zeros_like, params) if has_momentum else ()
         held = () if refresh == 1 else roots(left, right, params)
         return ShampooState(jnp.zeros((), jnp.int32), trace, left, right, held)
 
-    def gather(layout: Layout | None, g: jax.Array, left: Any, right: Any) -> tuple[Any, Any]:
-        if layout is None:
-            return summed(left, g * g, b2), right
-        g = fold(g, layout)
-        return summed(left, g @ g.mT, b2), summed(right, g.mT @ g, b2)
-
-    def direct(layout: Layout | None, m: jax.Array, left: Any, held: Any) -> tuple[Any]:
-        if layout is None:
-            return (m / (jnp.sqrt(left) + eps),)
-        for_left, for_right = held
-        return (unfold(sandwich(fold(m, layout), for_left, for_right), layout),)
-
     def update(updates, state, params=None, **extra):
         left, right = on_leaves(gather, axes, updates, state.left, state.right, outputs=2)
-        trace = jax.tree.map(lambda t, g: b1 * t + g, state.trace, updates) if momentum else ()
+        trace = jax.tree.map(lambda t, g: b1 * t + g, state.trace, updates) if has_momentum else ()
 
         def fresh() -> PyTree:
             return roots(left, right, updates)
 
-        first = due(state.position + refresh - 1, refresh)  # begins a period
+        # Roots are computed in the first step of a period, from statistics that hold its gradient:
+        # at the end of one, the first period would have none.
+        first = due(state.position + refresh - 1, refresh)
         held = fresh() if refresh == 1 else jax.lax.cond(first, fresh, lambda: state.held)
-        (direction,) = on_leaves(direct, axes, trace if momentum else updates, left, held)
+        (direction,) = on_leaves(direct, axes, trace if has_momentum else updates, left, held)
         if rms_rescale is not None:
             direction = rescaled(direction, rms_rescale, axes)
         held = () if refresh == 1 else held
         return direction, ShampooState(state.position + 1, trace, left, right, held)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _zeros(
+    layout: Layout | None, p: Leaf, *, sides: Sides, max_side: int
+) -> tuple[Leaf | optax.MaskedNode, Leaf | optax.MaskedNode]:
+    """The two factors of a leaf before its first gradient; one of its own shape for no matrix."""
+    if layout is None:
+        return jnp.zeros_like(p), optax.MaskedNode()
+    left, right = (side(layout, axis, max_side, p.dtype) for axis in (-2, -1))
+    return left, optax.MaskedNode() if sides == "left" else right
+
+
+def _gather(
+    layout: Layout | None,
+    g: Leaf,
+    left: Leaf | optax.MaskedNode,
+    right: Leaf | optax.MaskedNode,
+    *,
+    decay: Number | None,
+) -> tuple[Leaf | optax.MaskedNode, Leaf | optax.MaskedNode]:
+    """The factors with a gradient added."""
+    if layout is None:
+        return summed(left, g * g, decay), right
+    g = fold(g, layout)
+    return summed(left, g @ g.mT, decay), summed(right, g.mT @ g, decay)
+
+
+def _direct(
+    layout: Layout | None, m: Leaf, left: Leaf | optax.MaskedNode, held: PyTree, *, eps: Number
+) -> tuple[Leaf]:
+    """The momentum of a leaf between the roots of its factors."""
+    if layout is None:
+        return (m / (jnp.sqrt(left) + eps),)
+    for_left, for_right = held
+    return (unfold(sandwich(fold(m, layout), for_left, for_right), layout),)
+
+
+def _roots(
+    left: PyTree, right: PyTree, like: Leaves, *, power: float, eps: Number, axes: Axes
+) -> PyTree:
+    """The pair of roots of each leaf's factors; nothing for what is no matrix."""
+
+    def one(layout: Layout | None, _: Leaf, *pair: Leaf | optax.MaskedNode) -> tuple[PyTree]:
+        if layout is None:
+            return (optax.MaskedNode(),)
+        return (tuple(_root(factor, power, eps) for factor in pair),)
+
+    return on_leaves(one, axes, like, left, right)[0]
 
 
 def factors(left: PyTree, right: PyTree, *, cache: PyTree = ()) -> tuple[Memory, Memory]:
@@ -173,8 +227,8 @@ def factors(left: PyTree, right: PyTree, *, cache: PyTree = ()) -> tuple[Memory,
     )
 
 
-def period(refresh: Any) -> None:
-    """Refuse a period that is no integer >= 1 known when compiling.
+def period(refresh: int) -> None:
+    """Refuse a period that is no integer >= 1, or not known when compiling.
 
     Raises:
       ValueError: it is none.
@@ -186,28 +240,41 @@ def period(refresh: Any) -> None:
         )
 
 
-def side(layout: Layout, axis: int, max_side: int, dtype: Any) -> Any:
-    """A zero factor [..., n, n] for one side of a matrix; nothing for a side that is too long."""
+def side(
+    layout: Layout, axis: int, max_side: int, dtype: DTypeLike
+) -> Float[Array, "*stack n n"] | optax.MaskedNode:
+    """A zero factor for one side of a matrix; nothing for a side that is too long."""
     n = layout.matrix[axis]
     return jnp.zeros((*layout.matrix[:-2], n, n), dtype) if n <= max_side else optax.MaskedNode()
 
 
-def summed(total: Any, new: jax.Array, decay: Any) -> Any:
-    """A sum, or a moving average with a decay; nothing stays nothing."""
+def summed(
+    total: Leaf | optax.MaskedNode, new: Leaf, decay: Number | None
+) -> Leaf | optax.MaskedNode:
+    """A sum, or a moving average where there is a decay; nothing stays nothing."""
     if isinstance(total, optax.MaskedNode):
         return total
     return total + new if decay is None else decay * total + (1 - decay) * new
 
 
-def sandwich(m: jax.Array, left: Any, right: Any) -> jax.Array:
-    """`left m right`, without what is missing."""
+def sandwich(
+    m: Matrices,
+    left: Float[Array, "*stack outputs outputs"] | optax.MaskedNode,
+    right: Float[Array, "*stack inputs inputs"] | optax.MaskedNode,
+) -> Matrices:
+    """`left m right`, without the factors that are nothing."""
     m = m if isinstance(left, optax.MaskedNode) else left @ m
     return m if isinstance(right, optax.MaskedNode) else m @ right
 
 
-def _root(matrix: Any, power: float, eps: Any) -> Any:
+def _root(
+    matrix: Float[Array, "*stack n n"] | optax.MaskedNode, power: float, eps: Number
+) -> Float[Array, "*stack n n"] | optax.MaskedNode:
+    """`(matrix + eps I)^power`; nothing stays nothing."""
     if isinstance(matrix, optax.MaskedNode):
         return matrix
     values, vectors = eigh(matrix)
+    # Rounding makes eigenvalues of a semidefinite matrix slightly negative: no root is taken of
+    # those. What has never been in a gradient is amplified by eps^power per side.
     scale = (jnp.maximum(values, 0.0) + eps) ** power
     return (vectors * scale[..., None, :]) @ vectors.mT

@@ -1,9 +1,10 @@
 """Linear layers that hand their inputs to the optimizer, through the gradient of a zero parameter.
 
 Delta gradient descent needs `C = X^T X / n` of a layer's inputs besides its gradient. A tapped
-layer has one more parameter, its tap, which is zero, adds nothing, is never updated, and whose
-"gradient" is C. So C goes wherever gradients go: through scans over stacked layers, accumulation,
-sharding and `optax` transformations.
+layer has one more parameter, its tap, which is zero, contributes nothing, is never updated, and
+whose "gradient" is C. So C goes wherever gradients go: through scans over stacked layers,
+accumulation, sharding and optax transformations. It is no gradient, though: what clips or counts
+gradients leaves out the leaves that `taps_in` names.
 """
 
 import math
@@ -15,19 +16,48 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from nestedjax.optim.types import PyTree
+
+TAP = "tap"
+
+
+def taps_in(tree: PyTree) -> PyTree:
+    """Which leaves of a tree like the parameters are taps: a tree of bool.
+
+    Args:
+      tree: parameters, gradients or updates; a leaf is a tap if "tap" is a name on its path.
+
+    Example:
+      >>> from nestedjax import optim
+      >>> optim.taps_in({"kernel": 1.0, "tap": 0.0})
+      {'kernel': False, 'tap': True}
+    """
+    return jax.tree.map_with_path(lambda path, _: TAP in names_of(path), tree)
+
+
+def names_of(path: tuple[Any, ...]) -> list[str]:
+    """The names on a leaf's path, from the root."""
+    return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
 
 
 def watch_inputs(
-    x: jax.Array, tap: jax.Array, *, contracted: int = 1, rows: int | None = None
-) -> jax.Array:
+    x: Float[Array, "..."],
+    tap: Float[Array, "di di"],
+    *,
+    contracted: int = 1,
+    rows: int | None = None,
+) -> Float[Array, "..."]:
     """x itself, for the layer that follows; the tap's gradient is `X^T X / n`.
 
     Args:
       x: inputs [..., *inputs].
-      tap: zeros [di, di], di the product of the inputs' sizes.
-      contracted: how many axes the inputs have.
-      rows: n; None: rows of x. Give it under `jax.vmap`, where a layer sees a part of them. The
-        loss has to be a mean over the same rows, so that C and the gradient agree in scale.
+      tap: zeros [di, di], with di the product of the inputs' sizes.
+      contracted: number of axes that the inputs have.
+      rows: n; None: the number of inputs in x. Give it under `jax.vmap`, where a layer sees a part
+        of them. The loss must be a mean over the same n inputs, so that C and the gradient agree in
+        scale.
 
     Raises:
       ValueError: a tap of another size.
@@ -63,6 +93,7 @@ def _watch_bwd(contracted, rows, saved, dx):
     mesh = jax.typeof(x).sharding.mesh
     explicit = AxisType.Explicit in (mesh.axis_types or ())
     where = NamedSharding(mesh, P(*[None] * (2 * contracted))) if explicit else None
+    # In the tap's precision: C is a sum over all tokens of a step, which bfloat16 cannot hold.
     wide = x.astype(tap.dtype)
     gram = jnp.einsum(
         f"{stack}{left},{stack}{right}->{left}{right}", wide, wide, out_sharding=where
@@ -74,24 +105,25 @@ _watch.defvjp(_watch_fwd, _watch_bwd)
 
 
 def tapped_linear(
-    x: jax.Array,
-    kernel: jax.Array,
-    tap: jax.Array,
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    tap: Float[Array, "di di"],
     *,
     contracted: int = 1,
     rows: int | None = None,
-    rank1_rate: float | None = None,
-) -> jax.Array:
+    rank1_learning_rate: float | None = None,
+) -> Float[Array, "..."]:
     """`x . kernel`, watched by a tap; see `watch_inputs`.
 
     Args:
       x: inputs [..., *inputs].
       kernel: [*inputs, *outputs].
       tap: zeros [di, di].
-      contracted: how many axes the inputs have.
+      contracted: number of axes that the inputs have.
       rows: n; see `watch_inputs`.
-      rank1_rate: weight each row by `1 / (1 + rate |x|^2)`, in C and in the kernel's gradient: for
-        `dgd(batch="mean_of_rank1")` with this rate. The kernel's gradient then is not the loss's.
+      rank1_learning_rate: weight each input by `1 / (1 + rank1_learning_rate |x|^2)`, in C and in
+        the kernel's gradient, for `dgd(batch="mean_of_rank1")` with this learning rate. The
+        kernel's gradient is not the loss's then.
 
     Returns:
       [..., *outputs].
@@ -102,27 +134,27 @@ def tapped_linear(
     Reference:
       Nested Learning (arXiv 2512.24695), appendix C, for what the inputs are needed for.
     """
-    if rank1_rate is None:
+    if rank1_learning_rate is None:
         x = watch_inputs(x, tap, contracted=contracted, rows=rows)
         return jnp.tensordot(x, kernel, axes=contracted)
-    return _rank1(x, kernel, tap, contracted, rows, rank1_rate)
+    return _rank1(x, kernel, tap, contracted, rows, rank1_learning_rate)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _rank1(x, kernel, tap, contracted, rows, rate):
+def _rank1(x, kernel, tap, contracted, rows, learning_rate):
     return jnp.tensordot(x, kernel, axes=contracted)
 
 
-def _rank1_fwd(x, kernel, tap, contracted, rows, rate):
-    return _rank1(x, kernel, tap, contracted, rows, rate), (x, kernel, tap)
+def _rank1_fwd(x, kernel, tap, contracted, rows, learning_rate):
+    return _rank1(x, kernel, tap, contracted, rows, learning_rate), (x, kernel, tap)
 
 
-def _rank1_bwd(contracted, rows, rate, saved, dy):
+def _rank1_bwd(contracted, rows, learning_rate, saved, dy):
     x, kernel, tap = saved
     lead = x.ndim - contracted
     _, back = jax.vjp(lambda x: jnp.tensordot(x, kernel, axes=contracted), x)
     flat = x.reshape(-1, tap.shape[-1]).astype(tap.dtype)
-    weighted = flat / (1 + rate * jnp.sum(flat * flat, axis=-1, keepdims=True))
+    weighted = flat / (1 + learning_rate * jnp.sum(flat * flat, axis=-1, keepdims=True))
     stack = tuple(range(lead))
     dkernel = jnp.tensordot(weighted.astype(x.dtype).reshape(x.shape), dy, axes=(stack, stack))
     gram = weighted.T @ flat / (flat.shape[0] if rows is None else rows)
@@ -133,17 +165,22 @@ _rank1.defvjp(_rank1_fwd, _rank1_bwd)
 
 
 def tapped_embedding(
-    tokens: jax.Array, table: jax.Array, tap: jax.Array, *, rows: int | None = None
-) -> jax.Array:
-    """The rows of the table that `tokens` name; the tap's gradient is each token's share of them.
+    tokens: Int[Array, "..."],
+    table: Float[Array, "vocab width"],
+    tap: Float[Array, " vocab"],
+    *,
+    rows: int | None = None,
+) -> Float[Array, "... width"]:
+    """The rows of the table that `tokens` name; the tap's gradient is each token's frequency.
 
-    An embedding is a linear layer on one-hot inputs, whose `X^T X / n` is diagonal.
+    An embedding is a linear layer on one-hot inputs, whose `X^T X / n` is diagonal: entry i is the
+    fraction of the n tokens that are token i.
 
     Args:
-      tokens: integers [...].
-      table: [vocabulary, features].
-      tap: zeros [vocabulary].
-      rows: n; see `tapped_linear`.
+      tokens: token ids [...].
+      table: [vocab, width].
+      tap: zeros [vocab].
+      rows: n; see `watch_inputs`.
 
     Raises:
       ValueError: a tap of another length than the table.
@@ -172,8 +209,12 @@ def _embedding_bwd(rows, saved, dy):
 _embedding.defvjp(_embedding_fwd, _embedding_bwd)
 
 
-def recorded_linear(x: jax.Array, kernel: jax.Array, record: Any) -> jax.Array:
-    """`x @ kernel`, whose `record` of zeros has the layer's inputs and output errors as gradient.
+def recorded_linear(
+    x: Float[Array, "n di"],
+    kernel: Float[Array, "di do"],
+    record: tuple[Float[Array, "n di"], Float[Array, "n do"]],
+) -> Float[Array, "n do"]:
+    """`x @ kernel`, with the layer's inputs and output errors as gradient of its `record`.
 
     Args:
       x: inputs [n, di].

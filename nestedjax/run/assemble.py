@@ -113,18 +113,11 @@ def optimizer(
         def rate(writes: jax.Array) -> jax.Array:
             return schedule(writes * period)
 
-        moments: dict[str, Any] = {
-            "b1": settings.b1,
-            "b2": settings.b2,
-            "mask": models.weight_decays,
-        }
-        if settings.name == "adamw":
-            return adamw(rate, weight_decay=settings.weight_decay, **moments)
         rule = menu.make(
             settings.name,
             rate,
             axes=models.matrix_axes(model),
-            rest=adamw(rate, weight_decay=0.0, **moments),
+            rest=adamw(rate, b1=settings.b1, b2=settings.b2, weight_decay=0.0),
             given=settings.arguments,
         )
         return optax.chain(rule, add_decay(rate, settings.weight_decay, mask=models.weight_decays))

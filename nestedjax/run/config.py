@@ -52,15 +52,15 @@ class OptimizerConfig:
     """The outer optimizer, each block of the continuum memory at its own period.
 
     Attributes:
-      name: "adamw", or one of `nestedjax.optim.menu.OPTIMIZERS`.
+      name: one of `nestedjax.optim.menu.OPTIMIZERS`.
       arguments: those of its arguments that differ from its defaults.
       learning_rate: the highest, after the warm-up.
       warmup: steps in which the learning rate rises from 0; at most half of all steps.
       final_fraction: the learning rate of the last step, as a fraction of the highest.
       weight_decay: decoupled, times the learning rate; of projections and embedding.
       clip: the largest global norm of a gradient; none does not clip.
-      b1: decay of AdamW's first moment; of the parameters that another optimizer leaves to it.
-      b2: decay of AdamW's second moment.
+      b1: decay of the first moment of the AdamW that steps what another optimizer leaves to it.
+      b2: decay of its second moment.
     """
 
     learning_rate: float = 1e-3
@@ -84,21 +84,17 @@ class OptimizerConfig:
 
 def _check_optimizer(config: OptimizerConfig) -> None:
     """Refuse a name or arguments that do not exist, and moments that nothing would use."""
-    if config.name == "adamw":
-        for name in config.arguments:
-            raise ConfigError(f"adamw has no optimizer.{name}; set b1, b2, weight_decay")
-        return
     try:
         menu.make(config.name, 1e-3, given=config.arguments)
     except ValueError as error:
-        text = str(error).replace("there are", "there are adamw,")
-        raise ConfigError(f"optimizer={config.name}: {text}") from error
+        raise ConfigError(f"optimizer={config.name}: {error}") from error
     if not menu.has_rest(config.name):
         for moment, usual in (("b1", 0.9), ("b2", 0.95)):
             if getattr(config, moment) != usual:
+                known = moment in menu.arguments(config.name)
                 raise ConfigError(
-                    f"{config.name} leaves nothing to AdamW, so that {moment} would do nothing; "
-                    f"leave {moment} out"
+                    f"{config.name} leaves no parameters to another AdamW, so that {moment} would"
+                    f" do nothing; {'set optimizer.' if known else 'leave out '}{moment}"
                 )
 
 

@@ -7,7 +7,6 @@ optimizer `optimizer.ARGUMENT`. Types are those of the dataclasses, meanings tho
 """
 
 import dataclasses
-import inspect
 import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,21 +116,7 @@ def changed(saved: RunConfig, asked: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 def arguments_of(name: str) -> dict[str, tuple[Any, Any, str]]:
     """The arguments of an optimizer by name: type, default, meaning."""
-    if name == "adamw":
-        return {}
-    defaults = menu.arguments(name)
-    function = menu.OPTIMIZERS[name]
-    hints, docs = inspect.get_annotations(function), _documentation(function, "Args")
-    return {n: (_plain(hints[n], value), value, docs.get(n, "")) for n, value in defaults.items()}
-
-
-def _plain(kind: Any, default: Any) -> Any:
-    """The part of an argument's type that text can hold; a number may always be a schedule."""
-    if kind in (int, bool, str, int | None, str | None):
-        return kind
-    if isinstance(default, int):
-        return int | tuple[int, ...]
-    return str if isinstance(default, str) else float | tuple[float, ...] | None
+    return {a.name: (a.type, a.default, a.doc) for a in menu.arguments(name).values()}
 
 
 def _fields(config: Any, path: tuple[str, ...], prefix: str, group: str) -> Iterator[Setting]:
@@ -151,7 +136,7 @@ def _fields(config: Any, path: tuple[str, ...], prefix: str, group: str) -> Iter
 
 def _optimizer(config: RunConfig) -> Iterator[Setting]:
     chosen = config.optimizer
-    names = typing.Literal[("adamw", *menu.OPTIMIZERS)]  # type: ignore[valid-type]
+    names = typing.Literal[(*menu.OPTIMIZERS,)]  # type: ignore[valid-type]
     doc = "what steps the weights; its own arguments are listed for the one that is chosen."
     yield Setting("optimizer", names, chosen.name, doc, "optimizer", ("optimizer", "name"))
     for name, (kind, default, doc) in arguments_of(chosen.name).items():
@@ -186,8 +171,8 @@ def _flat(changes: Mapping[str, Any]) -> dict[str, Any]:
 def _with_optimizer(config: RunConfig, name: Any) -> RunConfig:
     if name == config.optimizer.name:
         return config
-    if name not in ("adamw", *menu.OPTIMIZERS):
-        hint = near(str(name), ("adamw", *menu.OPTIMIZERS))
+    if name not in (*menu.OPTIMIZERS,):
+        hint = near(str(name), (*menu.OPTIMIZERS,))
         raise ConfigError(f"no optimizer {name!r}; {hint}")
     optimizer = dataclasses.replace(config.optimizer, name=name, arguments={})
     return dataclasses.replace(config, optimizer=optimizer)

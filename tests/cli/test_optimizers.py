@@ -77,8 +77,16 @@ def test_every_optimizer_fits_hope_and_survives_its_configuration(name):
         (["optimizer=m3", "optimizer.beta=1"], "m3 has no argument 'beta'; it has b1, b2, b3"),
         (["optimizer=adamw", "optimizer.period=3"], "optimizer=adamw has no argument 'period'"),
         (["optimizer=m3", "optimizer.b1=7"], "b1=7.0 must be between 0.0 and 1.0"),
-        (["optimizer=m3", "optimizer.period=x"], "period=x is not a whole number or a list"),
-        (["optimizer=ggd", "b1=0.5"], "leaves nothing to AdamW, so that b1 would do nothing"),
+        (
+            ["optimizer=m3", "optimizer.period=x"],
+            "period=x is not a whole number or a list",
+        ),
+        (
+            ["optimizer=ggd", "b1=0.5"],
+            "ggd leaves no parameters to another AdamW, so",
+        ),
+        (["optimizer=adamw", "b1=0.5"], "b1 would do nothing; set optimizer.b1"),
+        (["optimizer=m3", "optimizer.accumulate=x"], "accumulate=x is not one of ema, sum"),
     ],
 )
 def test_mistakes_are_named(settings, message, text, tmp_path, capsys):

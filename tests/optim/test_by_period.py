@@ -240,7 +240,7 @@ def test_tokens_to_steps():
         optim.in_steps({}, step_tokens=0)
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_named(unchecked):
     with pytest.raises(ValueError, match="period=0"):
         optim.accumulate(optax.sgd(0.1), 0)
     with pytest.raises(ValueError, match="'max' is not one of mean, sum"):

@@ -63,7 +63,7 @@ def test_closed_form_is_the_minimiser_for_inputs_of_any_norm():
 def test_batches(keep):
     """Oracle 5: the exact batch step is the minimiser and the Woodbury form of the n x n solve."""
     w, x, delta = layer()
-    tx = optim.dgd(ETA, batch="exact", decay="coupled", keep=keep)
+    tx = optim.dgd(ETA, batch="exact", coupling="coupled", decay=keep)
     found = step(tx, w, x, delta)
     np.testing.assert_allclose(found, minimiser(w, x, delta, ETA, keep), atol=1e-10)
     eta, kept = ETA / N, keep * w  # the specification sums over the batch
@@ -83,7 +83,7 @@ def test_decay_and_forms():
         ("neurips", "decoupled"): w @ (0.9 * eye - c) - ETA * g,
     }
     for (form, decay), new in expected.items():
-        found = step(optim.dgd(ETA, form=form, decay=decay, keep=0.9), w, x, delta)
+        found = step(optim.dgd(ETA, form=form, coupling=decay, decay=0.9), w, x, delta)
         np.testing.assert_allclose(found, new, atol=1e-10, err_msg=form)
 
 
@@ -132,6 +132,20 @@ def test_taps_carry_the_gram_matrix_and_leave_the_gradients_alone():
     np.testing.assert_allclose(dkernel, pkernel, atol=1e-12)
     flat = np.asarray(x).reshape(6, 4)
     np.testing.assert_allclose(gram, flat.T @ flat / 6, atol=1e-12)
+
+
+def test_taps_can_be_told_from_gradients():
+    """So that a global norm is clipped over gradients alone."""
+    block = {"kernel": jnp.full((2, 2), 3.0), "tap": jnp.full((2, 2), 100.0)}
+    grads = {"blocks": [block, block], "norm": jnp.full(2, 4.0)}
+    taps = optim.taps_in(grads)
+    assert taps == {"blocks": [{"kernel": False, "tap": True}] * 2, "norm": False}
+    kept = jax.tree.map(lambda tap: not tap, taps)
+    clip = optax.masked(optax.clip_by_global_norm(1.0), kept)
+    found, _ = clip.update(grads, clip.init(grads))
+    norm = np.sqrt(8 * 9.0 + 2 * 16.0)
+    np.testing.assert_allclose(found["norm"], 4 / norm, rtol=1e-6)
+    np.testing.assert_array_equal(found["blocks"][1]["tap"], block["tap"])
 
 
 def test_taps_under_scan_over_layers_and_vmap_over_sequences():
@@ -208,7 +222,7 @@ def test_mean_of_rank_one_steps():
     params = {"kernel": jnp.asarray(w.T), "tap": jnp.zeros((DI, DI))}
 
     def loss(p):  # a mean over rows whose derivative by the outputs is delta / n
-        y = optim.tapped_linear(jnp.asarray(x), p["kernel"], p["tap"], rank1_rate=ETA)
+        y = optim.tapped_linear(jnp.asarray(x), p["kernel"], p["tap"], rank1_learning_rate=ETA)
         return jnp.sum(y * delta) / N
 
     tx = optim.dgd(ETA, batch="mean_of_rank1")
@@ -240,7 +254,7 @@ def test_points_of_the_registry():
     w, x, delta = layer()
     g = delta.T @ x / N
     np.testing.assert_allclose(ggd_step(optim.ggd(ETA), w, x, delta), w - ETA * g, atol=1e-12)
-    decayed = ggd_step(optim.ggd(ETA, retain="decay", keep=0.9), w, x, delta)
+    decayed = ggd_step(optim.ggd(ETA, retain="decay", decay=0.9), w, x, delta)
     np.testing.assert_allclose(decayed, 0.9 * w - ETA * g, atol=1e-12)
     exact = ggd_step(optim.ggd(ETA, objective="l2", solver="closed_form"), w, x, delta)
     dgd = step(optim.dgd(ETA, batch="exact"), w, x, delta)
@@ -260,10 +274,10 @@ def test_any_objective_by_finite_differences(objective, solver):
         eta,
         objective=objective,
         retain="decay",
-        keep=keep,
+        decay=keep,
         solver=solver,
         inner_steps=300,
-        inner_rate=0.3,
+        inner_learning_rate=0.3,
     )
     new = ggd_step(tx, w, x, delta)
     many = solver == "n_gd_steps"
@@ -289,7 +303,10 @@ def test_closed_form_is_the_limit_of_many_steps():
     w, x, delta = layer()
     both = [
         ggd_step(
-            optim.ggd(ETA, objective="l2", solver=s, inner_steps=2000, inner_rate=0.1), w, x, delta
+            optim.ggd(ETA, objective="l2", solver=s, inner_steps=2000, inner_learning_rate=0.1),
+            w,
+            x,
+            delta,
         )
         for s in ("closed_form", "n_gd_steps")
     ]
@@ -319,7 +336,7 @@ def test_generalised_momentum():
         found, state = tx.update(one, state)
         expected, other = trace.update(one, other)
         np.testing.assert_allclose(found, expected, atol=1e-12)
-    tx = optim.scale_by_gm(rate=0.5, objective=memory.huber(0.3))
+    tx = optim.scale_by_gm(inner_learning_rate=0.5, objective=memory.huber(0.3))
     state = tx.init(g[0])
     for one in g:
         found, state = tx.update(one, state)
@@ -355,6 +372,6 @@ def test_generalised_momentum():
         ),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_mistakes_are_named(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()

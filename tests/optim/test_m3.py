@@ -237,7 +237,7 @@ def test_the_alias_is_its_parts():
         ({"orthogonalize": "qr"}, "orthogonalize='qr' is not one of quintic, cubic, svd, none"),
     ],
 )
-def test_mistakes_are_named(change, message):
+def test_mistakes_are_named(change, message, unchecked):
     with pytest.raises(ValueError, match=message):
         optim.m3(0.1, **change)
 

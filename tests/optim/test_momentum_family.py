@@ -117,7 +117,9 @@ def test_diagonal_preconditioner_against_numpy():
 
 def test_learned_preconditioner_against_numpy():
     g, p = np.asarray(draw(T, 4, 3)), np.eye(3)
-    found = updates_of(optim.scale_by_learned_preconditioner(rate=0.7), jnp.asarray(g))
+    found = updates_of(
+        optim.scale_by_learned_preconditioner(inner_learning_rate=0.7), jnp.asarray(g)
+    )
     for t in range(T):
         u, _, vt = np.linalg.svd(g[t].T, full_matrices=False)
         k, v = g[t].T / np.linalg.norm(g[t]), (u @ vt) / np.linalg.norm(u @ vt)
@@ -272,7 +274,11 @@ def test_keyless_deep_momentum_is_momentum():
     """Oracle 10: phi itself as output, dot product with the gradient as value."""
     grads = draw(T, 4, 3)
     tx = optim.scale_by_deep_momentum(
-        architecture="keyless", objective="dot", normalize_key=False, rescale=False, inner_rate=1.0
+        architecture="keyless",
+        objective="dot",
+        normalize_key=False,
+        rescale=False,
+        inner_learning_rate=1.0,
     )
     np.testing.assert_allclose(
         updates_of(tx, grads), updates_of(optax.trace(0.9), grads), atol=1e-12
@@ -282,7 +288,7 @@ def test_keyless_deep_momentum_is_momentum():
 def test_linear_deep_momentum_is_least_squares_descent():
     """B5: phi descends 1/2 mean |W k - v|^2 over the rows, from zero."""
     g, phi = np.asarray(draw(T, 4, 3)), np.zeros((4, 4))
-    tx = optim.scale_by_deep_momentum(architecture="linear", rescale=False, inner_rate=0.5)
+    tx = optim.scale_by_deep_momentum(architecture="linear", rescale=False, inner_learning_rate=0.5)
     found = updates_of(tx, jnp.asarray(g))
     for t in range(T):
         k = g[t].T / (np.sqrt(np.mean(g[t] ** 2)) + 1e-8)  # rows: 3 outputs of 4 inputs
@@ -379,6 +385,6 @@ def test_adam_with_equal_betas_is_the_weighted_optimum():
         ),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_mistakes_are_named(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()

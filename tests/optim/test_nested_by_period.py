@@ -76,7 +76,7 @@ def by_hand(params, stream, rule, rate, momentum):
 def test_equals_the_loop(x64, rule):
     params, stream = problem()
     groups = {label: (p, optax.sgd(0.1, momentum=0.9)) for label, p in PERIODS.items()}
-    tx = optim.nested_by_period(groups, LABELS, chain=CHAIN, rule=rule, reptile_rate=0.3)
+    tx = optim.nested_by_period(groups, LABELS, chain=CHAIN, rule=rule, reptile_learning_rate=0.3)
     found, _ = run(tx, params, stream)
     expected = by_hand(params, stream, rule, 0.3, 0.9)
     for name in LABELS:
@@ -137,7 +137,7 @@ def test_describe_shows_the_starts():
     assert found["slow start of the faster block"].transfer == "init"
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_named(unchecked):
     sgd = optax.sgd(0.1)
     groups = {"a": (2, sgd), "b": (3, sgd), "": (None, sgd)}
     with pytest.raises(ValueError, match="2 of 'a' does not divide.* 3 of 'b'"):

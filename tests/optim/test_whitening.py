@@ -123,6 +123,6 @@ def test_a_long_side_is_left_alone():
         (lambda: optim.soap(0.1, factor_decay=2.0), "factor_decay=2.0 must be between"),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_mistakes_are_named(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()
