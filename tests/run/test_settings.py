@@ -60,7 +60,7 @@ def test_the_mapping_changes_the_model_and_keywords_the_run():
         ({}, {"optimizer": {"name": "m3", "beta": 1}}, "m3 has no argument 'beta'; it has b1"),
         ({}, {"optimizer": "adamw", "optimizer.period": 3}, "adamw has no argument 'period'"),
         ({}, {"optimizer.b1": 7.0}, "b1=7.0 must be between 0.0 and 1.0"),
-        ({}, {"optimizer": "ggd", "b1": 0.5}, "leaves nothing to AdamW, so that b1 would do noth"),
+        ({}, {"optimizer": "ggd", "b1": 0.5}, "leaves no parameters to another AdamW, so that b1"),
         ({}, {"length": 80}, "length=80 is not a multiple of the chunk of 32 tokens; use length=6"),
         ({"cms.periods": (100, 250)}, {}, "100 does not divide 250"),
     ],
