@@ -259,16 +259,19 @@ class MemoryMixer(Layer):
             return every(*args)
         # The compiler splits neither a kernel nor a loop over sequences: every device runs it on
         # its own sequences and heads.
-        weights, of_tokens = P("batch", "heads"), P("batch", None, "heads")
+        heads, of_tokens = P("batch", "heads"), P("batch", None, "heads")
+        if level is not self.functions.one:  # `levels.per_head`: every array has the heads in front
+            axes = (P("heads"), heads, of_tokens, P("batch"))
+            return each_device(every, args, axes, (of_tokens, heads))
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tokens)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args[0])
         whole = levels.carry_axes(
             jax.eval_shape(partial(levels.start, level), shapes, one),
-            state=weights,
+            state=heads,
             tokens=of_tokens,
             sequence=P("batch"),
         )
-        before = whole if isinstance(carry, levels.Carry) else weights
+        before = whole if isinstance(carry, levels.Carry) else heads
         axes = (P("heads"), before, of_tokens, P("batch"))
         return each_device(every, args, axes, (of_tokens, whole))
 

@@ -1,21 +1,19 @@
-"""The same level for every head of a mixer, side by side under one clock."""
+"""The same level for every head of a mixer, side by side."""
 
 import jax
 
 from nestedjax.levels.level import Level
+from nestedjax.levels.run import run, run_some
 
 
 def per_head(level: Level) -> Level:
     """A level of one head as a level of many: `params` and state [H, ...], tokens [T, H, ...].
 
-    Unlike a `jax.vmap` of `run` it leaves one position for all heads, so that the write at the end
-    of a period is one branch for all of them.
+    Every array of its `Carry` has the heads in front, positions and pending tokens too. The write at
+    a period's end is one branch, taken for all heads together.
 
     Args:
-      level: a plain level, no composition; its params are arrays [...] of one head.
-
-    Raises:
-      ValueError: it is a composition; lift its parts.
+      level: a level or a composition; its params are arrays [...] of one head.
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,14 +30,20 @@ def per_head(level: Level) -> Level:
        [ 1. 11.]
        [ 3. 13.]]
     """
-    if level.advance is not None:
-        raise ValueError(
-            f"level {level.name!r} is a composition; lift its parts, then compose them"
-        )
-    token, whole = level.token, level.whole
+    whole = level.whole
+
+    def advance(params, state, x, reset, valid=None):
+        def one(params, state, x):
+            if valid is None:
+                return run(level, params, state, x, reset=reset)
+            return run_some(level, params, state, x, valid)
+
+        return jax.vmap(one, in_axes=(0, 0, 1), out_axes=(1, 0))(params, state, x)
+
     return level._replace(
         init=jax.vmap(level.init),
         step=jax.vmap(level.step, in_axes=(0, 0, 1), out_axes=(0, 1)),
-        token=None if token is None else jax.vmap(token, in_axes=(0, 0, 1, 0)),
+        token=None,
         whole=None if whole is None else jax.vmap(whole, in_axes=(0, 0, 1, None), out_axes=(0, 1)),
+        advance=advance,
     )

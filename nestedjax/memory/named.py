@@ -21,15 +21,16 @@ and can be copied as a recipe. Where a paper has a rate of 1 the tokens say so.
 objective do not depend on the chunk size at all; the others do, and it belongs to the model.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
 from nestedjax.levels import Level
 from nestedjax.memory import objectives, retention, rules
-from nestedjax.memory.architectures import Architecture, Weights, matrix
+from nestedjax.memory.architectures import Architecture, matrix
 from nestedjax.memory.features import FeatureMap, identity
 from nestedjax.memory.product import associative_memory
-from nestedjax.memory.state import MemoryState, Tokens
 
 
 def linear_attention(
@@ -91,33 +92,36 @@ def normalised_linear_attention(
     Returns:
       A level over `Tokens` with params `(M_0 [value_dim + 1, key_dim],)` and y [T, value_dim].
     """
-    plain = linear_attention(
-        key_dim,
-        value_dim + 1,
+    plain = associative_memory(
+        matrix(key_dim, value_dim + 1),
+        objectives.dot(),
+        retention.none(),
+        rules.gradient(),
         chunk_size=chunk_size,
+        read="running",
         feature_map=feature_map,
+        value_map=lambda v: jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1),
         implementation=implementation,
+        name="normalised_linear_attention",
     )
-    inner = plain.whole
 
-    def counted(x: Tokens) -> Tokens:
-        ones = jnp.ones_like(x.values[:, :1])
-        return x._replace(values=jnp.concatenate([x.values, ones], axis=-1))
+    def normalised(y: Array) -> Array:
+        return y[..., :-1] / (y[..., -1:] + epsilon)
 
-    def normalised(state: MemoryState, y: Array) -> tuple[MemoryState, Array]:
-        return state, y[:, :-1] / (y[:, -1:] + epsilon)
+    def after(function: Any, place: int) -> Any:
+        """`function` with the one of its two results that holds the reads normalised."""
+        if function is None:
+            return None
 
-    def step(params: Weights, state: MemoryState, x: Tokens) -> tuple[MemoryState, Array]:
-        return normalised(*plain.step(params, state, counted(x)))
+        def both(*given: Any, **options: Any) -> tuple[Any, Any]:
+            found = list(function(*given, **options))
+            found[place] = normalised(found[place])
+            return tuple(found)
 
-    def whole(
-        params: Weights, state: MemoryState, x: Tokens, begins: Array | None
-    ) -> tuple[MemoryState, Array]:
-        assert inner is not None
-        return normalised(*inner(params, state, counted(x), begins))
+        return both
 
     return plain._replace(
-        name="normalised_linear_attention", step=step, whole=None if inner is None else whole
+        step=after(plain.step, 1), whole=after(plain.whole, 1), advance=after(plain.advance, 0)
     )
 
 

@@ -5,14 +5,14 @@ from typing import Literal, NamedTuple
 import jax
 from jax import Array
 
-from nestedjax.levels import Level
+from nestedjax.levels import Level, incremental
 from nestedjax.memory.architectures import Architecture, Weights
 from nestedjax.memory.features import FeatureMap, identity
 from nestedjax.memory.objectives import Objective
 from nestedjax.memory.parallel import delta_step, omega_step
 from nestedjax.memory.retention import Retention
 from nestedjax.memory.rules import Rule
-from nestedjax.memory.sequential import reference_step, sequential_step
+from nestedjax.memory.sequential import reference_step, running_token, sequential_step
 from nestedjax.memory.state import Memory, MemoryState, Tokens, initial_state, prepare
 from nestedjax.memory.whole import KERNELS, kernel_for
 
@@ -209,15 +209,19 @@ def associative_memory(
             return state, reads.astype(x.queries.dtype)
 
     about = {"objective": objective.name, "rule": rule.name, "transfer": "param"}
-    return Level(
-        name or default,
-        chunk_size,
-        init,
-        step,
-        token=token if read == "anchor" else None,
-        whole=whole,
-        about=about,
-    )
+    level = Level(name or default, chunk_size, init, step, whole=whole, about=about)
+    if read == "anchor":
+        return level._replace(token=token)
+
+    def running(
+        params: Weights, state: MemoryState, notes: MemoryState, x: Tokens
+    ) -> tuple[MemoryState, Array]:
+        del params
+        tokens = prepare(memory, jax.tree.map(lambda leaf: leaf[None], x), state.weights[0].dtype)
+        notes, reads = running_token(memory, state, notes, tokens)
+        return notes, reads[0].astype(x.queries.dtype)
+
+    return incremental(level, start=lambda params, state: state, token=running)
 
 
 def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:

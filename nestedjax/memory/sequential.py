@@ -152,3 +152,34 @@ def sequential_step(
     start = _Carry(state.weights, state.momentum)
     end, reads = jax.lax.scan(token_step, start, (*scanned, tokens))
     return MemoryState(end.weights, end.momentum, next_window(memory, extended)), reads
+
+
+def running_token(
+    memory: Memory, anchor: MemoryState, running: MemoryState, tokens: Tokens
+) -> tuple[MemoryState, Array]:
+    """One token of an unfinished chunk, in time that does not depend on the chunk's length.
+
+    Args:
+      memory: the point of the product.
+      anchor: at the chunk's start, where gradients are taken.
+      running: after the tokens before this one.
+      tokens: [1, ...], prepared.
+
+    Returns:
+      `(running after the token, read [1, dv])`.
+    """
+    weights = memory.link(anchor.weights)
+    recent = with_window(running, tokens)
+    inputs, errors = memory.factors(weights, recent)
+    token = jax.tree.map(lambda a: a[0], tokens)
+    old = _Carry(running.weights, running.momentum)
+    if memory.rule.solve:
+        new = _solve(memory, old, recent, token)
+    else:
+        gradients = tuple(
+            (memory.write(recent.rate, x)[:, None] * e).T @ x
+            for x, e in zip(inputs, errors, strict=True)
+        )
+        new = _write(memory, old, gradients, tuple(x[-1] for x in inputs), token)
+    read = _read(memory, weights, old, new, token.queries)
+    return MemoryState(new.weights, new.momentum, next_window(memory, recent)), read[None]

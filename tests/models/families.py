@@ -40,6 +40,12 @@ def in_context(**changes):
     return dataclasses.replace(IN_CONTEXT, inner=inner, **changes)
 
 
+LINEAR = {
+    "deltanet": models.DeltaNetConfig,
+    "gated_deltanet": models.GatedDeltaNetConfig,
+    "retnet": models.RetNetConfig,
+    "linear_attention": models.LinearAttentionConfig,
+}
 FAMILIES = {
     "transformer": models.TransformerConfig(VOCAB, WIDTH, LAYERS, 12, ATTENTION),
     "hope_attention": attention(STREAM),
@@ -50,6 +56,7 @@ FAMILIES = {
     "hope_attention_headwise": attention(
         in_context(form="headwise", optimizer="adamw", learning_rate=0.05, mlp="swiglu")
     ),
+    **{name: config(VOCAB, WIDTH, LAYERS, 12, 2, PERIOD) for name, config in LINEAR.items()},
 }
 
 

@@ -13,7 +13,8 @@ from tests.models.families import FAMILIES, built, caller, token_losses, tokens_
 
 LENGTH, PIECE = 21, 7
 # Compiled and run; the others differ from these in parts that are tested by themselves.
-RUN = ("transformer", "hope_attention", "hope", "hope_attention_nested")
+RUN = ("transformer", "hope_attention", "hope", "hope_attention_nested", "gated_deltanet", "retnet")
+RUN += ("linear_attention",)
 NO_RESET = jnp.zeros((2, LENGTH), bool)
 
 
@@ -134,7 +135,7 @@ def test_half_precision_keeps_memories_in_float32(name):
     )
 
 
-@pytest.mark.parametrize("name", ["transformer", "hope"])
+@pytest.mark.parametrize("name", ["transformer", "hope", "gated_deltanet"])
 def test_the_gradient_of_every_weight_equals_finite_differences(x64, name):
     """Issue 2, line c: also the start of each memory. In context: see `test_cms.py`."""
     graphdef, weights = built(dataclasses.replace(FAMILIES[name], dtype="float64"))

@@ -15,14 +15,8 @@ from pallas_kernels.delta_rule import api as delta_rule
 from pallas_kernels.delta_rule import pallas_tpu as delta_rule_tpu
 from pallas_kernels.mlp_memory import api as mlp_memory
 from pallas_kernels.mlp_memory import pallas_tpu as mlp_memory_tpu
-from tests.models.families import built
+from tests.models.families import LINEAR, built
 
-LINEAR = {
-    "deltanet": models.DeltaNetConfig,
-    "gated_deltanet": models.GatedDeltaNetConfig,
-    "retnet": models.RetNetConfig,
-    "linear_attention": models.LinearAttentionConfig,
-}
 HOPE = models.SelfModifyingConfig(heads=2, head_dim=64, hidden=64, chunk_size=64)
 
 
