@@ -16,7 +16,6 @@ FLOORS = {
     "nestedjax.checkpoint": 1,
     "nestedjax.errors": 1,
     "nestedjax.version": 1,
-    "nestedjax.overrides": 2,
     "nestedjax.memory": 2,
     "nestedjax.optim": 3,
     "nestedjax.layers": 4,
@@ -38,7 +37,8 @@ ONLY_IN = {
     "grain": ("nestedjax.data",),
     "orbax": ("nestedjax.checkpoint",),
     "flax": ("nestedjax.layers", "nestedjax.models"),
-    "argparse": ("nestedjax.cli",),
+    "cyclopts": ("nestedjax.cli",),
+    "msgspec": ("nestedjax.run",),
 }
 
 
@@ -125,7 +125,8 @@ def test_every_folder_has_a_floor():
         ("nestedjax.models.build", "import orbax.checkpoint as ocp"),
         ("nestedjax.training.loop", "import grain.python"),
         ("nestedjax.data.dataset", "print(1)"),
-        ("nestedjax.data.dataset", "import argparse"),
+        ("nestedjax.run.settings", "import cyclopts"),
+        ("nestedjax.cli.train", "import msgspec"),
     ],
 )
 def test_the_test_can_fail(module, source):
@@ -136,4 +137,4 @@ def test_what_is_allowed():
     fine = "import jax\nfrom nestedjax.levels import run\nfrom nestedjax.memory import state\n"
     assert not list(violations("nestedjax.memory.product", fine))
     assert not list(violations("nestedjax.models.hope", "from flax import nnx"))
-    assert not list(violations("nestedjax.cli", "import argparse\nprint(1)"))
+    assert not list(violations("nestedjax.cli", "import cyclopts\nprint(1)"))

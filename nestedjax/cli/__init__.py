@@ -5,14 +5,11 @@ fix, said in one line on standard error; 130 or 143 stopped by Ctrl-C or SIGTERM
 saved. Any other exception is a bug and shows its traceback.
 """
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-# name -> module, and what the command does. A module has `add_arguments(parser)`, `main(args)` that
-# returns an exit code, its docstring as description, and EXAMPLE.
+# name -> module, and what the command does. A module has `main(argv)` that returns an exit code.
 COMMANDS = {
     "train": ("nestedjax.cli.train", "train a model, or continue a run"),
     "eval": ("nestedjax.cli.eval", "loss, perplexity and bits per byte, by file and by position"),
@@ -20,13 +17,6 @@ COMMANDS = {
     "levels": ("nestedjax.cli.levels", "the nested system of a preset or run, slow to fast"),
     "bench": ("nestedjax.cli.bench", "what things cost: HOPE and its peers, every optimizer"),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,19 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nestedjax: no command {name!r}; {hint}", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[name][0])
-    parser = _Parser(
-        prog=f"nestedjax {name}",
-        description=module.__doc__,
-        epilog=module.EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    args = parser.parse_args(arguments[1:])
 
-    from nestedjax.cli.errors import guarded
+    from nestedjax.cli.command import UsageError
 
-    return guarded(name, lambda: module.main(args))
+    try:
+        return module.main(arguments[1:])
+    except UsageError as error:
+        print(f"nestedjax {name}: {error}", file=sys.stderr)
+        return 2
 
 
 def _overview() -> str:

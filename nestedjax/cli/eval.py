@@ -3,38 +3,55 @@
 Each document is one context from its first token to its last, however long: texts far longer than
 the training length stream through a state of constant size."""
 
-import argparse
-import json
+import json as json_format
+from collections.abc import Sequence
+from typing import Annotated
 
-EXAMPLE = """example:
-  nestedjax eval runs/first
+from cyclopts import Parameter
+
+from nestedjax.cli.command import parse
+from nestedjax.cli.errors import guarded
+
+EXAMPLE = """  nestedjax eval runs/first
   nestedjax eval runs/first --data chapter1.txt chapter2.txt --json
-
-Without --data the held-out parts of the run's own text are evaluated: its validation split (5%)
-and its test split (5%)."""
+"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--data", metavar="FILE", nargs="+", help="text files or folders; default: held-out parts"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+def evaluate(
+    run: str,
+    /,
+    *,
+    data: tuple[str, ...] = (),
+    json: bool = False,
+    modules: Annotated[tuple[str, ...], Parameter("--import")] = (),
+) -> int:
+    """Evaluate a run.
 
+    Args:
+      run: the run folder.
+      data: text files or folders; none for the held-out parts of the run's own text: its
+        validation split (5%) and its test split (5%).
+      json: print one JSON object.
+      modules: modules to import, in which models of your own are.
+    """
+    from nestedjax import run as runs
+    from nestedjax.cli import flags
 
-def main(args: argparse.Namespace) -> int:
-    """Evaluate; returns the exit code."""
-    from nestedjax import run
-
-    trained = run.load(args.run)
-    found = run.evaluate(trained, args.data)
-    if args.json:
-        print(json.dumps(_as_json(trained.step, found.files, found.all), indent=2))
+    flags.import_modules(modules)
+    trained = runs.load(run)
+    found = runs.evaluate(trained, data)
+    if json:
+        print(json_format.dumps(_as_json(trained.step, found.files, found.all), indent=2))
     else:
-        print(f"{args.run}: {trained.run.preset} at step {trained.step}")
+        print(f"{run}: {trained.run.preset} at step {trained.step}")
         print(_table(found.files, found.all))
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """`nestedjax eval`; returns the exit code."""
+    call = parse("nestedjax eval RUN", evaluate, argv, about=__doc__ or "", example=EXAMPLE)
+    return 0 if call is None else guarded("eval", call)
 
 
 def _as_json(step, files, everything) -> dict:

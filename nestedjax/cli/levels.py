@@ -1,74 +1,96 @@
 """The nested system of a preset or run, slow to fast: every box that learns, from what, by what
-rule and how often, and the optimizer's own memories among them."""
-
-import argparse
-import json
-
-EXAMPLE = """example:
-  nestedjax levels hope_nano
-  nestedjax levels hope_nano --set cms.periods=2048,4096,none,none --plot levels.png
-  nestedjax levels runs/first --json
+rule and how often, and the optimizer's own memories among them.
 
 period: tokens between two writes (frozen: never; 0: solved anew for every query); of what the outer
 optimizer writes, tokens of the training stream. frequency: writes per token. state bytes: for one
 sequence; of the optimizer's memories, in total."""
 
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
-    parser.add_argument("system", metavar="PRESET_OR_RUN", help="a preset, or a run folder")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        nargs="+",
-        default=[],
-        help="change a setting of the preset",
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON list of boxes")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw the system")
+from cyclopts import Parameter
+
+from nestedjax.cli.command import UsageError, parse
+from nestedjax.cli.errors import guarded
+
+EXAMPLE = """  nestedjax levels hope_nano
+  nestedjax levels hope_nano --cms.periods 2048 4096 none none --plot levels.png
+  nestedjax levels runs/first --json
+"""
 
 
-def main(args: argparse.Namespace) -> int:
-    """Describe; returns the exit code."""
+def options(
+    *,
+    json: bool = False,
+    plot: str | None = None,
+    config: str | None = None,
+    modules: Annotated[tuple[str, ...], Parameter("--import")] = (),
+) -> None:
+    """The flags that are no settings.
+
+    Args:
+      json: print a JSON list of boxes.
+      plot: also draw the system, as FILE.png.
+      config: the config.json of a run whose system is shown.
+      modules: modules to import, in which models of your own are.
+    """
+
+
+def main(argv: Sequence[str]) -> int:
+    """`nestedjax levels`; returns the exit code."""
+    return guarded("levels", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    from nestedjax import models, run
+    from nestedjax.cli import flags
+    from nestedjax.errors import ConfigError, near
+
+    found = flags.named(argv, folders=True)
+    if found.name is None and "config" not in found.early:
+        if not {"--help", "-h"} & {*argv}:
+            raise UsageError("PRESET_OR_RUN is missing; name one, such as hope_nano")
+        prog = "nestedjax levels PRESET_OR_RUN"
+        parse(prog, options, argv, about=__doc__ or "", example=EXAMPLE)
+        return 0
+    saved = None
+    if found.name is not None and found.name not in models.PRESETS:
+        saved = run.load_config(found.name, found.early.get("modules", ()))
+        if saved is None:
+            hint = near(found.name, models.PRESETS)
+            raise ConfigError(f"{found.name!r} is neither a preset nor a run folder; {hint}")
+    config = saved or flags.start(found, text=False)
+    prog = f"nestedjax levels {found.name or config.preset}"
+    read = flags.read(prog, options, found, config, about=__doc__ or "", example=EXAMPLE)
+    if read is None:
+        return 0
+    own, changes = read
+    if saved is not None and changes:
+        raise ConfigError(
+            f"a run keeps its settings: leave out {', '.join(changes)}, or name a preset"
+        )
+    return _show(config if saved is not None else flags.changed(config, changes), own)
+
+
+def _show(config: Any, own: dict[str, Any]) -> int:
     from nestedjax import levels, run
     from nestedjax.errors import ConfigError
 
-    config = _config(args)
-    system = run.nested_system(config)
-    boxes = system.boxes
-    if args.plot:
+    system, picture = run.nested_system(config), own.get("plot")
+    if picture is not None:
         from nestedjax.cli.levels_plot import plot
 
         try:
-            plot(system, args.plot, title=f"{config.preset}: its nested system")
+            plot(system, picture, title=f"{config.preset}: its nested system")
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"cannot write {args.plot} ({error}); give a .png in a folder that can be written"
+                f"cannot write {picture} ({error}); give a .png in a folder that can be written"
             ) from error
-    if args.json:
-        print(json.dumps([box.row() for box in boxes], indent=2))
-    else:
-        print(levels.table(boxes))
-        if args.plot:
-            print(f"\npicture: {args.plot}")
+    if own.get("json"):
+        print(json.dumps([box.row() for box in system.boxes], indent=2))
+        return 0
+    print(levels.table(system.boxes))
+    if picture is not None:
+        print(f"\npicture: {picture}")
     return 0
-
-
-def _config(args: argparse.Namespace):
-    from nestedjax import models, run
-    from nestedjax.cli.training import assigned
-    from nestedjax.errors import ConfigError, near
-
-    assignments = [item for group in args.set for item in group]
-    if args.system in models.PRESETS:
-        return run.check(assigned(run.run_preset(args.system), assignments))
-    saved = run.load_config(args.system)
-    if saved is None:
-        raise ConfigError(
-            f"{args.system!r} is neither a preset nor a run folder; "
-            f"{near(args.system, models.PRESETS)}"
-        )
-    if assignments:
-        raise ConfigError("a run keeps its settings; leave out --set, or name a preset")
-    return saved

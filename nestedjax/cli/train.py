@@ -1,78 +1,121 @@
 """Train a model on text, or continue a run: the same command on an existing run folder goes on
-where the newest checkpoint left off, and ends as if it had never stopped."""
-
-import argparse
-import os
-import shlex
-
-EXAMPLE = """example:
-  nestedjax train hope_nano --run runs/first
-  nestedjax train hope_nano --data book.txt --set steps=200 --set cms.periods=4096,8192,none,none
-
-PRESET is hope_SIZE, hope_attention_SIZE or transformer_SIZE; SIZE is nano, micro, mini, 340m, 760m
-or 1p3b. Keys of --set: steps, seed, length, batch, learning_rate, warmup, weight_decay, clip,
-checkpoint_every, validate_every, sample_every, steps_per_dispatch, microbatches ..., and those
-of the model: layers, memory.chunk_size, cms.periods ... An unknown key lists the near ones.
+where the newest checkpoint left off, and ends as if it had never stopped.
 
 The run folder gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and loss.png. Continuing
-takes its saved settings; only steps (to more), validate_every, checkpoint_every and sample_every
-may change, and the --mesh, which is not saved. Ctrl-C and SIGTERM finish the step, save and exit
-with 130 and 143.
+takes its saved settings; only --steps (to more), --validate-every, --checkpoint-every and
+--sample-every may change, and the --mesh, which is not saved. Ctrl-C and SIGTERM finish the step,
+save and exit with 130 and 143.
 The last line is: done: step=N val_loss=X.XXXX tokens=N run=DIR (nats per token)"""
 
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from nestedjax.cli.command import UsageError, parse
+from nestedjax.cli.errors import guarded
+
+EXAMPLE = """  nestedjax train hope_nano --run runs/first
+  nestedjax train hope_nano --data book.txt --steps 200 --cms.periods 4096 8192 none none
+  nestedjax train hope_nano --optimizer m3 --optimizer.period 20 --layers 1 --width 64
+  nestedjax train --config runs/first/config.json --seed 1 --run runs/second
+"""
+
+PRESETS = """
+nestedjax train PRESET --help lists every setting, with its meaning and its value in that preset.
+PRESET is one of {}
+"""
+
 STOPPED = {"Ctrl-C": 130}
+SAMPLE = 240  # tokens
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
-    parser.add_argument("preset", metavar="PRESET", help="which model to train")
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        nargs="+",
-        default=[],
-        help="text files or folders (.txt, .jsonl, .gz); default: the bundled Shakespeare",
-    )
-    parser.add_argument("--run", metavar="DIR", help="the run folder; default runs/PRESET")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        nargs="+",
-        default=[],
-        help="change a setting; may be given several times",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="FILE.model", help="a SentencePiece model; default: bytes"
-    )
-    parser.add_argument(
-        "--mesh",
-        metavar="AXIS=N,...",
-        help="all devices, as data=2,fsdp=2,tensor=2; default: one device",
-    )
+def options(
+    *,
+    run: str | None = None,
+    mesh: str | None = None,
+    config: str | None = None,
+    modules: Annotated[tuple[str, ...], Parameter("--import")] = (),
+) -> None:
+    """The flags that are no settings.
+
+    Args:
+      run: the run folder; by default runs/PRESET.
+      mesh: all devices along axes, such as data=2,fsdp=2,tensor=2; none for one device.
+      config: the config.json of a run whose settings the new one takes.
+      modules: modules to import, in which models of your own are.
+    """
 
 
-def main(args: argparse.Namespace) -> int:
-    """Train; returns the exit code."""
-    from nestedjax import run
-    from nestedjax.cli import training
-    from nestedjax.sharding import make_mesh
+def main(argv: Sequence[str]) -> int:
+    """`nestedjax train`; returns the exit code."""
+    return guarded("train", lambda: _main(argv))
 
-    mesh = None if args.mesh is None else make_mesh(args.mesh)
-    folder = args.run or os.path.join("runs", args.preset)
-    assignments = [item for group in args.set for item in group]
-    saved = run.load_config(folder)
+
+def _main(argv: Sequence[str]) -> int:
+    from nestedjax import models, run
+    from nestedjax.cli import flags
+
+    found = flags.named(argv)
+    folder, modules = found.early.get("run"), found.early.get("modules", ())
+    if folder is None and found.name is not None:
+        folder = os.path.join("runs", found.name)
+    saved = None if folder is None else run.load_config(folder, modules)
+    if saved is None and found.name is None and "config" not in found.early and _asks(argv):
+        example = EXAMPLE + PRESETS.format(", ".join(models.PRESETS))
+        parse("nestedjax train PRESET", options, argv, about=__doc__ or "", example=example)
+        return 0
+    if saved is not None and "config" in found.early:
+        raise UsageError(f"--config begins a new run and {folder} holds one; name another --run")
+    config = saved or flags.start(found)
+    prog = f"nestedjax train {found.name or config.preset}"
+    read = flags.read(prog, options, found, config, about=__doc__ or "", example=EXAMPLE)
+    if read is None:
+        return 0
+    own, changes = read
     if saved is None:
-        config = training.new_run(args.preset, assignments, args.data, args.tokenizer)
+        config = flags.changed(config, changes)
     else:
-        config = training.continued(saved, args.preset, assignments, args.data, args.tokenizer)
-    result = training.train(config, folder, mesh)
+        config = run.check(run.replaced(saved, changes))
+        config = dataclasses.replace(config, preset=found.name or saved.preset)
+    return _train(config, folder or os.path.join("runs", config.preset), own)
+
+
+def _asks(argv: Sequence[str]) -> bool:
+    return bool({"--help", "-h"} & {*argv})
+
+
+def _train(config: Any, folder: str, own: dict[str, Any]) -> int:
+    """Train, show how it goes, and say how it ended; returns the exit code."""
+    from nestedjax import models, run
+    from nestedjax.cli.printing import printable
+    from nestedjax.cli.progress import Progress
+    from nestedjax.sharding import make_mesh
+    from nestedjax.training import plot_losses
+
+    mesh = None if own.get("mesh") is None else make_mesh(own["mesh"])
+    with Progress(folder) as progress:
+        result = run.train(config, folder, mesh=mesh, on_event=progress)
+    step = result.trained.step
     if result.stopped_by is not None:
-        again = shlex.join(["nestedjax", "train", args.preset, "--run", folder])
-        step = int(result.state.step)
-        print(f"stopped by {result.stopped_by} at step {step}, saved; continue with: {again}")
+        preset = [config.preset] if config.preset in models.PRESETS else []
+        modules = ["--import", *own["modules"]] if "modules" in own else []
+        again = ["nestedjax", "train", *preset, "--run", folder, *modules]
+        print(
+            f"stopped by {result.stopped_by} at step {step}, saved; continue with:"
+            f" {shlex.join(again)}"
+        )
         return STOPPED.get(result.stopped_by, 143)
-    tokens = config.loop.steps * config.step_tokens
+    print(printable(run.generate(result.trained, tokens=SAMPLE, seed=config.seed)))
+    curve = os.path.join(folder, "loss.png")
+    plot_losses(folder, curve, title=config.preset)
+    print(f"\nloss curve: {curve}")
+    print(f"metrics: {folder}/metrics.jsonl, {folder}/tensorboard")
+    print(f"checkpoints: {folder}/checkpoints")
     loss = result.record.get("val_loss", float("nan"))
+    tokens = config.loop.steps * config.step_tokens
     print(f"done: step={config.loop.steps} val_loss={loss:.4f} tokens={tokens} run={folder}")
     return 0

@@ -8,7 +8,6 @@ from etils import epath
 
 from nestedjax.errors import ConfigError, one_line
 from nestedjax.run.config import RunConfig
-from nestedjax.run.data import tokenizer_of
 from nestedjax.run.saved import from_json, to_json
 from nestedjax.run.settings import changed
 
@@ -117,12 +116,6 @@ def require_same(saved: RunConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"steps={config.loop.steps} is less than the run's {saved.loop.steps}; steps may only "
             "grow: leave it out to continue this run"
-        )
-    if config.data.tokenizer != saved.data.tokenizer and (
-        tokenizer_of(config).fingerprint != tokenizer_of(saved).fingerprint
-    ):
-        raise ConfigError(
-            f"this run was made with another tokenizer than {config.data.tokenizer}; {_FIX}"
         )
     if config.given != saved.given:
         was = " and ".join(saved.given) or "neither data nor a loss"

@@ -13,7 +13,10 @@ from nestedjax.training import LoopConfig
 
 
 def run_preset(
-    preset: str | ModelConfig, changes: Mapping[str, Any] | None = None, /, **run: Any
+    preset: str | ModelConfig | RunConfig,
+    changes: Mapping[str, Any] | None = None,
+    /,
+    **run: Any,
 ) -> RunConfig:
     """The run of a preset, or of a model's configuration, with settings changed.
 
@@ -21,8 +24,8 @@ def run_preset(
     size of the tokenizer (256 for bytes), unless `changes` has a `vocab`.
 
     Args:
-      preset: of a model, such as "hope_nano", or a model configuration of any class; it gets the
-        run that `RunConfig` makes by default.
+      preset: of a model, such as "hope_nano"; or a model configuration of any class, which gets the
+        run that `RunConfig` makes by default; or another run.
       changes: settings of the model, by their paths: {"memory.chunk_size": 16, "layers": 1}.
       **run: settings of the run: steps, batch, length, files, tokenizer, learning_rate, warmup,
         seed, validate_every, checkpoint_every ...; `optimizer="m3"`, or with arguments
@@ -49,13 +52,18 @@ def run_preset(
                     if of_model
                     else f"{name} is a setting of the model: give it as {{{name!r}: ...}}"
                 )
+    follows = isinstance(preset, str) and ("files" in run or "tokenizer" in run)
+    if isinstance(preset, RunConfig) and "tokenizer" in run:
+        follows = preset.model.vocab == tokenizer_of(preset).size
     config = replaced(config, run)
-    if isinstance(preset, str) and ("files" in run or "tokenizer" in run):
+    if follows:
         changes.setdefault("vocab", tokenizer_of(config).size)
     return check(replaced(config, changes))
 
 
-def _start(preset: str | ModelConfig) -> RunConfig:
+def _start(preset: str | ModelConfig | RunConfig) -> RunConfig:
+    if isinstance(preset, RunConfig):
+        return preset
     if not isinstance(preset, str):
         if not isinstance(preset, models.ModelConfig):
             raise ConfigError(f"{preset!r} is neither a preset's name nor a model's configuration")

@@ -46,5 +46,5 @@ def text(tmp_path_factory):
 def trained(tmp_path_factory, text, standard_promotion):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     arguments = ["train", "transformer_nano", "--run", str(folder), "--data", str(text)]
-    assert main([*arguments, "--set", *TRANSFORMER, *RUN]) == 0
+    assert main([*arguments, *TRANSFORMER, *RUN]) == 0
     return folder

@@ -28,16 +28,16 @@ STEPS = 40 * KILLS
 # The model's state is carried from step to step, and most checkpoints fall between two writes of a
 # continuum block.
 SETTINGS = (
-    f"steps={STEPS} checkpoint_every=5 validate_every=20 steps_per_dispatch=3 order=contiguous "
-    "length=16 batch=4 microbatches=2 learning_rate=0.01 sample_every=none validation_batches=2 "
-    "optimizer=adamw"
+    f"--steps {STEPS} --checkpoint-every 5 --validate-every 20 --steps-per-dispatch 3"
+    " --order contiguous --length 16 --batch 4 --microbatches 2 --learning-rate 0.01"
+    " --sample-every none --validation-batches 2 --optimizer adamw"
 ).split()
 SETTINGS += HOPE if PRESET == "hope_nano" else HOPE_ATTENTION
 CODE = "import sys; from nestedjax.cli import main; sys.exit(main())"
 
 
 def start(folder, text, cache):
-    command = ["train", PRESET, "--run", folder, "--data", text, "--set", *SETTINGS]
+    command = ["train", PRESET, "--run", folder, "--data", text, *SETTINGS]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),

@@ -1,5 +1,6 @@
 """Bad input: one line that says what to do, exit code 2, and nothing lost."""
 
+import gc
 import shutil
 import signal
 import warnings
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nestedjax import run as runs
+import nestedjax as nj
 from nestedjax.cli import main
-from tests.cli.tiny import RUN, TRANSFORMER, command, refused
+from tests.cli.tiny import RUN, TRANSFORMER, command, flags, refused
 
 TRAIN = ("train", "transformer_nano", "--run")
 
@@ -27,9 +28,12 @@ def tree(folder):
     ("arguments", "says"),
     [
         (["trian"], "no command 'trian'; did you mean train?"),
-        (["train"], "required: PRESET"),
+        (["train"], "PRESET is missing"),
+        (["eval"], "RUN is missing"),
+        (["bench", "peer"], "no benchmark 'peer'; did you mean peers?"),
+        (["eval", "a", "b"], "unexpected b"),
         (["train", "hope_nan"], "no preset 'hope_nan'; did you mean hope_nano"),
-        (["train", "hope_nano", "--color"], "unrecognized arguments: --color"),
+        (["train", "hope_nano", "--color"], "no flag --color; did you mean --clip?"),
         (["train", "hope_nano", "--data", "no.txt"], "file not found: {here}/no.txt"),
         (["train", "hope_nano", "--data", "empty.txt"], "file is empty: {here}/empty.txt"),
         (["train", "hope_nano", "--data", "folder"], "no text in folder {here}/folder"),
@@ -48,11 +52,7 @@ def test_names_and_files(arguments, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "photo.jpg").touch()
-    try:
-        line = refused(capsys, *arguments)
-    except SystemExit as leaving:  # argparse
-        line = capsys.readouterr().err
-        assert leaving.code == 2 and line.count("\n") == 1
+    line = refused(capsys, *arguments)
     assert says.format(here=tmp_path) in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "folder"]
 
@@ -60,29 +60,34 @@ def test_names_and_files(arguments, says, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ("step=5", "unknown setting 'step'; did you mean steps"),
-        ("memory.chunksize=4", "did you mean memory.chunk_size"),
-        ("steps", "--set steps has no value; write --set steps=VALUE"),
-        ("steps=many", "steps=many is not a whole number; give --set steps=64"),
-        ("clip=big", "clip=big is not a number or none"),
-        ("dtype=float8", "dtype=float8 is not one of float32, bfloat16, float64"),
-        ("steps=0", "steps=0 must be at least 1"),
-        ("learning_rate=-1", "learning_rate=-1.0 must be positive"),
-        ("seed=-1", "seed=-1 must be at least 0"),
-        ("length=4", "length=4 is shorter than a chunk of 32 tokens"),
-        ("length=80", "length=80 is not a multiple of the chunk of 32 tokens; use length=64"),
-        ("microbatches=3", "microbatches=3 does not divide batch=8"),
-        ("cms.periods=100,250", "100 does not divide 250"),
-        ("cms.periods=3000,6000", "is 3000 tokens, not a multiple of the 2048 tokens in one step"),
-        ("memory.objective=magic", "objective='magic' is not one of l2, dot"),
-        ("vocab=100", "vocab=100 is less than the tokenizer's 256 tokens"),
-        ("width=7 literal=true", "the literal form needs heads * head_dim = width"),
+        ("--step 5", "no flag --step; did you mean --steps"),
+        ("--memory.chunksize 4", "no flag --memory.chunksize; did you mean --memory.chunk-size"),
+        ("--xyz 4", "no flag --xyz; --help lists all of them"),
+        ("--set steps=5", "no flag --set"),
+        ("--steps", "--steps needs a value"),
+        ("--steps 5 --steps 6", "--steps specified multiple times"),
+        ("--steps many", "--steps many: expected a whole number"),
+        ("--clip big", "--clip big: expected a number or none"),
+        ("--cms.periods 4 x", "--cms.periods x: expected a whole number or none"),
+        ("--dtype float8", "--dtype float8: expected one of float32, bfloat16, float64"),
+        ("--optimizer.cache maybe", "unexpected maybe"),
+        ("--steps 0", "steps=0 must be at least 1"),
+        ("--learning-rate -1", "learning_rate=-1.0 must be positive"),
+        ("--seed -1", "seed=-1 must be at least 0"),
+        ("--length 4", "length=4 is shorter than a chunk of 32 tokens"),
+        ("--length 80", "length=80 is not a multiple of the chunk of 32 tokens; use length=64"),
+        ("--microbatches 3", "microbatches=3 does not divide batch=8"),
+        ("--cms.periods 100 250", "100 does not divide 250"),
+        ("--cms.periods 3000 6000", "is 3000 tokens, not a multiple of the 2048 tokens in one st"),
+        ("--memory.objective magic", "objective='magic' is not one of l2, dot"),
+        ("--vocab 100", "vocab=100 is less than the tokenizer's 256 tokens"),
+        ("--width 7 --literal", "the literal form needs heads * head_dim = width"),
+        ("--config no.json", "no.json is no run configuration"),
+        ("--import no_such", "no module 'no_such' to import"),
     ],
 )
 def test_settings(settings, says, tmp_path, capsys):
-    line = refused(
-        capsys, "train", "hope_nano", "--run", tmp_path / "run", "--set", *settings.split()
-    )
+    line = refused(capsys, "train", "hope_nano", "--run", tmp_path / "run", *settings.split())
     assert says in line
     assert not (tmp_path / "run").exists()
 
@@ -97,9 +102,9 @@ def test_a_text_too_short(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--set", "width=8"], "width was 16 when this run began, and cannot become 8"),
-        (["--set", "learning_rate=1"], "learning_rate was 0.01"),
-        (["--set", "steps=11"], "steps=11 is less than the run's 12; steps may only grow"),
+        (["--width", 8], "width was 16 when this run began, and cannot become 8"),
+        (["--learning-rate", 1], "learning_rate was 0.01"),
+        (["--steps", 11], "steps=11 is less than the run's 12; steps may only grow"),
         (["--data", "other.txt"], "the data is not what this run was saved with: text was"),
     ],
 )
@@ -111,7 +116,7 @@ def test_another_run_in_its_folder(arguments, says, trained, tmp_path, monkeypat
     code, _, err = command(capsys, *TRAIN, copy, *arguments)
     assert code == 2 and err.count("\n") == 1 and says in err
     assert tree(copy) == before
-    if arguments[0] == "--set":
+    if arguments[0] == "--width":
         line = refused(capsys, "train", "hope_nano", "--run", copy)
         assert "holds a transformer_nano, not a hope_nano" in line
 
@@ -141,16 +146,19 @@ def flip(folder, step):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                runs.load(folder)
+                nj.load(folder)
             if any("leaf" in str(warning.message) for warning in caught):
                 return
         path.write_bytes(whole)
     pytest.fail("no bit of the checkpoint matters")
 
 
+# When one of orbax's reads fails, the others are never awaited, which the collector reports.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_bit_costs_one_checkpoint(trained, tmp_path, capsys):
     copy = shutil.copytree(trained, tmp_path / "run")
     flip(copy, 12)
+    gc.collect()
     code, out, err = command(capsys, *TRAIN, copy)
     assert code == 0 and "continues at step 8" in out
     assert err.startswith("nestedjax train: warning: checkpoint of step 12 is damaged (")
@@ -171,8 +179,9 @@ def test_no_whole_checkpoint(trained, tmp_path, capsys):
 
 
 def test_a_number_that_is_not_finite_is_named(text, tmp_path, capsys):
-    settings = [*TRANSFORMER, *RUN, "learning_rate=1e15", "clip=none", "warmup=0"]
-    code, _, err = command(capsys, *TRAIN, tmp_path / "run", "--data", text, "--set", *settings)
+    bad = ("--learning-rate", "1e15", "--clip", "none", "--warmup", "0")
+    settings = flags(*TRANSFORMER, *RUN, *bad)
+    code, _, err = command(capsys, *TRAIN, tmp_path / "run", "--data", text, *settings)
     assert code == 1 and err.count("\n") == 1
     assert "step 2: level " in err and "lower learning_rate" in err
 
@@ -188,9 +197,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path, capsys, monkeypatch)
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(progress.Progress, "__call__", interrupt)
-    settings = [*TRANSFORMER, *RUN, "checkpoint_every=100"]
+    settings = flags(*TRANSFORMER, *RUN, "--checkpoint-every", "100")
     run = tmp_path / "run"
-    code, out, _ = command(capsys, *TRAIN, run, "--data", text, "--set", *settings)
+    code, out, _ = command(capsys, *TRAIN, run, "--data", text, *settings)
     last = out.splitlines()[-1]
     assert code == 130 and last.startswith("stopped by Ctrl-C at step ")
     assert last.endswith(f"saved; continue with: nestedjax train transformer_nano --run {run}")
@@ -202,6 +211,6 @@ def test_a_bug_is_not_hidden(trained, capsys, monkeypatch):
     def broken(*_):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(runs, "load", broken)
+    monkeypatch.setattr("nestedjax.run.load", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["eval", str(trained)])

@@ -36,7 +36,6 @@ def test_the_same_command_on_a_finished_run_says_so_again(copy, text, capsys):
         copy,
         "--data",
         text,
-        "--set",
         *TRANSFORMER,
         *RUN,
     ]
@@ -48,14 +47,14 @@ def test_the_same_command_on_a_finished_run_says_so_again(copy, text, capsys):
 
 
 def test_a_run_may_grow(copy, capsys):
-    code, out, _ = command(capsys, "train", "transformer_nano", "--run", copy, "--set", "steps=14")
+    code, out, _ = command(capsys, "train", "transformer_nano", "--run", copy, "--steps", 14)
     assert code == 0 and out.splitlines()[-1].startswith("done: step=14 ")
     assert [r["step"] for r in read_metrics(copy)] == list(range(1, 15))
 
 
 def test_a_mesh_trains_the_same_run(trained, text, tmp_path, capsys):
     start = ["train", "transformer_nano", "--run", tmp_path / "mesh", "--data", text]
-    settings = ["--set", *TRANSFORMER, *RUN]
+    settings = [*TRANSFORMER, *RUN]
     code, _, _ = command(capsys, *start, "--mesh", "data=2,fsdp=2,tensor=2", *settings)
     assert code == 0
     one, split = read_metrics(trained), read_metrics(tmp_path / "mesh")
@@ -74,5 +73,5 @@ def test_a_mesh_trains_the_same_run(trained, text, tmp_path, capsys):
 )
 def test_a_mesh_that_does_not_fit(mesh, message, text, tmp_path, capsys):
     start = ["train", "transformer_nano", "--run", tmp_path / "mesh", "--data", text]
-    err = refused(capsys, *start, "--mesh", mesh, "--set", *TRANSFORMER, *RUN)
+    err = refused(capsys, *start, "--mesh", mesh, *TRANSFORMER, *RUN)
     assert re.search(message, err) and not (tmp_path / "mesh").exists()

@@ -4,17 +4,32 @@ from nestedjax.cli import main
 
 TEXT = ("To be, or not to be, that is the question: whether 'tis nobler\n" * 200)[:12000]
 HOPE = (
-    "layers=1 width=16 memory.heads=1 memory.head_dim=8 memory.hidden=8 memory.chunk_size=8 "
-    "cms.hidden=16 cms.periods=none,128"
+    "--layers 1 --width 16 --memory.heads 1 --memory.head-dim 8 --memory.hidden 8"
+    " --memory.chunk-size 8 --cms.hidden 16 --cms.periods none 128"
 ).split()
 HOPE_ATTENTION = (
-    "layers=1 width=16 attention.heads=2 attention.context=16 cms.hidden=16 cms.periods=none,128"
+    "--layers 1 --width 16 --attention.heads 2 --attention.context 16 --cms.hidden 16"
+    " --cms.periods none 128"
 ).split()
-TRANSFORMER = (
-    "layers=1 width=16 hidden=16 attention.heads=2 attention.context=16".split()
-)  # compiles sooner
-RUN = "length=16 batch=4 steps=12 validate_every=6 checkpoint_every=4 steps_per_dispatch=2".split()
-RUN += "sample_every=none validation_batches=2 learning_rate=0.01 optimizer=adamw".split()
+TRANSFORMER = (  # compiles sooner
+    "--layers 1 --width 16 --hidden 16 --attention.heads 2 --attention.context 16"
+).split()
+RUN = (
+    "--length 16 --batch 4 --steps 12 --validate-every 6 --checkpoint-every 4"
+    " --steps-per-dispatch 2 --sample-every none --validation-batches 2 --learning-rate 0.01"
+    " --optimizer adamw"
+).split()
+
+
+def flags(*changes):
+    """Flags, the later ones in place of earlier ones."""
+    found: dict = {}
+    for token in changes:
+        if token.startswith("--"):
+            found[(name := token)] = []
+        else:
+            found[name].append(token)
+    return [part for name, values in found.items() for part in (name, *values)]
 
 
 def command(capsys, *arguments):
