@@ -9,8 +9,8 @@ from nestedjax.levels.run import run, run_some
 def per_head(level: Level) -> Level:
     """A level of one head as a level of many: `params` and state [H, ...], tokens [T, H, ...].
 
-    Every array of its `Carry` has the heads in front, positions and pending tokens too. The write at
-    a period's end is one branch, taken for all heads together.
+    Every array of its `Carry` has the heads in front, positions and pending tokens too. The write
+    at a period's end is one branch, taken for all heads together.
 
     Args:
       level: a level or a composition; its params are arrays [...] of one head.
