@@ -1,23 +1,24 @@
 """Named points of the product: the published memories (spec C2, C4).
 
 Each is `associative_memory` with its menu entries and nothing else, so each takes the same `Tokens`
-and can be copied as a recipe. Where a paper has a rate of 1 the tokens say so.
+and can be copied as a recipe. In the table eta is the learning rate and a the decay of a token;
+where a paper has no learning rate, the tokens bring one of 1.
 
 | function | recurrence (column convention) | tokens |
 |---|---|---|
-| `linear_attention` | `M = M' + v k^T` | rate 1 |
-| `retention_memory` (RetNet) | `M = g M' + v k^T` | rate 1, keep `retention_decays` |
-| `delta_net` | `M = M'(I - b k k^T) + b v k^T` | rate b |
-| `gated_delta_net` | `M = a M'(I - b k k^T) + b v k^T` | rate b, keep a |
-| `hope_dot` | `M = M'(a I - b k k^T) + b v k^T` | rate b, keep a |
-| `hope_l2` | `M = M'(a I - b k k^T) - b (M_a k - v) k^T` | rate b, keep a |
-| `longhorn` | `delta_net` with `b = b0/(1 + b0 |k|^2)` | rate b0 |
-| `oja_memory` | `M = a M' + b (v k^T - v (M_a^T v)^T)` | rate b, keep a |
-| `omega_memory` | `M = a M' - sum_window rate_i grad_i` | rate, keep |
-| `titans` | `S = mu S' - eta grad; M = keep M' + S` | rate eta, keep, momentum |
-| `moneta`, `yaad`, `memora` | MIRAS: lp and lq; Huber and decay; l2 and KL | rate, keep |
+| `linear_attention` | `M = M' + v k^T` | eta = 1 |
+| `retention_memory` (RetNet) | `M = g M' + v k^T` | eta = 1, decay `retention_decays` |
+| `delta_net` | `M = M'(I - eta k k^T) + eta v k^T` | eta |
+| `gated_delta_net` | `M = a M'(I - eta k k^T) + eta v k^T` | eta, a |
+| `hope_dot` | `M = M'(a I - eta k k^T) + eta v k^T` | eta, a |
+| `hope_l2` | `M = M'(a I - eta k k^T) - eta (M_0 k - v) k^T` | eta, a |
+| `longhorn` | `delta_net` with `eta / (1 + eta |k|^2)` | eta |
+| `oja_memory` | `M = a M' + eta (v k^T - v (M_0^T v)^T)` | eta, a |
+| `omega_memory` | `M = a M' - sum_window eta_i grad_i` | eta, a |
+| `titans` | `S = mu S' - eta grad; M = a M' + S` | eta, a, momentum mu |
+| `moneta`, `yaad`, `memora` | MIRAS: lp and lq; Huber and decay; l2 and KL | eta, a |
 
-`M'` is the running memory, `M_a` the one at the start of the chunk. Linear memories with the dot
+`M'` is the running memory, `M_0` the one at the start of the chunk. Linear memories with the dot
 objective do not depend on the chunk size at all; the others do, and it belongs to the model.
 """
 
@@ -40,7 +41,7 @@ def linear_attention(
     read: str = "running",
     feature_map: FeatureMap = identity,
 ) -> Level:
-    """Linear attention without normaliser: `M_t = M_{t-1} + v_t phi(k_t)^T` (rate 1).
+    """Linear attention without normaliser: `M_t = M_{t-1} + v_t phi(k_t)^T` (learning rate 1).
 
     Args:
       key_dim: features of a key after the feature map.
@@ -105,7 +106,7 @@ def retention_decays(num_heads: int) -> Array:
 def retention_memory(
     key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running"
 ) -> Level:
-    """RetNet's memory `M_t = keep M_{t-1} + v_t k_t^T` (rate 1, keep `retention_decays`).
+    """RetNet's memory `M_t = a M_{t-1} + v_t k_t^T`: learning rate 1, decays `retention_decays`.
 
     Args:
       key_dim: features of a key.
@@ -120,7 +121,7 @@ def retention_memory(
 
 
 def delta_net(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running") -> Level:
-    """DeltaNet `M_t = M_{t-1}(I - rate k k^T) + rate v k^T`; a rate of 2 reflects.
+    """DeltaNet `M_t = M_{t-1}(I - eta k k^T) + eta v k^T`; a learning rate of 2 reflects.
 
     Args:
       key_dim: features of a key.
@@ -145,7 +146,7 @@ def delta_net(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "run
 def gated_delta_net(
     key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running"
 ) -> Level:
-    """Gated DeltaNet `M_t = keep M_{t-1}(I - rate k k^T) + rate v k^T`.
+    """Gated DeltaNet `M_t = a M_{t-1}(I - eta k k^T) + eta v k^T`.
 
     Args:
       key_dim: features of a key.
@@ -160,7 +161,7 @@ def gated_delta_net(
 
 
 def hope_dot(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running_prev") -> Level:
-    """HOPE's linear memory, dot objective: `M_t = M_{t-1}(keep I - rate k k^T) + rate v k^T`.
+    """HOPE's linear memory, dot objective: `M_t = M_{t-1}(a I - eta k k^T) + eta v k^T`.
 
     Args:
       key_dim: features of a key.
@@ -179,8 +180,9 @@ def hope_dot(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runn
 def hope_l2(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running_prev") -> Level:
     """HOPE's linear memory with the l2 objective.
 
-    `M_t = M_{t-1}(keep I - rate k k^T) - rate (M_a k - v) k^T`: erased twice, so one repeated unit
-    key converges to v/2 with keep 1.
+    `M_t = M_{t-1}(a I - eta k k^T) - eta (M_0 k - v) k^T`, M_0 the memory at the chunk's start. The
+    delta rule and the l2 gradient both erase, so that one repeated unit key converges to v/2 when
+    nothing decays.
 
     Args:
       key_dim: features of a key.
@@ -205,7 +207,7 @@ def hope_l2(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runni
 
 
 def longhorn(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running") -> Level:
-    """Longhorn: DeltaNet with the implicit rate `rate / (1 + rate |k|^2)`.
+    """Longhorn: DeltaNet with the implicit learning rate `eta / (1 + eta |k|^2)`.
 
     Args:
       key_dim: features of a key.
@@ -228,7 +230,7 @@ def longhorn(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runn
 
 
 def oja_memory(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "running") -> Level:
-    """Oja's rule `M_t = keep M_{t-1} + rate (v k^T - v (M_a^T v)^T)`.
+    """Oja's rule `M_t = a M_{t-1} + eta (v k^T - v (M_0^T v)^T)`, M_0 as in `hope_l2`.
 
     Args:
       key_dim: features of a key.
@@ -268,7 +270,7 @@ def omega_memory(
       feature_map: of keys and queries.
 
     Returns:
-      A level over `Tokens`, whose rates are the paper's gamma.
+      A level over `Tokens`, whose learning rates are the paper's gamma.
 
     Reference: ATLAS (arXiv 2505.23735).
     """
@@ -285,7 +287,7 @@ def omega_memory(
 
 
 def titans(architecture: Architecture, *, chunk_size: int, read: str = "running") -> Level:
-    """Titans' long-term memory: l2, momentum and decay (`keep = 1 - alpha` there).
+    """Titans' long-term memory: l2, momentum and decay (`decay = 1 - alpha` there).
 
     Args:
       architecture: e.g. `mlp` or `residual_mlp`.

@@ -31,7 +31,7 @@ def delta_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[Memo
     """
     anchor = memory.link(state.weights)
     inputs, errors = memory.factors(anchor, tokens)
-    keep = jnp.ones_like(tokens.rate) if tokens.keep is None else tokens.keep
+    decay = jnp.ones_like(tokens.learning_rate) if tokens.decay is None else tokens.decay
     ends: dict[int, Array] = {}
     momenta: dict[int, Array] = {}
 
@@ -39,9 +39,9 @@ def delta_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[Memo
         output = delta_chunk(
             inputs[m],
             errors[m],
-            memory.write(tokens.rate, inputs[m]),
-            keep=tokens.keep,
-            erase=memory.erase(m, tokens.rate, keep, inputs[m]),
+            memory.write(tokens.learning_rate, inputs[m]),
+            decay=tokens.decay,
+            erase=memory.erase(m, tokens.learning_rate, decay, inputs[m]),
             momentum=tokens.momentum,
             initial=state.weights[m],
             initial_momentum=None if state.momentum is None else state.momentum[m],
@@ -64,13 +64,13 @@ def delta_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[Memo
     return MemoryState(weights, momentum, None), reads
 
 
-def omega_coefficients(keep: Array | None, count: int, window: int, dtype: jnp.dtype) -> Array:
+def omega_coefficients(decay: Array | None, count: int, window: int, dtype: jnp.dtype) -> Array:
     """How much of gradient i is in the accumulator after token t.
 
-    `kappa[t, i] = sum_{s <= t, s - window < i <= s} prod_{j = s+1..t} keep_j`.
+    `kappa[t, i] = sum_{s <= t, s - window < i <= s} prod_{j = s+1..t} decay_j`.
 
     Args:
-      keep: [C], or None for 1.
+      decay: [C], or None for 1.
       count: C.
       window: tokens, c.
       dtype: of the result.
@@ -80,19 +80,19 @@ def omega_coefficients(keep: Array | None, count: int, window: int, dtype: jnp.d
     """
     rows = jnp.arange(count)
     lower = rows[:, None] >= rows[None, :]
-    if keep is None:
+    if decay is None:
         kept = lower.astype(dtype)
     else:
-        total = log_keep(keep)
+        total = log_decay(decay)
         kept = jnp.exp(jnp.where(lower, total[:, None] - total[None, :], -jnp.inf))
     columns = jnp.arange(window - 1 + count)
     inside = (columns[None, :] >= rows[:, None]) & (columns[None, :] < rows[:, None] + window)
     return kept @ inside.astype(dtype)
 
 
-def log_keep(keep: Array) -> Array:
+def log_decay(decay: Array) -> Array:
     """Cumulative log of the decays [C]; a decay of 0 counts as the smallest normal number."""
-    return jnp.cumsum(jnp.log(jnp.maximum(keep, jnp.finfo(keep.dtype).tiny)))
+    return jnp.cumsum(jnp.log(jnp.maximum(decay, jnp.finfo(decay.dtype).tiny)))
 
 
 def omega_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
@@ -109,10 +109,10 @@ def omega_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[Memo
     anchor = memory.link(state.weights)
     extended = with_window(state, tokens)
     inputs, errors = memory.factors(anchor, extended)
-    count, dtype = len(tokens.rate), tokens.rate.dtype
-    kappa = omega_coefficients(tokens.keep, count, memory.rule.window, dtype)
-    kappa = kappa * extended.rate[None, :]
-    kept = jnp.ones((count,), dtype) if tokens.keep is None else jnp.exp(log_keep(tokens.keep))
+    count, dtype = len(tokens.learning_rate), tokens.learning_rate.dtype
+    kappa = omega_coefficients(tokens.decay, count, memory.rule.window, dtype)
+    kappa = kappa * extended.learning_rate[None, :]
+    kept = jnp.ones((count,), dtype) if tokens.decay is None else jnp.exp(log_decay(tokens.decay))
     final = tuple(
         kept[-1] * a - (kappa[-1][:, None] * e).T @ x
         for a, e, x in zip(state.weights, errors, inputs, strict=True)

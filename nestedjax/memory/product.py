@@ -103,8 +103,8 @@ def associative_memory(
 
     With the anchor `a`, the weights at the start of the token's chunk, for every weight matrix
 
-        W_t = W_{t-1} (keep_t I - erase_t x_t x_t^T) + S_t,
-        S_t = momentum_t S_{t-1} - rate_t E_t x_t^T,        E_t x_t^T = grad l(M_a(k_t), v_t)
+        W_t = W_{t-1} (decay_t I - erase_t x_t x_t^T) + S_t,
+        S_t = momentum_t S_{t-1} - learning_rate_t E_t x_t^T,    E_t x_t^T = grad l(M_a(k_t), v_t)
 
     with the terms that the retention and the rule switch on; other retentions replace the first
     line (see `nestedjax.memory.retention`). Chunk size 1 is the token recurrence with gradients at
@@ -144,7 +144,7 @@ def associative_memory(
       >>> params = (jnp.zeros((3, 4)),)
       >>> x = memory.Tokens(
       ...     keys=jnp.eye(4)[:2], values=jnp.ones((2, 3)), queries=jnp.eye(4)[:2],
-      ...     rate=jnp.full(2, 0.5), keep=jnp.full(2, 0.9))
+      ...     learning_rate=jnp.full(2, 0.5), decay=jnp.full(2, 0.9))
       >>> state, y = level.step(params, level.init(params), x)
       >>> state.weights[0].shape, y.shape
       ((3, 4), (2, 3))
@@ -227,9 +227,9 @@ def _check_combination(
 
 
 def _check_tokens(memory: Memory, x: Tokens) -> None:
-    keep = {"required": True, "optional": x.keep is not None, "unused": False}
+    decay = {"required": True, "optional": x.decay is not None, "unused": False}
     fields = (
-        ("keep", x.keep, keep[memory.retention.keep], memory.retention.name),
+        ("decay", x.decay, decay[memory.retention.decay], memory.retention.name),
         ("momentum", x.momentum, memory.rule.momentum, memory.rule.name),
         ("threshold", x.threshold, memory.objective.token_threshold, memory.objective.name),
     )

@@ -30,33 +30,33 @@ class _Carry(NamedTuple):
 
 
 def _solve(memory: Memory, old: "_Carry", window: Window, token: Tokens) -> "_Carry":
-    """`argmin_W 1/2 sum_i factor rate_i |W k_i - v_i|^2 + 1/2 |W - keep W_{t-1}|^2`."""
+    """`argmin_W 1/2 sum_i factor learning_rate_i |W k_i - v_i|^2 + 1/2 |W - decay W_{t-1}|^2`."""
     assert memory.objective.factor is not None
-    keys, rate = window.keys, memory.objective.factor * window.rate[:, None]
-    weight = old.weights[0] if token.keep is None else token.keep * old.weights[0]
-    system = jnp.eye(len(keys), dtype=weight.dtype) + rate * (keys @ keys.T)
+    keys, learning_rate = window.keys, memory.objective.factor * window.learning_rate[:, None]
+    weight = old.weights[0] if token.decay is None else token.decay * old.weights[0]
+    system = jnp.eye(len(keys), dtype=weight.dtype) + learning_rate * (keys @ keys.T)
     residual = keys @ weight.T - window.values
-    return _Carry((weight - solve(system, rate * residual).T @ keys,), None)
+    return _Carry((weight - solve(system, learning_rate * residual).T @ keys,), None)
 
 
 def _write(
     memory: Memory, carry: _Carry, gradients: Weights, inputs: Weights, token: Tokens
 ) -> _Carry:
-    """One token's write; `gradients` are multiplied by their rates already."""
-    rate = token.rate
-    keep = jnp.ones_like(rate) if token.keep is None else token.keep
+    """One token's write; `gradients` are multiplied by their learning rates already."""
+    learning_rate = token.learning_rate
+    decay = jnp.ones_like(learning_rate) if token.decay is None else token.decay
     added = tuple(-g for g in gradients)
     if carry.momentum is not None:
         assert token.momentum is not None
         added = tuple(token.momentum * s + a for s, a in zip(carry.momentum, added, strict=True))
     weights = []
     for m, (a, s, x) in enumerate(zip(carry.weights, added, inputs, strict=True)):
-        erase = memory.erase(m, rate, keep, x)
-        new = keep * a + s
+        erase = memory.erase(m, learning_rate, decay, x)
+        new = decay * a + s
         if erase is not None:
             new = new - erase * jnp.outer(a @ x, x)
         weights.append(
-            new if memory.retention.shrink is None else memory.retention.shrink(new, rate)
+            new if memory.retention.shrink is None else memory.retention.shrink(new, learning_rate)
         )
     return _Carry(tuple(weights), None if carry.momentum is None else added)
 
@@ -69,14 +69,16 @@ def _read(memory: Memory, anchor: Weights, old: _Carry, new: _Carry, query: Arra
 
 
 def _dense_gradients(memory: Memory, anchor: Weights, token: Window) -> Weights:
-    """rate times the gradient of one token at the anchor, as dense matrices."""
+    """The learning rate times the gradient of one token at the anchor, as dense matrices."""
     output, pull = jax.vjp(lambda w: memory.architecture.apply(w, token.keys), anchor)
     (gradients,) = pull(memory.output_error(output, token))
     penalty = memory.objective.penalty
     if penalty is not None:
         gradients = (gradients[0] + jax.grad(penalty)(anchor[0], token.values),)
     inputs, _ = memory.factors(anchor, token)
-    return tuple(memory.write(token.rate, x) * g for g, x in zip(gradients, inputs, strict=True))
+    return tuple(
+        memory.write(token.learning_rate, x) * g for g, x in zip(gradients, inputs, strict=True)
+    )
 
 
 def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
@@ -96,7 +98,8 @@ def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[
     def token_step(carry: tuple[_Carry, Any], token: Tokens) -> tuple[tuple[_Carry, Any], Array]:
         old, past = carry
         present = jax.tree.map(
-            lambda x: x[None], Window(token.keys, token.values, token.rate, token.threshold)
+            lambda x: x[None],
+            Window(token.keys, token.values, token.learning_rate, token.threshold),
         )
         recent = (
             present
@@ -134,10 +137,11 @@ def sequential_step(
     extended = with_window(state, tokens)
     inputs, errors = memory.factors(anchor, extended)
     written = tuple(
-        memory.write(extended.rate, x)[:, None] * e for x, e in zip(inputs, errors, strict=True)
+        memory.write(extended.learning_rate, x)[:, None] * e
+        for x, e in zip(inputs, errors, strict=True)
     )
     window = memory.rule.window
-    index = jnp.arange(len(tokens.rate))[:, None] + jnp.arange(window)[None, :]
+    index = jnp.arange(len(tokens.learning_rate))[:, None] + jnp.arange(window)[None, :]
     scanned = jax.tree.map(lambda a: a[index], (inputs, written, extended))
 
     def token_step(old: _Carry, xs: tuple[Any, Any, Any, Tokens]) -> tuple[_Carry, Array]:

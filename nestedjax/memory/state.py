@@ -21,8 +21,8 @@ class Tokens(NamedTuple):
       keys: [T, dk].
       values: [T, dv].
       queries: [T, dk].
-      rate: [T], inner learning rate, at least 0.
-      keep: [T] in (0, 1], fraction kept; None where the retention has no use for it.
+      learning_rate: [T], inner learning rate, at least 0.
+      decay: [T] in (0, 1], fraction kept; None where the retention has no use for it.
       momentum: [T] in [0, 1]; None unless the rule has momentum.
       threshold: [T], > 0; None unless the objective's threshold depends on the token.
     """
@@ -30,18 +30,18 @@ class Tokens(NamedTuple):
     keys: Array
     values: Array
     queries: Array
-    rate: Array
-    keep: Array | None = None
+    learning_rate: Array
+    decay: Array | None = None
     momentum: Array | None = None
     threshold: Array | None = None
 
 
 class Window(NamedTuple):
-    """The last `window - 1` tokens written, for rules over a window (rate 0 before the first)."""
+    """The last `window - 1` tokens written; before the first token the learning rate is 0."""
 
     keys: Array
     values: Array
-    rate: Array
+    learning_rate: Array
     threshold: Array | None
 
 
@@ -92,18 +92,18 @@ class Memory(NamedTuple):
             error = error + body
         return error
 
-    def erase(self, m: int, rate: Array, keep: Array, x: Array) -> Array | None:
+    def erase(self, m: int, learning_rate: Array, decay: Array, x: Array) -> Array | None:
         """How strongly matrix m forgets its layer input x [..., n]; None: not at all."""
         rule = self.rule
         if rule.erase is None or (rule.input_only and m not in self.architecture.inputs):
             return None
-        return rule.erase(rate, keep, jnp.sum(x * x, axis=-1))
+        return rule.erase(learning_rate, decay, jnp.sum(x * x, axis=-1))
 
-    def write(self, rate: Array, x: Array) -> Array:
+    def write(self, learning_rate: Array, x: Array) -> Array:
         """Rate at which the gradient on layer input x [..., n] is written."""
         if self.rule.write is None:
-            return rate
-        return self.rule.write(rate, jnp.sum(x * x, axis=-1))
+            return learning_rate
+        return self.rule.write(learning_rate, jnp.sum(x * x, axis=-1))
 
 
 def initial_state(memory: Memory, params: Weights) -> MemoryState:
@@ -115,7 +115,7 @@ def initial_state(memory: Memory, params: Weights) -> MemoryState:
         window = Window(
             keys=jnp.zeros((before, memory.architecture.key_dim), dtype),
             values=jnp.zeros((before, memory.architecture.value_dim), dtype),
-            rate=jnp.zeros((before,), dtype),
+            learning_rate=jnp.zeros((before,), dtype),
             threshold=jnp.ones((before,), dtype) if memory.objective.token_threshold else None,
         )
     momentum = tuple(jnp.zeros_like(w) for w in weights) if memory.rule.momentum else None
@@ -135,7 +135,7 @@ def prepare(memory: Memory, tokens: Tokens, dtype: jnp.dtype) -> Tokens:
 
 def with_window(state: MemoryState, tokens: Tokens) -> Window:
     """The tokens of the chunk behind those of the window before it."""
-    chunk = Window(tokens.keys, tokens.values, tokens.rate, tokens.threshold)
+    chunk = Window(tokens.keys, tokens.values, tokens.learning_rate, tokens.threshold)
     if state.window is None:
         return chunk
     return jax.tree.map(lambda old, new: jnp.concatenate([old, new]), state.window, chunk)

@@ -83,7 +83,7 @@ def ggd(
     choice("solver", solver, ("one_gd_step", "n_gd_steps", "closed_form"))
     number("keep", keep)
     _check_solver(objective, retain, solver)
-    keep = 1.0 if retain.keep == "unused" else keep
+    keep = 1.0 if retain.decay == "unused" else keep
     rule = _Step(objective, retain, keep, solver, inner_steps, inner_rate)
 
     def init(params: PyTree) -> GGDState:
@@ -133,7 +133,7 @@ def scale_by_gm(
     objective, retain = _menus(objective, retain)
     if retain.link is not None:
         raise ValueError(f"retain={retain.name!r} keeps weights of one sign; use none or decay")
-    keep = 1.0 if retain.keep == "unused" else keep
+    keep = 1.0 if retain.decay == "unused" else keep
 
     def init(params: PyTree) -> optax.TraceState:
         return optax.TraceState(jax.tree.map(jnp.zeros_like, params))
