@@ -18,12 +18,13 @@ where a paper has no learning rate, the tokens bring one of 1.
 | `titans` | `S = mu S' - eta grad; M = a M' + S` | eta, a, momentum mu |
 | `moneta`, `yaad`, `memora` | MIRAS: lp and lq; Huber and decay; l2 and KL | eta, a |
 
-`M'` is the running memory, `M_0` the one at the start of the chunk. Linear memories with the dot
-objective do not depend on the chunk size at all; the others do, and it belongs to the model.
+`M'` is the running memory, `M_0` the one at the start of the chunk. A linear memory with the
+dot objective does not depend on the chunk size at all. The others do: their chunk size is part of
+the model.
 """
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from nestedjax.levels import Level
 from nestedjax.memory import objectives, retention, rules
@@ -46,7 +47,7 @@ def linear_attention(
     Args:
       key_dim: features of a key after the feature map.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: "running" attends to the present token, "running_prev" does not.
       feature_map: phi.
 
@@ -80,7 +81,7 @@ def normalised_linear_attention(
     Args:
       key_dim: features of a key after the feature map.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       feature_map: phi, with positive scores, e.g. `elu_plus_one`.
       epsilon: added to the normaliser.
 
@@ -89,7 +90,9 @@ def normalised_linear_attention(
     """
     plain = linear_attention(key_dim, value_dim + 1, chunk_size=chunk_size, feature_map=feature_map)
 
-    def step(params: Weights, state: MemoryState, x: Tokens) -> tuple[MemoryState, Array]:
+    def step(
+        params: Weights, state: MemoryState, x: Tokens
+    ) -> tuple[MemoryState, Float[Array, "T dv"]]:
         ones = jnp.ones_like(x.values[:, :1])
         values = jnp.concatenate([x.values, ones], axis=-1)
         state, y = plain.step(params, state, x._replace(values=values))
@@ -98,7 +101,7 @@ def normalised_linear_attention(
     return plain._replace(name="normalised_linear_attention", step=step)
 
 
-def retention_decays(num_heads: int) -> Array:
+def retention_decays(num_heads: int) -> Float[Array, " num_heads"]:
     """RetNet's decays of the heads, `1 - 2^(-5-h)`, float32 [num_heads]."""
     return 1.0 - 2.0 ** (-5.0 - jnp.arange(num_heads, dtype=jnp.float32))
 
@@ -111,7 +114,7 @@ def retention_memory(
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
 
     Returns:
@@ -126,7 +129,7 @@ def delta_net(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "run
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
 
     Returns:
@@ -151,7 +154,7 @@ def gated_delta_net(
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
 
     Returns:
@@ -166,7 +169,7 @@ def hope_dot(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runn
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
 
     Returns:
@@ -212,7 +215,7 @@ def longhorn(key_dim: int, value_dim: int, *, chunk_size: int, read: str = "runn
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
 
     Returns:
@@ -260,7 +263,9 @@ def omega_memory(
     read: str = "running",
     feature_map: FeatureMap = identity,
 ) -> Level:
-    """OmegaNet: l2 on the last `window` tokens with decay (`feature_map=polynomial(p)` there).
+    """OmegaNet: the l2 objective summed over the last `window` tokens, with decay.
+
+    The paper's feature map is `polynomial(p)`.
 
     Args:
       architecture: e.g. `matrix` or `residual_mlp`.
@@ -287,7 +292,9 @@ def omega_memory(
 
 
 def titans(architecture: Architecture, *, chunk_size: int, read: str = "running") -> Level:
-    """Titans' long-term memory: l2, momentum and decay (`decay = 1 - alpha` there).
+    """Titans' long-term memory: l2 objective, momentum and decay.
+
+    The paper's alpha is `1 - decay`.
 
     Args:
       architecture: e.g. `mlp` or `residual_mlp`.
@@ -334,7 +341,7 @@ def moneta(architecture: Architecture, *, chunk_size: int, p: float = 3.0, q: fl
 
 
 def yaad(architecture: Architecture, *, chunk_size: int, read: str = "running") -> Level:
-    """MIRAS-Yaad: Huber objective with a threshold a token, decay.
+    """MIRAS-Yaad: the Huber objective with a threshold for each token, and decay.
 
     Args:
       architecture: e.g. `residual_mlp`.

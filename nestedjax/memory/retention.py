@@ -1,6 +1,6 @@
 """Retention: how a memory keeps what it held while it writes.
 
-Every retention here is a linear recurrence of an accumulator followed by a map to weights:
+Every retention here is a linear recurrence of an accumulator, followed by a map to weights:
 
     A_t = decay_t A_{t-1} + S_t,    W_t = link(A_t)
 
@@ -24,7 +24,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
+
+Matrix = Float[Array, "*w"]  # the shape of the weights, whatever it is
+Number = Float[Array, ""]
 
 # Smooths |A|^(p-2) at A = 0, where its derivative is infinite for p < 2.
 _EPSILON = 1e-12
@@ -42,8 +45,8 @@ class Retention(NamedTuple):
 
     name: str
     decay: Literal["required", "optional", "unused"]
-    link: Callable[[Array], Array] | None = None
-    shrink: Callable[[Array, Array], Array] | None = None
+    link: Callable[[Matrix], Matrix] | None = None
+    shrink: Callable[[Matrix, Number], Matrix] | None = None
 
 
 def none() -> Retention:
@@ -60,10 +63,11 @@ def kl(scale: float = 1.0) -> Retention:
     """KL divergence on the scaled simplex: `W_t = scale softmax(decay_t log W_{t-1} + S_t)`.
 
     Every row of every weight matrix is non-negative and sums to `scale`. The coefficients of the
-    proximal form (strength a, rate eta) are `proximal_coefficients(eta, a)`.
+    proximal form (learning rate eta, strength a) are `proximal_coefficients(eta, a)`.
 
     Raises:
       ValueError: scale <= 0.
+
     Reference: MIRAS (arXiv 2504.13173), Memora.
     """
     if scale <= 0:
@@ -84,7 +88,7 @@ def elastic_net(sparsity: float) -> Retention:
     if sparsity < 0:
         raise ValueError(f"elastic_net retention: sparsity must be at least 0, got {sparsity}")
 
-    def shrink(weight: Array, learning_rate: Array) -> Array:
+    def shrink(weight: Matrix, learning_rate: Number) -> Matrix:
         return jnp.sign(weight) * jnp.maximum(jnp.abs(weight) - learning_rate * sparsity, 0.0)
 
     return Retention("elastic_net", decay="optional", shrink=shrink)
@@ -100,9 +104,10 @@ def lq(q: float) -> Retention:
         raise ValueError(f"lq retention: q must be greater than 1, got {q}")
     p = q / (q - 1)
 
-    def link(a: Array) -> Array:
+    def link(a: Matrix) -> Matrix:
         square = a * a + _EPSILON
         norm = jnp.sum(square ** (p / 2)) ** (1 / p)
+        # sign(A) |A|^(p-1) without a sign, whose derivative would be 0
         return a * square ** ((p - 2) / 2) / norm ** (p - 2)
 
     return Retention("lq", decay="optional", link=link)
@@ -111,7 +116,7 @@ def lq(q: float) -> Retention:
 def lq_printed(q: float) -> Retention:
     """The lq retention as MIRAS prints it: `W = A / |A|_q^(q-2)`.
 
-    A mirror map for q = 2 only; kept for comparison with the published Moneta (q = 4).
+    This is a mirror map for q = 2 only; it is here to compare with the published Moneta (q = 4).
 
     Raises:
       ValueError: q <= 1.
@@ -119,7 +124,7 @@ def lq_printed(q: float) -> Retention:
     if q <= 1:
         raise ValueError(f"lq_printed retention: q must be greater than 1, got {q}")
 
-    def link(a: Array) -> Array:
+    def link(a: Matrix) -> Matrix:
         norm = jnp.sum((a * a + _EPSILON) ** (q / 2)) ** (1 / q)
         return a / norm ** (q - 2)
 
@@ -131,7 +136,9 @@ def bregman_sigmoid() -> Retention:
     return Retention("bregman_sigmoid", decay="optional", link=jax.nn.sigmoid)
 
 
-def proximal_coefficients(learning_rate: Array, strength: Array | float) -> tuple[Array, Array]:
+def proximal_coefficients(
+    learning_rate: Float[Array, "*b"] | float, strength: Float[Array, "*b"] | float
+) -> tuple[Float[Array, "*b"] | float, Float[Array, "*b"] | float]:
     """Learning rate and decay of the update that solves a proximal problem.
 
     The minimiser of `<W, g> + D(W, W')/eta + G(W)/a` decays by `a / (a + eta)`, and its learning

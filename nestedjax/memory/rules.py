@@ -27,7 +27,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
+
+Gate = Float[Array, "*t"]  # one number for each token
 
 
 class Rule(NamedTuple):
@@ -39,15 +41,15 @@ class Rule(NamedTuple):
         the layer input; None: nothing is erased.
       write: `write(learning_rate, square) -> learning_rate` of the gradient; None: as it is given.
       momentum: whether the gradients go through a momentum S (needs `Tokens.momentum`).
-      window: gradients of how many tokens, the present one included, enter one update.
+      window: tokens whose gradients enter one update, the present one included.
       input_only: erase only on the matrices whose layer input is the key.
       functional: adds the gradient of `1/2 |body(k)|^2` to the objective's.
       solve: the update is the exact minimiser over the window, not a gradient step.
     """
 
     name: str
-    erase: Callable[[Array, Array, Array], Array] | None = None
-    write: Callable[[Array, Array], Array] | None = None
+    erase: Callable[[Gate, Gate, Gate], Gate] | None = None
+    write: Callable[[Gate, Gate], Gate] | None = None
     momentum: bool = False
     window: int = 1
     input_only: bool = False
@@ -64,7 +66,7 @@ def with_momentum(rule: Rule) -> Rule:
     """The rule with its gradients accumulated: `S_t = momentum_t S_{t-1} - write_t E_t x_t^T`.
 
     Raises:
-      ValueError: for a rule over a window, whose gradients are summed already.
+      ValueError: the rule sums the gradients of a window already.
     """
     if rule.window > 1 or rule.solve:
         raise ValueError(f"with_momentum: {rule.name} sums a window of gradients; drop one of them")
@@ -76,19 +78,19 @@ def momentum() -> Rule:
     return with_momentum(gradient())._replace(name="momentum")
 
 
-def _bounded(learning_rate: Array, decay: Array, square: Array) -> Array:
+def _bounded(learning_rate: Gate, decay: Gate, square: Gate) -> Gate:
     return learning_rate / jnp.maximum(1.0, learning_rate * square)
 
 
-def _implicit(learning_rate: Array, decay: Array, square: Array) -> Array:
+def _implicit(learning_rate: Gate, decay: Gate, square: Gate) -> Gate:
     return learning_rate / (1.0 + learning_rate * square)
 
 
 def delta() -> Rule:
     """Delta gradient descent, layer by layer (reading R1): `erase = eta / max(1, eta |x|^2)`.
 
-    Equal to `explicit_delta` while `eta |x|^2 <= 1`; the eigenvalue along x stays in
-    [decay - 1, decay] for inputs of any norm.
+    Equal to `explicit_delta` while `eta |x|^2 <= 1`. Beyond that the bound keeps the transition's
+    eigenvalue along x in [decay - 1, decay], so that no input makes the memory grow.
     """
     return Rule("delta", erase=_bounded)
 
@@ -140,14 +142,15 @@ def functional_delta() -> Rule:
 def omega(window: int) -> Rule:
     """Omega rule: `W_t = decay_t W_{t-1} - sum_{i = t-window+1..t} learning_rate_i g_i`.
 
-    Each `g_i` is the gradient of token i at the anchor of token t. The weights `gamma_i` of the
-    paper are the learning rates. Window 1 is `gradient()`.
+    `g_i` is the gradient of token i at the anchor of token t, and the learning rates are the
+    paper's weights `gamma_i`. A window of 1 is `gradient()`.
 
     Args:
       window: tokens, at least 1.
 
     Raises:
       ValueError: window < 1.
+
     Reference: ATLAS (arXiv 2505.23735); signs of spec C2.
     """
     return Rule("omega", window=_check_window(window))
@@ -158,8 +161,8 @@ def implicit_omega(window: int) -> Rule:
 
     `W_t = argmin_W 1/2 sum_i eta_i |W k_i - v_i|^2 + 1/2 |W - decay_t W_{t-1}|^2`, solved with a
     window x window system. Window 1 is Longhorn; a window over the whole context from W_0 = 0 with
-    decay 1 is, at its first full token, a ridge regression. The update uses the running weights, so
-    chunks only say when they are written.
+    decay 1 is a ridge regression when the first window is full. The update starts from the running
+    weights, not from the anchor: the chunk size changes nothing but reads at the anchor.
 
     Args:
       window: tokens, at least 1.

@@ -1,18 +1,18 @@
 """Executions that go token by token.
 
-`reference_step` is the recurrence as the equations have it, with dense gradients from
-differentiating the architecture: the oracle. `sequential_step` computes the rank-one gradients of
-a whole chunk in parallel and scans only the recurrence: for combinations without a chunk-parallel
-form.
+`reference_step` is the recurrence as the equations print it, with dense gradients from automatic
+differentiation of the architecture: the oracle. `sequential_step` is for combinations without a
+chunk-parallel form: it takes the rank-one gradients of a whole chunk in parallel, and only the
+recurrence goes token by token.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
-from nestedjax.memory.architectures import Weights
+from nestedjax.memory.architectures import Features, Weights
 from nestedjax.memory.state import (
     Memory,
     MemoryState,
@@ -30,7 +30,11 @@ class _Carry(NamedTuple):
 
 
 def _solve(memory: Memory, old: "_Carry", window: Window, token: Tokens) -> "_Carry":
-    """`argmin_W 1/2 sum_i factor learning_rate_i |W k_i - v_i|^2 + 1/2 |W - decay W_{t-1}|^2`."""
+    """`argmin_W 1/2 sum_i factor learning_rate_i |W k_i - v_i|^2 + 1/2 |W - decay W_{t-1}|^2`.
+
+    The normal equations are a system over features; the push-through identity turns them into one
+    over the tokens of the window, of which there are fewer.
+    """
     assert memory.objective.factor is not None
     keys, learning_rate = window.keys, memory.objective.factor * window.learning_rate[:, None]
     weight = old.weights[0] if token.decay is None else token.decay * old.weights[0]
@@ -40,7 +44,7 @@ def _solve(memory: Memory, old: "_Carry", window: Window, token: Tokens) -> "_Ca
 
 
 def _write(
-    memory: Memory, carry: _Carry, gradients: Weights, inputs: Weights, token: Tokens
+    memory: Memory, carry: _Carry, gradients: Weights, inputs: Features, token: Tokens
 ) -> _Carry:
     """One token's write; `gradients` are multiplied by their learning rates already."""
     learning_rate = token.learning_rate
@@ -61,7 +65,9 @@ def _write(
     return _Carry(tuple(weights), None if carry.momentum is None else added)
 
 
-def _read(memory: Memory, anchor: Weights, old: _Carry, new: _Carry, query: Array) -> Array:
+def _read(
+    memory: Memory, anchor: Weights, old: _Carry, new: _Carry, query: Float[Array, " dk"]
+) -> Float[Array, " dv"]:
     if memory.read == "anchor":
         return memory.architecture.apply(anchor, query)
     carry = new if memory.read == "running" else old
@@ -81,11 +87,13 @@ def _dense_gradients(memory: Memory, anchor: Weights, token: Window) -> Weights:
     )
 
 
-def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
+def reference_step(
+    memory: Memory, state: MemoryState, tokens: Tokens
+) -> tuple[MemoryState, Float[Array, "C dv"]]:
     """One chunk, token by token with dense gradients: the definition.
 
     Args:
-      memory: the point of the product.
+      memory: its menu entries.
       state: at the chunk's start, the anchor.
       tokens: [C, ...], prepared.
 
@@ -95,7 +103,9 @@ def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[
     anchor = memory.link(state.weights)
     window = memory.rule.window
 
-    def token_step(carry: tuple[_Carry, Any], token: Tokens) -> tuple[tuple[_Carry, Any], Array]:
+    def token_step(
+        carry: tuple[_Carry, Any], token: Tokens
+    ) -> tuple[tuple[_Carry, Any], Float[Array, " dv"]]:
         old, past = carry
         present = jax.tree.map(
             lambda x: x[None],
@@ -122,11 +132,11 @@ def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[
 
 def sequential_step(
     memory: Memory, state: MemoryState, tokens: Tokens
-) -> tuple[MemoryState, Array]:
+) -> tuple[MemoryState, Float[Array, "C dv"]]:
     """One chunk with its gradients in parallel and its recurrence token by token.
 
     Args:
-      memory: the point of the product.
+      memory: its menu entries.
       state: at the chunk's start, the anchor.
       tokens: [C, ...], prepared.
 
@@ -141,10 +151,13 @@ def sequential_step(
         for x, e in zip(inputs, errors, strict=True)
     )
     window = memory.rule.window
+    # the gradients of a chunk once each, then gathered: a token is in up to `window` updates
     index = jnp.arange(len(tokens.learning_rate))[:, None] + jnp.arange(window)[None, :]
     scanned = jax.tree.map(lambda a: a[index], (inputs, written, extended))
 
-    def token_step(old: _Carry, xs: tuple[Any, Any, Any, Tokens]) -> tuple[_Carry, Array]:
+    def token_step(
+        old: _Carry, xs: tuple[Features, Features, Window, Tokens]
+    ) -> tuple[_Carry, Float[Array, " dv"]]:
         inputs, written, recent, token = xs
         if memory.rule.solve:
             new = _solve(memory, old, recent, token)
