@@ -117,11 +117,13 @@ def _theirs(arrays, repeats):
         return array.transpose(1, 2).contiguous().requires_grad_()
 
     keys, values, queries = (given(n, torch.bfloat16) for n in ("keys", "values", "queries"))
-    rate, keep = (given(n, torch.float32) for n in ("rate", "keep"))
-    leaves = (keys, values, queries, rate, keep)
+    learning_rate, decay = (given(n, torch.float32) for n in ("learning_rate", "decay"))
+    leaves = (keys, values, queries, learning_rate, decay)
 
     def step():
-        reads, _ = chunk_gated_delta_rule(queries, keys, values, keep.log(), rate, scale=1.0)
+        reads, _ = chunk_gated_delta_rule(
+            queries, keys, values, decay.log(), learning_rate, scale=1.0
+        )
         torch.autograd.grad(reads.float().sum(), leaves)
         return reads
 

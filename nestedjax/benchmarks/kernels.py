@@ -46,15 +46,17 @@ def _delta_rule(name: str, batch: int, heads: int, length: int, d: int, chunk: i
         keys = jax.random.split(key, 6)
         lead = (batch, heads, length)
         x, error, queries = (jax.random.normal(k, (*lead, d)) for k in keys[:3])
-        rate, keep, momentum = (jax.nn.sigmoid(jax.random.normal(k, lead)) for k in keys[3:])
+        learning_rate, decay, momentum = (
+            jax.nn.sigmoid(jax.random.normal(k, lead)) for k in keys[3:]
+        )
         x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
         return dict(
             x=x,
             error=error / d**0.5,
             queries=queries,
-            rate=rate,
-            keep=0.9 + 0.1 * keep,
-            erase=rate,
+            learning_rate=learning_rate,
+            decay=0.9 + 0.1 * decay,
+            erase=learning_rate,
             momentum=0.5 * momentum,
             initial=jnp.zeros((batch, heads, d, d)),
         )
@@ -81,17 +83,17 @@ def gated_delta_rule(name: str, batch: int, heads: int, length: int, d: int) -> 
         x, queries = (a / jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (x, queries))
         tokens = dict(keys=x, values=values, queries=queries)
         tokens = {name: array.astype(jnp.bfloat16) for name, array in tokens.items()}
-        rate, keep = (jax.nn.sigmoid(jax.random.normal(k, lead)) for k in keys[3:])
-        return dict(**tokens, rate=rate, keep=0.9 + 0.1 * keep)
+        learning_rate, decay = (jax.nn.sigmoid(jax.random.normal(k, lead)) for k in keys[3:])
+        return dict(**tokens, learning_rate=learning_rate, decay=0.9 + 0.1 * decay)
 
     def call(arrays, implementation):
-        rate, keep = arrays["rate"], arrays["keep"]
+        learning_rate, decay = arrays["learning_rate"], arrays["decay"]
         return delta_rule(
             arrays["keys"],
             -arrays["values"],
-            rate,
-            keep=keep,
-            erase=keep * rate,
+            learning_rate,
+            decay=decay,
+            erase=decay * learning_rate,
             queries=arrays["queries"],
             initial=jnp.zeros((batch, heads, d, d)),
             read="running",
@@ -115,13 +117,13 @@ def _mlp_memory(name: str, batch: int, heads: int, length: int, d: int, f: int, 
         outer = jax.random.normal(keys[1], (*lead, 5, d, f)) * 0.3 * f**-0.5
         tokens = [jax.random.normal(k, (*lead, length, d)) * d**-0.5 for k in keys[2:5]]
         momentum = jax.nn.sigmoid(jax.random.normal(keys[5], (*lead, length)))
-        of_rate, of_keep = (jax.random.normal(k, (*lead, d)) * d**-0.5 for k in keys[6:])
+        of_learning_rate, of_decay = (jax.random.normal(k, (*lead, d)) * d**-0.5 for k in keys[6:])
         bias = jax.numpy.zeros(lead)
         return dict(
             zip(("keys", "values", "queries"), tokens, strict=True),
             momentum=momentum,
             initial=FastWeights(inner, outer, 0 * inner, 0 * outer),
-            readout=Readout(of_rate, of_keep, bias - 4, bias + 9),
+            readout=Readout(of_learning_rate, of_decay, bias - 4, bias + 9),
         )
 
     def call(arrays, implementation):
@@ -161,7 +163,7 @@ def bfloat16_memory(
         gate, weights = arrays.pop("momentum"), arrays["initial"]
         weights = weights._replace(inner_momentum=None, outer_momentum=None)
         weights = jax.tree.map(lambda a: a[..., :1, :, :], weights)
-        return arrays | dict(initial=weights, rate=gate / 16, keep=0.99 + 0.01 * gate)
+        return arrays | dict(initial=weights, learning_rate=gate / 16, decay=0.99 + 0.01 * gate)
 
     def call(arrays, implementation):
         return mlp_memory(**arrays, chunk_size=64, implementation=implementation)

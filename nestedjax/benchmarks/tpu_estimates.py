@@ -42,12 +42,14 @@ def _one_memory(chunk: int) -> Workload:
     def make(key):
         keys = jax.random.split(key, 7)
         tokens = [jax.random.normal(k, (*lead, length, d), jnp.bfloat16) for k in keys[:3]]
-        rate, keep = (jax.nn.sigmoid(jax.random.normal(k, (*lead, length))) for k in keys[3:5])
+        learning_rate, decay = (
+            jax.nn.sigmoid(jax.random.normal(k, (*lead, length))) for k in keys[3:5]
+        )
         inner = jax.random.normal(keys[5], (*lead, 1, f, d)) * d**-0.5
         outer = jax.random.normal(keys[6], (*lead, 1, d, f)) * 0.3 * f**-0.5
         start = FastWeights(inner, outer, None, None)
         named = dict(zip(("keys", "values", "queries"), tokens, strict=True))
-        return dict(**named, rate=rate, keep=0.9 + 0.1 * keep, initial=start)
+        return dict(**named, learning_rate=learning_rate, decay=0.9 + 0.1 * decay, initial=start)
 
     def call(arrays, implementation):
         rule = Rule(values="shared")

@@ -26,7 +26,6 @@ from nestedjax.sharding import constrain, each_device, over_batch
 
 PyTree = Any
 STREAMS = ("queries", "keys", "values")
-_FIELDS = {"learning_rate": "rate", "decay": "keep"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class _Functions:
 class MemoryMixer(Layer):
     """Projections, a memory that is written at every token and read by queries, output projection.
 
-        q, k, v = map(conv(W x)) for every head;  rate, decay, ... = gates(x)
+        q, k, v = map(conv(W x)) for every head;  learning_rate, decay, ... = gates(x)
         o = the memory's reads;  y = W_out output(o, x)
 
     The memory is any level over one head's `memory.Tokens`; the clock is `levels.run`, for every
@@ -243,8 +242,7 @@ class MemoryMixer(Layer):
             for name in ("queries", "keys"):
                 streams[name] = rotary(streams[name], position, theta=self.rotary_base)
             after["position"] = position[:, -1] + 1
-        made = {_FIELDS.get(n, n): gate(source) for n, gate in self.gates.items()}
-        return Tokens(**streams, **made), after
+        return Tokens(**streams, **{n: gate(source) for n, gate in self.gates.items()}), after
 
     def _remember(self, carry, tokens: Tokens, resets) -> tuple[Array, levels.Carry]:
         """The memory of every sequence over its tokens."""

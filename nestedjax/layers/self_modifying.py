@@ -1,6 +1,6 @@
 """Self-modifying Titans: five memories per head that generate their own context and values.
 
-Keys, values, inner learning rate and keep gate of every token are read from memories that the same
+Keys, values, inner learning rate and decay gate of every token are read from memories that the same
 tokens write (paper eq. 79-93, spec C6); `memory` is the one that is queried. The projection
 memories and the queried one may have different chunk sizes: then they are two levels, joined by
 `levels.flow` because one generates the other's context.
@@ -8,9 +8,9 @@ memories and the queried one may have different chunk sizes: then they are two l
 Departures from the paper, all switchable: (1) queries come from a static projection unless
 `adaptive_query`; (2) the gradient's anchor is the end of the previous chunk, not of the current one
 (eq. 90-93 print an index that does not exist yet); (3) the inner error and the gradient of each
-matrix are clipped to norm 1 and the rate starts near 1/C, without which training diverges in the
-first steps, or in the first long context; (4) several heads;
-(5) the erasure of an MLP's matrices uses each layer's own input.
+matrix are clipped to norm 1 and the learning rate starts near 1/C, without which training diverges
+in the first steps, or in the first long context; (4) several heads; (5) the erasure of an MLP's
+matrices uses each layer's own input.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from pallas_kernels.mlp_memory import (
     write_chunk,
 )
 
-MEMORIES = ("key", "rate", "keep", "value", "memory")
+MEMORIES = ("key", "learning_rate", "decay", "value", "memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +59,18 @@ class SelfModifyingConfig:
       objective: inner objective, "l2" (halved) or "dot".
       dgd: which matrices erase along their input: "layerwise" (R1), "input_only" (R2), "none" (R3)
         or "functional" (R4).
-      erase: "clipped" (rate / max(1, rate |x|^2)) or "implicit" (rate / (1 + rate |x|^2)).
+      erase: "clipped" (`eta / max(1, eta |x|^2)`) or "implicit" (`eta / (1 + eta |x|^2)`).
       momentum: whether writes go through an inner momentum.
       read: "running_prev" (the state before the token), "running" or "anchor" (the chunk's start).
       values: "self" (each memory generates its own target) or "shared" (the generated value).
       adaptive_query: whether a sixth memory generates the queries.
-      max_rate: upper bound of the inner learning rate; rates start at max_rate / (C + 1).
+      max_learning_rate: upper bound of the inner learning rate, which starts at
+        max_learning_rate / (C + 1).
       inner_clip: bound on the norm of each token's inner error, and of its gradient with respect to
         each matrix: a memory that has grown is written no faster; None for no bound.
-      keep_bias: logit of the keep gate at the start. Writes along one of d directions grow a memory
-        by about rate / d a token; a gate that forgets faster than that erases it for good, since
-        M = identity, both matrices zero, is a fixed point.
+      decay_bias: logit of the decay gate at the start. Writes along one of d directions grow a
+        memory by about eta / d a token; a gate that forgets faster than that erases it for good,
+        since M = identity, both matrices zero, is a fixed point.
     """
 
     heads: int = 2
@@ -84,9 +85,9 @@ class SelfModifyingConfig:
     read: str = "running_prev"
     values: str = "self"
     adaptive_query: bool = False
-    max_rate: float = 1.0
+    max_learning_rate: float = 1.0
     inner_clip: float | None = 1.0
-    keep_bias: float = 9.0
+    decay_bias: float = 9.0
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -119,8 +120,8 @@ class Generated(NamedTuple):
     queries: Float[Array, "T H d"]
     keys: Float[Array, "T H d"]
     values: Float[Array, "T H d"]
-    rate: Float[Array, "T H"]
-    keep: Float[Array, "T H"]
+    learning_rate: Float[Array, "T H"]
+    decay: Float[Array, "T H"]
     momentum: Float[Array, "T H"] | None
 
 
@@ -133,7 +134,7 @@ def init_params(key: Array, config: SelfModifyingConfig) -> dict:
 
     Returns:
       `{name: {"inner": [H, f, d], "outer": [H, d, f]}}` for each memory, and `"readout"` with
-      `rate`, `keep` [H, d] and `rate_bias`, `keep_bias` [H].
+      `learning_rate`, `decay` [H, d] and `learning_rate_bias`, `decay_bias` [H].
     """
     heads, d, f = config.heads, config.head_dim, config.hidden
     keys = jax.random.split(key, 2 * len(config.memories) + 2)
@@ -144,10 +145,12 @@ def init_params(key: Array, config: SelfModifyingConfig) -> dict:
             "outer": jax.random.normal(keys[2 * index + 1], (heads, d, f)) * (0.3 / math.sqrt(f)),
         }
     params["readout"] = {
-        "rate": jax.random.normal(keys[-2], (heads, d)) / math.sqrt(d),
-        "keep": jax.random.normal(keys[-1], (heads, d)) / math.sqrt(d),
-        "rate_bias": jnp.full((heads,), -math.log(config.chunk_size)),  # sigmoid = 1 / (C + 1)
-        "keep_bias": jnp.full((heads,), config.keep_bias),
+        "learning_rate": jax.random.normal(keys[-2], (heads, d)) / math.sqrt(d),
+        "decay": jax.random.normal(keys[-1], (heads, d)) / math.sqrt(d),
+        "learning_rate_bias": jnp.full(
+            (heads,), -math.log(config.chunk_size)
+        ),  # sigmoid = 1 / (C + 1)
+        "decay_bias": jnp.full((heads,), config.decay_bias),
     }
     return params
 

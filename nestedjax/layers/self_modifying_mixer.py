@@ -16,10 +16,10 @@ from pallas_kernels.mlp_memory import FastWeights
 _AXES = {
     "inner": ("heads", "hidden", "head_dim"),
     "outer": ("heads", "head_dim", "hidden"),
-    "rate": ("heads", "head_dim"),
-    "keep": ("heads", "head_dim"),
-    "rate_bias": ("heads",),
-    "keep_bias": ("heads",),
+    "learning_rate": ("heads", "head_dim"),
+    "decay": ("heads", "head_dim"),
+    "learning_rate_bias": ("heads",),
+    "decay_bias": ("heads",),
 }
 
 

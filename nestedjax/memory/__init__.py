@@ -9,16 +9,12 @@ from nestedjax.memory.named import (
     hope_l2,
     linear_attention,
     longhorn,
-    memora,
-    moneta,
     normalised_linear_attention,
     oja_memory,
-    omega_memory,
     retention_decays,
     retention_memory,
-    titans,
-    yaad,
 )
+from nestedjax.memory.named_deep import memora, moneta, omega_memory, titans, yaad
 from nestedjax.memory.objectives import (
     Objective,
     dot,

@@ -1,8 +1,9 @@
 """Architectures: the function a memory's weights compute.
 
-Weights are a tuple of matrices [out, in]. An architecture is written once, as a `body` that asks
-for every product `W_m z` through a callback; applying it, reading it with weights that change from
-token to token, and its local errors are all the same body with another callback.
+Weights are a tuple of matrices [out, in]. An architecture is written once, as a `body` that asks a
+callback for every product `W_m z`. The callback decides what happens there: multiply by a matrix
+(`apply`), record the input and take the derivative by the output (`linearise`), or run a chunk of
+the delta rule in which the matrix changes from token to token (`nestedjax.memory.parallel`).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,12 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.typing import DTypeLike
+from jaxtyping import Array, DTypeLike, Float, Key
 
-Weights = tuple[Array, ...]
-Multiply = Callable[[int, Array], Array]
-Activation = Callable[[Array], Array]
+Weights = tuple[Float[Array, "_ _"], ...]  # one [out, in] for every matrix
+Features = tuple[Float[Array, "..."], ...]  # one [..., in] or [..., out] for every matrix
+Multiply = Callable[[int, Float[Array, "*b n"]], Float[Array, "*b m"]]
+Activation = Callable[[Float[Array, "*b f"]], Float[Array, "*b f"]]
 
 
 class Architecture(NamedTuple):
@@ -35,7 +36,7 @@ class Architecture(NamedTuple):
     name: str
     shapes: tuple[tuple[int, int], ...]
     scales: tuple[float, ...]
-    body: Callable[[Multiply, Array], Array]
+    body: Callable[[Multiply, Float[Array, "*b n"]], Float[Array, "*b m"]]
     residual: bool = False
     inputs: tuple[int, ...] = (0,)
     activation: Activation | None = None
@@ -50,7 +51,7 @@ class Architecture(NamedTuple):
         """Features of an output."""
         return self.shapes[-1][0]
 
-    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Weights:
+    def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Weights:
         """Random weights, normal with the standard deviations `scales`."""
         keys = jax.random.split(key, len(self.shapes))
         return tuple(
@@ -58,19 +59,23 @@ class Architecture(NamedTuple):
             for k, shape, scale in zip(keys, self.shapes, self.scales, strict=True)
         )
 
-    def forward(self, multiply: Multiply, x: Array) -> Array:
+    def forward(self, multiply: Multiply, x: Float[Array, "*b n"]) -> Float[Array, "*b m"]:
         """The output [..., m] at x [..., n] with the products given by `multiply`."""
         y = self.body(multiply, x)
         return x + y if self.residual else y
 
-    def apply(self, weights: Weights, x: Array) -> Array:
+    def apply(self, weights: Weights, x: Float[Array, "*b n"]) -> Float[Array, "*b m"]:
         """The output [..., m] at x [..., n]."""
         return self.forward(lambda m, z: z @ weights[m].T, x)
 
     def linearise(
-        self, weights: Weights, x: Array
-    ) -> tuple[Array, Weights, Callable[[Array], Weights]]:
+        self, weights: Weights, x: Float[Array, "*b n"]
+    ) -> tuple[Float[Array, "*b m"], Features, Callable[[Float[Array, "*b m"]], Features]]:
         """Output, layer inputs and the map from output errors to local errors.
+
+        A tap of zeros is added to every product. The derivative by the tap of matrix m is the local
+        error `E_m`, and the gradient of `W_m` is then the rank-one `E_m x_m^T` of each token: the
+        form in which the chunked executions write it, without ever making a dense gradient.
 
         Args:
           weights: the matrices.
@@ -81,10 +86,10 @@ class Architecture(NamedTuple):
           `pull(dout)[m]` the derivative by `W_m inputs[m]`.
         """
 
-        def tapped(taps: Weights) -> tuple[Array, Weights]:
+        def tapped(taps: Features) -> tuple[Float[Array, "*b m"], Features]:
             inputs: dict[int, Array] = {}
 
-            def multiply(m: int, z: Array) -> Array:
+            def multiply(m: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
                 inputs[m] = z
                 return z @ weights[m].T + taps[m]
 
@@ -96,8 +101,8 @@ class Architecture(NamedTuple):
         return output, inputs, lambda dout: pull(dout)[0]
 
     def layer_inputs_and_errors(
-        self, weights: Weights, x: Array, dout: Array
-    ) -> tuple[Weights, Weights]:
+        self, weights: Weights, x: Float[Array, "*b n"], dout: Float[Array, "*b m"]
+    ) -> tuple[Features, Features]:
         """Layer inputs `x_m` and local errors `E_m`: the gradient of token t is `E_m,t x_m,t^T`.
 
         Args:
@@ -118,7 +123,7 @@ def matrix(key_dim: int, value_dim: int, *, scale: float = 0.0) -> Architecture:
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      scale: standard deviation of the initial matrix; 0 starts empty.
+      scale: standard deviation of the initial matrix; 0 starts with an empty memory.
     """
     return Architecture(
         "matrix", ((value_dim, key_dim),), (scale,), lambda multiply, x: multiply(0, x)
@@ -147,7 +152,7 @@ def mlp(
     shapes = tuple((out, into) for into, out in zip(widths[:-1], widths[1:], strict=True))
     scales = tuple(into**-0.5 for into in widths[:-1])
 
-    def body(multiply: Multiply, x: Array) -> Array:
+    def body(multiply: Multiply, x: Float[Array, "*b n"]) -> Float[Array, "*b m"]:
         x = multiply(0, x)
         for m in range(1, len(shapes)):
             x = multiply(m, activation(x))
@@ -167,10 +172,10 @@ def residual_mlp(
     """`M(z) = z + W_n s(... s(W_1 z))`; with one hidden layer, HOPE's memory [P 89].
 
     Args:
-      widths: as `mlp`, the first equal to the last.
+      widths: as in `mlp`; the first equals the last.
       activation: between two matrices.
-      output_scale: as `mlp`; 0 starts as the identity (then the inner matrices get no gradient
-        from the first chunk).
+      output_scale: as in `mlp`. With 0 the memory starts as the identity, and its inner matrices
+        get no gradient in the first chunk.
 
     Raises:
       ValueError: fewer than two widths, or key and value widths differ.
@@ -193,11 +198,12 @@ def gated_mlp(
       dim: features of keys and values.
       hidden: features of the gated layer.
       activation: s.
-      output_scale: as `residual_mlp`.
+      output_scale: as in `residual_mlp`.
+
     Reference: ATLAS (arXiv 2505.23735).
     """
 
-    def body(multiply: Multiply, x: Array) -> Array:
+    def body(multiply: Multiply, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         return multiply(2, activation(multiply(0, x)) * multiply(1, x))
 
     return Architecture(

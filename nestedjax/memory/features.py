@@ -5,28 +5,30 @@ from math import factorial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
-FeatureMap = Callable[[Array], Array]
+FeatureMap = Callable[[Float[Array, "*b d"]], Float[Array, "*b f"]]
 
 
-def identity(x: Array) -> Array:
+def identity(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """The vector as it is."""
     return x
 
 
-def l2_normalise(x: Array) -> Array:
-    """`x / sqrt(|x|^2 + 1e-12)` over the last axis (norm 1 to within an epsilon of 1e-6)."""
+def l2_normalise(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """`x / sqrt(|x|^2 + 1e-12)` over the last axis: norm 1, and 0 with a finite derivative at 0."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
-def elu_plus_one(x: Array) -> Array:
-    """`elu(x) + 1`, positive (linear attention)."""
+def elu_plus_one(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """`elu(x) + 1`, which is positive (Katharopoulos et al., linear attention)."""
     return jax.nn.elu(x) + 1.0
 
 
 def polynomial(degree: int) -> FeatureMap:
-    """All tensor powers `x^(i) / sqrt(i!)` up to the degree: `phi(q) . phi(k) -> exp(q . k)`.
+    """All tensor powers `x^(i) / sqrt(i!)` up to a degree.
+
+    `phi(q) . phi(k)` is the Taylor series of `exp(q . k)` up to that degree.
 
     Args:
       degree: at least 0; the feature dimension is `sum_i d^i`.
@@ -40,7 +42,7 @@ def polynomial(degree: int) -> FeatureMap:
     if degree < 0:
         raise ValueError(f"polynomial feature map: degree must be at least 0, got {degree}")
 
-    def features(x: Array) -> Array:
+    def features(x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         power = jnp.ones_like(x[..., :1])
         terms = [power]
         for i in range(1, degree + 1):

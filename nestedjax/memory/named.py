@@ -1,34 +1,36 @@
 """Named points of the product: the published memories (spec C2, C4).
 
 Each is `associative_memory` with its menu entries and nothing else, so each takes the same `Tokens`
-and can be copied as a recipe. Where a paper has a rate of 1 the tokens say so.
+and can be copied as a recipe. In the table eta is the learning rate and a the decay of a token;
+where a paper has no learning rate, the tokens bring one of 1.
 
 | function | recurrence (column convention) | tokens |
 |---|---|---|
-| `linear_attention` | `M = M' + v k^T` | rate 1 |
-| `retention_memory` (RetNet) | `M = g M' + v k^T` | rate 1, keep `retention_decays` |
-| `delta_net` | `M = M'(I - b k k^T) + b v k^T` | rate b |
-| `gated_delta_net` | `M = a M'(I - b k k^T) + b v k^T` | rate b, keep a |
-| `hope_dot` | `M = M'(a I - b k k^T) + b v k^T` | rate b, keep a |
-| `hope_l2` | `M = M'(a I - b k k^T) - b (M_a k - v) k^T` | rate b, keep a |
-| `longhorn` | `delta_net` with `b = b0/(1 + b0 |k|^2)` | rate b0 |
-| `oja_memory` | `M = a M' + b (v k^T - v (M_a^T v)^T)` | rate b, keep a |
-| `omega_memory` | `M = a M' - sum_window rate_i grad_i` | rate, keep |
-| `titans` | `S = mu S' - eta grad; M = keep M' + S` | rate eta, keep, momentum |
-| `moneta`, `yaad`, `memora` | MIRAS: lp and lq; Huber and decay; l2 and KL | rate, keep |
+| `linear_attention` | `M = M' + v k^T` | eta = 1 |
+| `retention_memory` (RetNet) | `M = g M' + v k^T` | eta = 1, decay `retention_decays` |
+| `delta_net` | `M = M'(I - eta k k^T) + eta v k^T` | eta |
+| `gated_delta_net` | `M = a M'(I - eta k k^T) + eta v k^T` | eta, a |
+| `hope_dot` | `M = M'(a I - eta k k^T) + eta v k^T` | eta, a |
+| `hope_l2` | `M = M'(a I - eta k k^T) - eta (M_0 k - v) k^T` | eta, a |
+| `longhorn` | `delta_net` with `eta / (1 + eta |k|^2)` | eta |
+| `oja_memory` | `M = a M' + eta (v k^T - v (M_0^T v)^T)` | eta, a |
+| `omega_memory` | `M = a M' - sum_window eta_i grad_i` | eta, a |
+| `titans` | `S = mu S' - eta grad; M = a M' + S` | eta, a, momentum mu |
+| `moneta`, `yaad`, `memora` | MIRAS: lp and lq; Huber and decay; l2 and KL | eta, a |
 
-`M'` is the running memory, `M_a` the one at the start of the chunk. Linear memories with the dot
-objective do not depend on the chunk size at all; the others do, and it belongs to the model.
+`M'` is the running memory, `M_0` the one at the start of the chunk. A linear memory with the
+dot objective does not depend on the chunk size at all. The others do: their chunk size is part of
+the model.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from nestedjax.levels import Level
 from nestedjax.memory import objectives, retention, rules
-from nestedjax.memory.architectures import Architecture, matrix
+from nestedjax.memory.architectures import matrix
 from nestedjax.memory.features import FeatureMap, identity
 from nestedjax.memory.product import associative_memory
 
@@ -42,12 +44,12 @@ def linear_attention(
     feature_map: FeatureMap = identity,
     implementation: str = "xla",
 ) -> Level:
-    """Linear attention without normaliser: `M_t = M_{t-1} + v_t phi(k_t)^T` (rate 1).
+    """Linear attention without normaliser: `M_t = M_{t-1} + v_t phi(k_t)^T` (learning rate 1).
 
     Args:
       key_dim: features of a key after the feature map.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: "running" attends to the present token, "running_prev" does not.
       feature_map: phi.
       implementation: as in `associative_memory`.
@@ -84,7 +86,7 @@ def normalised_linear_attention(
     Args:
       key_dim: features of a key after the feature map.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       feature_map: phi, with positive scores, e.g. `elu_plus_one`.
       epsilon: added to the normaliser.
       implementation: as in `associative_memory`.
@@ -125,7 +127,7 @@ def normalised_linear_attention(
     )
 
 
-def retention_decays(num_heads: int) -> Array:
+def retention_decays(num_heads: int) -> Float[Array, " num_heads"]:
     """RetNet's decays of the heads, `1 - 2^(-5-h)`, float32 [num_heads]."""
     return 1.0 - 2.0 ** (-5.0 - jnp.arange(num_heads, dtype=jnp.float32))
 
@@ -138,12 +140,12 @@ def retention_memory(
     read: str = "running",
     implementation: str = "xla",
 ) -> Level:
-    """RetNet's memory `M_t = keep M_{t-1} + v_t k_t^T` (rate 1, keep `retention_decays`).
+    """RetNet's memory `M_t = a M_{t-1} + v_t k_t^T`: learning rate 1, decays `retention_decays`.
 
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
       implementation: as in `associative_memory`.
 
@@ -163,12 +165,12 @@ def delta_net(
     read: str = "running",
     implementation: str = "xla",
 ) -> Level:
-    """DeltaNet `M_t = M_{t-1}(I - rate k k^T) + rate v k^T`; a rate of 2 reflects.
+    """DeltaNet `M_t = M_{t-1}(I - eta k k^T) + eta v k^T`; a learning rate of 2 reflects.
 
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
       implementation: as in `associative_memory`.
 
@@ -195,12 +197,12 @@ def gated_delta_net(
     read: str = "running",
     implementation: str = "xla",
 ) -> Level:
-    """Gated DeltaNet `M_t = keep M_{t-1}(I - rate k k^T) + rate v k^T`.
+    """Gated DeltaNet `M_t = a M_{t-1}(I - eta k k^T) + eta v k^T`.
 
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
       implementation: as in `associative_memory`.
 
@@ -226,12 +228,12 @@ def hope_dot(
     read: str = "running_prev",
     implementation: str = "xla",
 ) -> Level:
-    """HOPE's linear memory, dot objective: `M_t = M_{t-1}(keep I - rate k k^T) + rate v k^T`.
+    """HOPE's linear memory, dot objective: `M_t = M_{t-1}(a I - eta k k^T) + eta v k^T`.
 
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
       implementation: as in `associative_memory`.
 
@@ -253,8 +255,9 @@ def hope_l2(
 ) -> Level:
     """HOPE's linear memory with the l2 objective.
 
-    `M_t = M_{t-1}(keep I - rate k k^T) - rate (M_a k - v) k^T`: erased twice, so one repeated unit
-    key converges to v/2 with keep 1.
+    `M_t = M_{t-1}(a I - eta k k^T) - eta (M_0 k - v) k^T`, M_0 the memory at the chunk's start. The
+    delta rule and the l2 gradient both erase, so that one repeated unit key converges to v/2 when
+    nothing decays.
 
     Args:
       key_dim: features of a key.
@@ -288,12 +291,12 @@ def longhorn(
     read: str = "running",
     implementation: str = "xla",
 ) -> Level:
-    """Longhorn: DeltaNet with the implicit rate `rate / (1 + rate |k|^2)`.
+    """Longhorn: DeltaNet with the implicit learning rate `eta / (1 + eta |k|^2)`.
 
     Args:
       key_dim: features of a key.
       value_dim: features of a value.
-      chunk_size: tokens; it changes only the speed.
+      chunk_size: tokens; it changes the speed, not the result.
       read: as in `associative_memory`.
       implementation: as in `associative_memory`.
 
@@ -320,7 +323,7 @@ def oja_memory(
     read: str = "running",
     implementation: str = "xla",
 ) -> Level:
-    """Oja's rule `M_t = keep M_{t-1} + rate (v k^T - v (M_a^T v)^T)`.
+    """Oja's rule `M_t = a M_{t-1} + eta (v k^T - v (M_0^T v)^T)`, M_0 as in `hope_l2`.
 
     Args:
       key_dim: features of a key.
@@ -341,165 +344,6 @@ def oja_memory(
         read=read,
         implementation=implementation,
         name="oja",
-    )
-
-
-def omega_memory(
-    architecture: Architecture,
-    *,
-    window: int,
-    chunk_size: int,
-    read: str = "running",
-    feature_map: FeatureMap = identity,
-    implementation: str = "xla",
-) -> Level:
-    """OmegaNet: l2 on the last `window` tokens with decay (`feature_map=polynomial(p)` there).
-
-    Args:
-      architecture: e.g. `matrix` or `residual_mlp`.
-      window: tokens.
-      chunk_size: tokens; part of the model.
-      read: as in `associative_memory`.
-      feature_map: of keys and queries.
-      implementation: as in `associative_memory`.
-
-    Returns:
-      A level over `Tokens`, whose rates are the paper's gamma.
-
-    Reference: ATLAS (arXiv 2505.23735).
-    """
-    return associative_memory(
-        architecture,
-        objectives.l2(),
-        retention.decay(),
-        rules.omega(window),
-        chunk_size=chunk_size,
-        read=read,
-        feature_map=feature_map,
-        implementation=implementation,
-        name="omega",
-    )
-
-
-def titans(
-    architecture: Architecture,
-    *,
-    chunk_size: int,
-    read: str = "running",
-    implementation: str = "xla",
-) -> Level:
-    """Titans' long-term memory: l2, momentum and decay (`keep = 1 - alpha` there).
-
-    Args:
-      architecture: e.g. `mlp` or `residual_mlp`.
-      chunk_size: tokens; part of the model.
-      read: as in `associative_memory`.
-      implementation: as in `associative_memory`.
-
-    Returns:
-      A level over `Tokens`.
-
-    Reference: Titans (arXiv 2501.00663); chunk form in spec C4.
-    """
-    return associative_memory(
-        architecture,
-        objectives.l2(),
-        retention.decay(),
-        rules.momentum(),
-        chunk_size=chunk_size,
-        read=read,
-        implementation=implementation,
-        name="titans",
-    )
-
-
-def moneta(
-    architecture: Architecture,
-    *,
-    chunk_size: int,
-    p: float = 3.0,
-    q: float = 4.0,
-    implementation: str = "xla",
-) -> Level:
-    """MIRAS-Moneta: smooth lp objective, lq retention, anchor reads.
-
-    Args:
-      architecture: its initial weights are the accumulator A_0 of `lq`.
-      chunk_size: tokens; part of the model.
-      p: of the objective.
-      q: of the retention; the exact mirror map (`lq_printed` is the published text's).
-      implementation: as in `associative_memory`.
-
-    Returns:
-      A level over `Tokens`.
-    """
-    return associative_memory(
-        architecture,
-        objectives.smooth_lp(p),
-        retention.lq(q),
-        rules.gradient(),
-        chunk_size=chunk_size,
-        read="anchor",
-        implementation=implementation,
-        name="moneta",
-    )
-
-
-def yaad(
-    architecture: Architecture,
-    *,
-    chunk_size: int,
-    read: str = "running",
-    implementation: str = "xla",
-) -> Level:
-    """MIRAS-Yaad: Huber objective with a threshold a token, decay.
-
-    Args:
-      architecture: e.g. `residual_mlp`.
-      chunk_size: tokens; part of the model.
-      read: as in `associative_memory`.
-      implementation: as in `associative_memory`.
-
-    Returns:
-      A level over `Tokens` (with `threshold`).
-    """
-    return associative_memory(
-        architecture,
-        objectives.huber(),
-        retention.decay(),
-        rules.gradient(),
-        chunk_size=chunk_size,
-        read=read,
-        implementation=implementation,
-        name="yaad",
-    )
-
-
-def memora(
-    architecture: Architecture,
-    *,
-    chunk_size: int,
-    implementation: str = "xla",
-) -> Level:
-    """MIRAS-Memora: l2 objective, KL retention on the simplex, anchor reads.
-
-    Args:
-      architecture: its initial weights are the free parameters of the softmax.
-      chunk_size: tokens; part of the model.
-      implementation: as in `associative_memory`.
-
-    Returns:
-      A level over `Tokens`.
-    """
-    return associative_memory(
-        architecture,
-        objectives.l2(),
-        retention.kl(),
-        rules.gradient(),
-        chunk_size=chunk_size,
-        read="anchor",
-        implementation=implementation,
-        name="memora",
     )
 
 

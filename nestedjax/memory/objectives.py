@@ -20,7 +20,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
+
+Vectors = Float[Array, "*b dv"]  # outputs, values and errors
+Numbers = Float[Array, "*b"]  # losses
+Thresholds = Float[Array, "*b"] | None  # one for each token, or None
 
 
 class Objective(NamedTuple):
@@ -41,26 +45,31 @@ class Objective(NamedTuple):
     """
 
     name: str
-    loss: Callable[[Array, Array, Array | None], Array]
-    error: Callable[[Array, Array, Array | None], Array]
-    penalty: Callable[[Array, Array], Array] | None = None
-    deflate: Callable[[Array, Array, Array], Array] | None = None
+    loss: Callable[[Vectors, Vectors, Thresholds], Numbers]
+    error: Callable[[Vectors, Vectors, Thresholds], Vectors]
+    penalty: Callable[[Float[Array, "dv dk"], Float[Array, " dv"]], Float[Array, ""]] | None = None
+    deflate: (
+        Callable[[Float[Array, "dv dk"], Float[Array, "*b dk"], Vectors], Float[Array, "*b dk"]]
+        | None
+    ) = None
     token_threshold: bool = False
     factor: float | None = None
 
 
-def _square(residual: Array) -> Array:
+def _square(residual: Vectors) -> Numbers:
     return jnp.sum(residual * residual, axis=-1)
 
 
-def _norm(residual: Array) -> Array:
-    """|r| over the last axis (kept as size 1), with derivative 0 in place of nan at r = 0."""
+def _norm(residual: Vectors) -> Float[Array, "*b 1"]:
+    """|r| over the last axis, with derivative 0 in place of nan at r = 0."""
     square = jnp.sum(residual * residual, axis=-1, keepdims=True)
+    # The inner `where` keeps sqrt away from 0: its derivative there, times the 0 that the outer one
+    # passes back, would be nan.
     positive = square > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, jnp.ones_like(square))), 0.0)
 
 
-def _unit(residual: Array) -> Array:
+def _unit(residual: Vectors) -> Vectors:
     norm = _norm(residual)
     return residual / jnp.where(norm > 0, norm, jnp.ones_like(norm))
 
@@ -88,7 +97,7 @@ def l2(factor: float = 1.0) -> Objective:
     )
 
 
-def _lp_loss(p: float) -> Callable[[Array, Array, Array | None], Array]:
+def _lp_loss(p: float) -> Callable[[Vectors, Vectors, Thresholds], Numbers]:
     return lambda output, value, threshold: jnp.sum(jnp.abs(output - value) ** p, axis=-1) / p
 
 
@@ -101,7 +110,7 @@ def lp(p: float) -> Objective:
     """
     _check_p(p)
 
-    def error(output: Array, value: Array, threshold: Array | None) -> Array:
+    def error(output: Vectors, value: Vectors, threshold: Thresholds) -> Vectors:
         residual = output - value
         return jnp.sign(residual) * jnp.abs(residual) ** (p - 1)
 
@@ -111,12 +120,13 @@ def lp(p: float) -> Objective:
 def smooth_lp(p: float, *, sharpness: float = 10.0, epsilon: float = 1e-6) -> Objective:
     """`lp` with the smooth gradient of MIRAS: `tanh(sharpness r) (r^2 + epsilon)^((p-1)/2)`.
 
-    The error is not the exact derivative of `loss`; it tends to it as sharpness grows.
+    The error is not the exact derivative of `loss`; it tends to it as the sharpness grows.
+
     Reference: MIRAS (arXiv 2504.13173), Moneta; p = 3 there.
     """
     _check_p(p)
 
-    def error(output: Array, value: Array, threshold: Array | None) -> Array:
+    def error(output: Vectors, value: Vectors, threshold: Thresholds) -> Vectors:
         residual = output - value
         return jnp.tanh(sharpness * residual) * (residual**2 + epsilon) ** ((p - 1) / 2)
 
@@ -128,8 +138,10 @@ def _check_p(p: float) -> None:
         raise ValueError(f"lp objective: p must be at least 1, got {p}")
 
 
-def _threshold(constant: float | None, token: Array | None, like: Array) -> Array:
-    """The threshold with a last axis of size 1, from the constant or from the token."""
+def _threshold(
+    constant: float | None, token: Thresholds, like: Float[Array, "*b d"]
+) -> Float[Array, "*b 1"]:
+    """The threshold of each token, from the constant or from the token."""
     if constant is not None:
         return jnp.full((*like.shape[:-1], 1), constant, like.dtype)
     assert token is not None  # the product checks Tokens.threshold at its boundary
@@ -140,15 +152,15 @@ def huber(threshold: float | None = None) -> Objective:
     """Coordinate-wise Huber: quadratic up to the threshold, linear beyond; error `clip(r, -d, d)`.
 
     Args:
-      threshold: d > 0; None takes it from `Tokens.threshold`, one a token.
+      threshold: d > 0; None takes each token's own from `Tokens.threshold`.
     """
 
-    def loss(output: Array, value: Array, token: Array | None) -> Array:
+    def loss(output: Vectors, value: Vectors, token: Thresholds) -> Numbers:
         size = jnp.abs(output - value)
         d = _threshold(threshold, token, size)
         return jnp.sum(jnp.where(size <= d, 0.5 * size**2, d * (size - 0.5 * d)), axis=-1)
 
-    def error(output: Array, value: Array, token: Array | None) -> Array:
+    def error(output: Vectors, value: Vectors, token: Thresholds) -> Vectors:
         residual = output - value
         d = _threshold(threshold, token, residual)
         return jnp.clip(residual, -d, d)
@@ -162,15 +174,15 @@ def huber_norm(threshold: float | None = None) -> Objective:
     With d = 1 this is the inner clip that keeps HOPE's memories stable (spec C6.12).
 
     Args:
-      threshold: d > 0; None takes it from `Tokens.threshold`, one a token.
+      threshold: d > 0; None takes each token's own from `Tokens.threshold`.
     """
 
-    def loss(output: Array, value: Array, token: Array | None) -> Array:
+    def loss(output: Vectors, value: Vectors, token: Thresholds) -> Numbers:
         norm = _norm(output - value)
         d = _threshold(threshold, token, norm)
         return jnp.where(norm <= d, 0.5 * norm**2, d * (norm - 0.5 * d))[..., 0]
 
-    def error(output: Array, value: Array, token: Array | None) -> Array:
+    def error(output: Vectors, value: Vectors, token: Thresholds) -> Vectors:
         residual = output - value
         norm = _norm(residual)
         d = _threshold(threshold, token, residual)
@@ -181,20 +193,21 @@ def huber_norm(threshold: float | None = None) -> Objective:
 
 
 def huber_mixture(threshold: float | None = None) -> Objective:
-    """The printed Yaad mixture: error `r` where `|r| <= d`, else `d sign(r)` (discontinuous).
+    """Yaad's mixture as printed: error `r` where `|r| <= d`, else `d sign(r)`, with a jump between.
 
     Args:
-      threshold: d > 0; None takes it from `Tokens.threshold`, one a token.
+      threshold: d > 0; None takes each token's own from `Tokens.threshold`.
+
     Reference: MIRAS (arXiv 2504.13173), Yaad.
     """
 
-    def loss(output: Array, value: Array, token: Array | None) -> Array:
+    def loss(output: Vectors, value: Vectors, token: Thresholds) -> Numbers:
         residual = output - value
         d = _threshold(threshold, token, residual)[..., 0]
         outside = d * (jnp.sum(jnp.abs(residual), axis=-1) - 0.5 * d)
         return jnp.where(_norm(residual)[..., 0] <= d, 0.5 * _square(residual), outside)
 
-    def error(output: Array, value: Array, token: Array | None) -> Array:
+    def error(output: Vectors, value: Vectors, token: Thresholds) -> Vectors:
         residual = output - value
         d = _threshold(threshold, token, residual)
         return jnp.where(_norm(residual) <= d, residual, d * jnp.sign(residual))
@@ -208,11 +221,11 @@ def robust(radius: float) -> Objective:
     Its error is `r + radius r/|r|` (0 at r = 0).
     """
 
-    def loss(output: Array, value: Array, threshold: Array | None) -> Array:
+    def loss(output: Vectors, value: Vectors, threshold: Thresholds) -> Numbers:
         residual = output - value
         return 0.5 * _square(residual) + radius * _norm(residual)[..., 0]
 
-    def error(output: Array, value: Array, threshold: Array | None) -> Array:
+    def error(output: Vectors, value: Vectors, threshold: Thresholds) -> Vectors:
         residual = output - value
         return residual + radius * _unit(residual)
 

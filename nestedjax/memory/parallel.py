@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, DTypeLike, Float
 
 from nestedjax.memory.state import (
     Memory,
@@ -15,14 +15,18 @@ from nestedjax.memory.state import (
 from pallas_kernels.delta_rule import delta_chunk
 
 
-def delta_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
-    """One chunk through `pallas_kernels.delta_rule`, every weight matrix by its own call (C6.8).
+def delta_step(
+    memory: Memory, state: MemoryState, tokens: Tokens
+) -> tuple[MemoryState, Float[Array, "C dv"]]:
+    """One chunk of the delta rule, each weight matrix by a call of its own (spec C6.8).
 
-    The reads of matrix m are the queries of the matrices after it, so the architecture's body is
-    walked once with the kernel in place of every product.
+    All gradients of a chunk are taken at its anchor, so that every matrix sees a known sequence of
+    rank-one writes: that is what makes the recurrence parallel. Only the reads depend on each
+    other, since matrix m + 1 is read with what matrix m answered. So the architecture's body is
+    walked once, with a chunk of the delta rule in place of every product.
 
     Args:
-      memory: the point of the product.
+      memory: its menu entries.
       state: at the chunk's start, the anchor.
       tokens: [C, ...], prepared.
 
@@ -31,17 +35,17 @@ def delta_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[Memo
     """
     anchor = memory.link(state.weights)
     inputs, errors = memory.factors(anchor, tokens)
-    keep = jnp.ones_like(tokens.rate) if tokens.keep is None else tokens.keep
+    decay = jnp.ones_like(tokens.learning_rate) if tokens.decay is None else tokens.decay
     ends: dict[int, Array] = {}
     momenta: dict[int, Array] = {}
 
-    def chunk(m: int, queries: Array | None) -> Any:
+    def chunk(m: int, queries: Float[Array, "C n"] | None) -> Any:
         output = delta_chunk(
             inputs[m],
             errors[m],
-            memory.write(tokens.rate, inputs[m]),
-            keep=tokens.keep,
-            erase=memory.erase(m, tokens.rate, keep, inputs[m]),
+            memory.write(tokens.learning_rate, inputs[m]),
+            decay=tokens.decay,
+            erase=memory.erase(m, tokens.learning_rate, decay, inputs[m]),
             momentum=tokens.momentum,
             initial=state.weights[m],
             initial_momentum=None if state.momentum is None else state.momentum[m],
@@ -64,13 +68,16 @@ def delta_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[Memo
     return MemoryState(weights, momentum, None), reads
 
 
-def omega_coefficients(keep: Array | None, count: int, window: int, dtype: jnp.dtype) -> Array:
+def omega_coefficients(
+    decay: Float[Array, " C"] | None, count: int, window: int, dtype: DTypeLike
+) -> Float[Array, "C W"]:
     """How much of gradient i is in the accumulator after token t.
 
-    `kappa[t, i] = sum_{s <= t, s - window < i <= s} prod_{j = s+1..t} keep_j`.
+    `kappa[t, i] = sum_{s <= t, s - window < i <= s} prod_{j = s+1..t} decay_j`: gradient i is added
+    by every token s whose window it is in, and each addition has decayed since.
 
     Args:
-      keep: [C], or None for 1.
+      decay: [C], or None for 1.
       count: C.
       window: tokens, c.
       dtype: of the result.
@@ -80,26 +87,33 @@ def omega_coefficients(keep: Array | None, count: int, window: int, dtype: jnp.d
     """
     rows = jnp.arange(count)
     lower = rows[:, None] >= rows[None, :]
-    if keep is None:
+    if decay is None:
         kept = lower.astype(dtype)
     else:
-        total = log_keep(keep)
+        # differences of cumulative logs are <= 0 where they are used: nothing overflows
+        total = log_decay(decay)
         kept = jnp.exp(jnp.where(lower, total[:, None] - total[None, :], -jnp.inf))
     columns = jnp.arange(window - 1 + count)
     inside = (columns[None, :] >= rows[:, None]) & (columns[None, :] < rows[:, None] + window)
     return kept @ inside.astype(dtype)
 
 
-def log_keep(keep: Array) -> Array:
-    """Cumulative log of the decays [C]; a decay of 0 counts as the smallest normal number."""
-    return jnp.cumsum(jnp.log(jnp.maximum(keep, jnp.finfo(keep.dtype).tiny)))
+def log_decay(decay: Float[Array, " C"]) -> Float[Array, " C"]:
+    """Cumulative logarithm of the decays; a decay of 0 counts as the smallest normal number."""
+    return jnp.cumsum(jnp.log(jnp.maximum(decay, jnp.finfo(decay.dtype).tiny)))
 
 
-def omega_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
-    """One chunk of the Omega rule: one score matrix a weight matrix, no solve.
+def omega_step(
+    memory: Memory, state: MemoryState, tokens: Tokens
+) -> tuple[MemoryState, Float[Array, "C dv"]]:
+    """One chunk of the Omega rule: one score matrix for each weight matrix, and no solve.
+
+    Without erasure the writes do not depend on each other: the weights after token t are the
+    decayed anchor plus `sum_i kappa[t, i]` times gradient i, and a read of them is a masked product
+    of scores and errors, as in linear attention.
 
     Args:
-      memory: the point of the product.
+      memory: its menu entries.
       state: at the chunk's start, the anchor, and the window before it.
       tokens: [C, ...], prepared.
 
@@ -109,10 +123,10 @@ def omega_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[Memo
     anchor = memory.link(state.weights)
     extended = with_window(state, tokens)
     inputs, errors = memory.factors(anchor, extended)
-    count, dtype = len(tokens.rate), tokens.rate.dtype
-    kappa = omega_coefficients(tokens.keep, count, memory.rule.window, dtype)
-    kappa = kappa * extended.rate[None, :]
-    kept = jnp.ones((count,), dtype) if tokens.keep is None else jnp.exp(log_keep(tokens.keep))
+    count, dtype = len(tokens.learning_rate), tokens.learning_rate.dtype
+    kappa = omega_coefficients(tokens.decay, count, memory.rule.window, dtype)
+    kappa = kappa * extended.learning_rate[None, :]
+    kept = jnp.ones((count,), dtype) if tokens.decay is None else jnp.exp(log_decay(tokens.decay))
     final = tuple(
         kept[-1] * a - (kappa[-1][:, None] * e).T @ x
         for a, e, x in zip(state.weights, errors, inputs, strict=True)
@@ -121,10 +135,11 @@ def omega_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[Memo
     if memory.read == "anchor":
         return end, memory.architecture.apply(anchor, tokens.queries)
     if memory.read == "running_prev":
+        # a read before the token's own write: the row of the token before it
         kappa = jnp.concatenate([jnp.zeros_like(kappa[:1]), kappa[:-1]])
         kept = jnp.concatenate([jnp.ones_like(kept[:1]), kept[:-1]])
 
-    def multiply(m: int, z: Array) -> Array:
+    def multiply(m: int, z: Float[Array, "C n"]) -> Float[Array, "C m"]:
         return kept[:, None] * (z @ state.weights[m].T) - (kappa * (z @ inputs[m].T)) @ errors[m]
 
     return end, memory.architecture.forward(multiply, tokens.queries)

@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 import jax
-from jax import Array
+from jaxtyping import Array, Float
 
 from nestedjax.levels import Level, incremental
 from nestedjax.memory.architectures import Architecture, Weights
@@ -51,7 +51,7 @@ def plan(
     read: str = "running_prev",
     implementation: str = "xla",
 ) -> Plan:
-    """Says how a combination is executed, or why it does not exist.
+    """Say how a combination is executed, or refuse it and say why it does not exist.
 
     Args:
       architecture: from the menu of architectures.
@@ -100,22 +100,23 @@ def associative_memory(
     implementation: str = "xla",
     name: str | None = None,
 ) -> Level:
-    """An associative memory that learns from keys to values while it is read.
+    """An associative memory that learns to map keys to values while it is read.
 
-    With the anchor `a`, the weights at the start of the token's chunk, for every weight matrix
+    Gradients are taken at the anchor `a`, the weights at the start of the token's chunk. Each
+    weight matrix follows
 
-        W_t = W_{t-1} (keep_t I - erase_t x_t x_t^T) + S_t,
-        S_t = momentum_t S_{t-1} - rate_t E_t x_t^T,        E_t x_t^T = grad l(M_a(k_t), v_t)
+        W_t = W_{t-1} (decay_t I - erase_t x_t x_t^T) + S_t,
+        S_t = momentum_t S_{t-1} - learning_rate_t E_t x_t^T,    E_t x_t^T = grad l(M_a(k_t), v_t)
 
-    with the terms that the retention and the rule switch on; other retentions replace the first
-    line (see `nestedjax.memory.retention`). Chunk size 1 is the token recurrence with gradients at
-    the previous token's weights. The chunk size is part of the function that is computed.
+    where the retention and the rule say which terms there are; some retentions replace the first
+    line (see `nestedjax.memory.retention`). A chunk of 1 token takes every gradient at the previous
+    token's weights. The chunk size is part of the function that is computed, not only its speed.
 
-    Executions that agree: "reference" (token by token) and "xla", which is chunk-parallel for
-    the retentions `none` and `decay` with every rule but `implicit_omega`, and for the retentions
-    with a link (`kl`, `lq`, `bregman_sigmoid`) with anchor reads; there is no exact chunk-parallel
-    form for the rest, which runs its recurrence token by token inside the chunk (`plan` says which
-    and why).
+    Two implementations agree: "reference", token by token, and "xla". The latter is
+    chunk-parallel for the retentions `none` and `decay` with every rule but `implicit_omega`, and
+    for the retentions with a link (`kl`, `lq`, `bregman_sigmoid`) when reads are at the anchor. For
+    the rest there is no exact chunk-parallel form: their recurrence goes token by token inside the
+    chunk. `plan` says which it is, and why.
 
     Args:
       architecture: what the weights compute.
@@ -136,8 +137,9 @@ def associative_memory(
       them), `x` a `Tokens`, `y` the reads [T, dv] in the dtype of the queries.
 
     Raises:
-      ValueError: chunk_size < 1; a combination that is not defined; and, when it is traced, tokens
-        that lack something the menus need, bring something they do not use, or have other widths.
+      ValueError: chunk_size < 1, or a combination that is not defined. When the level is traced:
+        tokens that lack a field the menu entries need, bring one that they do not use, or have
+        other widths than the architecture.
       NotImplementedError: a kernel for a combination that has none, with the reason.
 
     Example:
@@ -148,7 +150,7 @@ def associative_memory(
       >>> params = (jnp.zeros((3, 4)),)
       >>> x = memory.Tokens(
       ...     keys=jnp.eye(4)[:2], values=jnp.ones((2, 3)), queries=jnp.eye(4)[:2],
-      ...     rate=jnp.full(2, 0.5), keep=jnp.full(2, 0.9))
+      ...     learning_rate=jnp.full(2, 0.5), decay=jnp.full(2, 0.9))
       >>> state, y = level.step(params, level.init(params), x)
       >>> state.weights[0].shape, y.shape
       ((3, 4), (2, 3))
@@ -177,7 +179,9 @@ def associative_memory(
             )
         return initial_state(memory, params)
 
-    def step(params: Weights, state: MemoryState, x: Tokens) -> tuple[MemoryState, Array]:
+    def step(
+        params: Weights, state: MemoryState, x: Tokens
+    ) -> tuple[MemoryState, Float[Array, "T dv"]]:
         del params  # the initial weights live on in the state
         _check_tokens(memory, x)
         tokens = prepare(memory, x, state.weights[0].dtype)
@@ -185,7 +189,9 @@ def associative_memory(
         state, reads = execute(memory, state, tokens)
         return state, reads.astype(x.queries.dtype)
 
-    def token(params: Weights, state: MemoryState, pending: Tokens, x: Tokens) -> Array:
+    def token(
+        params: Weights, state: MemoryState, pending: Tokens, x: Tokens
+    ) -> Float[Array, " dv"]:
         del params, pending  # an anchored read sees nothing of the chunk
         one = jax.tree.map(lambda leaf: leaf[None], x)
         _check_tokens(memory, one)
@@ -258,10 +264,10 @@ def _check_combination(
 
 
 def _check_tokens(memory: Memory, x: Tokens) -> None:
-    keep = {"required": True, "optional": x.keep is not None, "unused": False}
+    decay = {"required": True, "optional": x.decay is not None, "unused": False}
     fields = (
-        ("rate", x.rate, True, memory.rule.name),
-        ("keep", x.keep, keep[memory.retention.keep], memory.retention.name),
+        ("learning_rate", x.learning_rate, True, memory.rule.name),
+        ("decay", x.decay, decay[memory.retention.decay], memory.retention.name),
         ("momentum", x.momentum, memory.rule.momentum, memory.rule.name),
         ("threshold", x.threshold, memory.objective.token_threshold, memory.objective.name),
     )

@@ -1,16 +1,17 @@
 """Retention: how a memory keeps what it held while it writes.
 
-Every retention here is a linear recurrence of an accumulator followed by a map to weights:
+Every retention here is a linear recurrence of an accumulator, followed by a map to weights:
 
-    A_t = keep_t A_{t-1} + S_t,    W_t = link(A_t)            (S_t = -rate_t g_t without momentum)
+    A_t = decay_t A_{t-1} + S_t,    W_t = link(A_t)
 
-so the initial weights that are meta-learned are `A_0` (for the simplex: the free parameter of a
-softmax). `elastic_net` shrinks after every write instead: `W_t = shrink(keep_t W_{t-1} + S_t)`.
+with `S_t = -learning_rate_t gradient_t` where there is no momentum. What is meta-learned is `A_0`
+(for the simplex the free parameter of a softmax). `elastic_net` shrinks after every write instead:
+`W_t = shrink(decay_t W_{t-1} + S_t)`.
 
 | function | regulariser | `link` |
 |---|---|---|
-| `none` | `1/2 |W - W'|^2` | identity, keep = 1 |
-| `decay` | `1/2 |W - keep W'|^2` | identity |
+| `none` | `1/2 |W - W'|^2` | identity, decay = 1 |
+| `decay` | `1/2 |W - decay W'|^2` | identity |
 | `kl` | KL on the scaled simplex, row by row | `scale softmax(A)` over the key axis |
 | `elastic_net` | quadratic + l1 | soft threshold after each write |
 | `lq` | `1/2 |W|_q^2` (FTRL) | `sign(A) |A|^(p-1) / |A|_p^(p-2)`, 1/p + 1/q = 1 |
@@ -23,7 +24,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
+
+Matrix = Float[Array, "*w"]  # the shape of the weights, whatever it is
+Number = Float[Array, ""]
 
 # Smooths |A|^(p-2) at A = 0, where its derivative is infinite for p < 2.
 _EPSILON = 1e-12
@@ -34,48 +38,49 @@ class Retention(NamedTuple):
 
     Attributes:
       name: what tables and errors call it.
-      keep: whether `Tokens.keep` is "required", "optional" (1 without it) or "unused".
+      decay: whether `Tokens.decay` is "required", "optional" (1 without it) or "unused".
       link: accumulator -> weights for one matrix [m, n]; None is the identity.
-      shrink: `shrink(weight[m, n], rate[]) -> weight`, applied after every write; or None.
+      shrink: `shrink(weight[m, n], learning_rate[]) -> weight`, applied after every write; or None.
     """
 
     name: str
-    keep: Literal["required", "optional", "unused"]
-    link: Callable[[Array], Array] | None = None
-    shrink: Callable[[Array, Array], Array] | None = None
+    decay: Literal["required", "optional", "unused"]
+    link: Callable[[Matrix], Matrix] | None = None
+    shrink: Callable[[Matrix, Number], Matrix] | None = None
 
 
 def none() -> Retention:
     """Everything is kept: `W_t = W_{t-1} + S_t`."""
-    return Retention("none", keep="unused")
+    return Retention("none", decay="unused")
 
 
 def decay() -> Retention:
-    """A fraction is kept: `W_t = keep_t W_{t-1} + S_t`."""
-    return Retention("decay", keep="required")
+    """A fraction is kept: `W_t = decay_t W_{t-1} + S_t`."""
+    return Retention("decay", decay="required")
 
 
 def kl(scale: float = 1.0) -> Retention:
-    """KL divergence on the scaled simplex: `W_t = scale softmax(keep_t log W_{t-1} + S_t)`.
+    """KL divergence on the scaled simplex: `W_t = scale softmax(decay_t log W_{t-1} + S_t)`.
 
     Every row of every weight matrix is non-negative and sums to `scale`. The coefficients of the
-    proximal form (strength a, rate eta) are `proximal_coefficients(eta, a)`.
+    proximal form (learning rate eta, strength a) are `proximal_coefficients(eta, a)`.
 
     Raises:
       ValueError: scale <= 0.
+
     Reference: MIRAS (arXiv 2504.13173), Memora.
     """
     if scale <= 0:
         raise ValueError(f"kl retention: the simplex needs scale > 0, got {scale}")
-    # keep log W differs from keep A by a constant a row, which softmax ignores.
-    return Retention("kl", keep="optional", link=lambda a: scale * jax.nn.softmax(a, axis=-1))
+    # decay log W differs from decay A by a constant in each row, which softmax ignores.
+    return Retention("kl", decay="optional", link=lambda a: scale * jax.nn.softmax(a, axis=-1))
 
 
 def elastic_net(sparsity: float) -> Retention:
-    """Quadratic plus l1 retention: `W_t = soft(keep_t W_{t-1} + S_t, rate_t sparsity)`.
+    """Quadratic plus l1 retention: `W_t = soft(decay_t W_{t-1} + S_t, learning_rate_t sparsity)`.
 
     The minimiser of `<W, g> + 1/(2 eta) |W - W'|^2 + 1/(2b) |W|^2 + sparsity |W|_1` has
-    `rate, keep = proximal_coefficients(eta, b)`.
+    `learning_rate, decay = proximal_coefficients(eta, b)`.
 
     Raises:
       ValueError: sparsity < 0.
@@ -83,10 +88,10 @@ def elastic_net(sparsity: float) -> Retention:
     if sparsity < 0:
         raise ValueError(f"elastic_net retention: sparsity must be at least 0, got {sparsity}")
 
-    def shrink(weight: Array, rate: Array) -> Array:
-        return jnp.sign(weight) * jnp.maximum(jnp.abs(weight) - rate * sparsity, 0.0)
+    def shrink(weight: Matrix, learning_rate: Number) -> Matrix:
+        return jnp.sign(weight) * jnp.maximum(jnp.abs(weight) - learning_rate * sparsity, 0.0)
 
-    return Retention("elastic_net", keep="optional", shrink=shrink)
+    return Retention("elastic_net", decay="optional", shrink=shrink)
 
 
 def lq(q: float) -> Retention:
@@ -99,18 +104,19 @@ def lq(q: float) -> Retention:
         raise ValueError(f"lq retention: q must be greater than 1, got {q}")
     p = q / (q - 1)
 
-    def link(a: Array) -> Array:
+    def link(a: Matrix) -> Matrix:
         square = a * a + _EPSILON
         norm = jnp.sum(square ** (p / 2)) ** (1 / p)
+        # sign(A) |A|^(p-1) without a sign, whose derivative would be 0
         return a * square ** ((p - 2) / 2) / norm ** (p - 2)
 
-    return Retention("lq", keep="optional", link=link)
+    return Retention("lq", decay="optional", link=link)
 
 
 def lq_printed(q: float) -> Retention:
     """The lq retention as MIRAS prints it: `W = A / |A|_q^(q-2)`.
 
-    A mirror map for q = 2 only; kept for comparison with the published Moneta (q = 4).
+    This is a mirror map for q = 2 only; it is here to compare with the published Moneta (q = 4).
 
     Raises:
       ValueError: q <= 1.
@@ -118,30 +124,32 @@ def lq_printed(q: float) -> Retention:
     if q <= 1:
         raise ValueError(f"lq_printed retention: q must be greater than 1, got {q}")
 
-    def link(a: Array) -> Array:
+    def link(a: Matrix) -> Matrix:
         norm = jnp.sum((a * a + _EPSILON) ** (q / 2)) ** (1 / q)
         return a / norm ** (q - 2)
 
-    return Retention("lq_printed", keep="optional", link=link)
+    return Retention("lq_printed", decay="optional", link=link)
 
 
 def bregman_sigmoid() -> Retention:
-    """Weights in (0, 1): `W_t = sigmoid(keep_t logit(W_{t-1}) + S_t)`."""
-    return Retention("bregman_sigmoid", keep="optional", link=jax.nn.sigmoid)
+    """Weights in (0, 1): `W_t = sigmoid(decay_t logit(W_{t-1}) + S_t)`."""
+    return Retention("bregman_sigmoid", decay="optional", link=jax.nn.sigmoid)
 
 
-def proximal_coefficients(rate: Array, strength: Array | float) -> tuple[Array, Array]:
-    """Rate and keep of the update whose proximal problem has a rate and a global strength.
+def proximal_coefficients(
+    learning_rate: Float[Array, "*b"] | float, strength: Float[Array, "*b"] | float
+) -> tuple[Float[Array, "*b"] | float, Float[Array, "*b"] | float]:
+    """Learning rate and decay of the update that solves a proximal problem.
 
-    `argmin <W, g> + D(W, W')/rate + G(W)/strength` gives `keep = strength/(strength + rate)`,
-    the written rate `rate keep`: for `D, G` quadratic (decay, elastic net) or KL and entropy.
+    The minimiser of `<W, g> + D(W, W')/eta + G(W)/a` decays by `a / (a + eta)`, and its learning
+    rate is eta times that: for D and G both quadratic (decay, elastic net), or KL and entropy.
 
     Args:
-      rate: eta, any shape.
-      strength: a, scalar or of the shape of `rate`.
+      learning_rate: eta, any shape.
+      strength: a, scalar or of the shape of `learning_rate`.
 
     Returns:
-      `(rate, keep)` to be put into `Tokens`.
+      `(learning_rate, decay)` to be put into `Tokens`.
     """
-    keep = strength / (strength + rate)
-    return rate * keep, keep
+    decay = strength / (strength + learning_rate)
+    return learning_rate * decay, decay

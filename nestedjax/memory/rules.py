@@ -3,19 +3,21 @@
 For every weight matrix with layer input `x_t` and local error `E_t` (gradient `E_t x_t^T` at the
 anchor, the weights at the start of the chunk; spec C6.5):
 
-    W_t = W_{t-1} (keep_t I - erase_t x_t x_t^T) + S_t
+    W_t = W_{t-1} (decay_t I - erase_t x_t x_t^T) + S_t
     S_t = momentum_t S_{t-1} - write_t E_t x_t^T
+
+with eta the learning rate of the token:
 
 | function | erase | write |
 |---|---|---|
-| `gradient` | 0 | rate |
-| `delta` | `rate / max(1, rate |x|^2)` | rate |
-| `explicit_delta` | rate | rate |
-| `implicit_delta` | `rate / (1 + rate |x|^2)` | rate |
-| `closed_form_delta` | `rate / (1 + rate |x|^2)` | the same |
-| `coupled_delta` | keep rate | rate |
-| `input_delta` | as `delta`, only on matrices that read the key (reading R2) | rate |
-| `functional_delta` | 0; the error is `error + body(k)` (reading R4) | rate |
+| `gradient` | 0 | eta |
+| `delta` | `eta / max(1, eta |x|^2)` | eta |
+| `explicit_delta` | eta | eta |
+| `implicit_delta` | `eta / (1 + eta |x|^2)` | eta |
+| `closed_form_delta` | `eta / (1 + eta |x|^2)` | the same |
+| `coupled_delta` | decay eta | eta |
+| `input_delta` | as `delta`, only on matrices that read the key (reading R2) | eta |
+| `functional_delta` | 0; the error is `error + body(k)` (reading R4) | eta |
 | `with_momentum(rule)` | as the rule | as the rule |
 | `omega(window)` | 0 | sum of the gradients of the last `window` tokens |
 | `implicit_omega(window)` | exact minimiser over the window (linear, l2) | |
@@ -25,7 +27,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
+
+Gate = Float[Array, "*t"]  # one number for each token
 
 
 class Rule(NamedTuple):
@@ -33,19 +37,19 @@ class Rule(NamedTuple):
 
     Attributes:
       name: what tables and errors call it.
-      erase: `erase(rate, keep, square) -> erase`, arrays over tokens, `square = |x|^2` of the
-        layer input; None: nothing is erased.
-      write: `write(rate, square) -> rate` of the gradient; None: the rate as given.
+      erase: `erase(learning_rate, decay, square) -> erase`, arrays over tokens, `square = |x|^2` of
+        the layer input; None: nothing is erased.
+      write: `write(learning_rate, square) -> learning_rate` of the gradient; None: as it is given.
       momentum: whether the gradients go through a momentum S (needs `Tokens.momentum`).
-      window: gradients of how many tokens, the present one included, enter one update.
+      window: tokens whose gradients enter one update, the present one included.
       input_only: erase only on the matrices whose layer input is the key.
       functional: adds the gradient of `1/2 |body(k)|^2` to the objective's.
       solve: the update is the exact minimiser over the window, not a gradient step.
     """
 
     name: str
-    erase: Callable[[Array, Array, Array], Array] | None = None
-    write: Callable[[Array, Array], Array] | None = None
+    erase: Callable[[Gate, Gate, Gate], Gate] | None = None
+    write: Callable[[Gate, Gate], Gate] | None = None
     momentum: bool = False
     window: int = 1
     input_only: bool = False
@@ -54,15 +58,15 @@ class Rule(NamedTuple):
 
 
 def gradient() -> Rule:
-    """Gradient descent: `W_t = keep_t W_{t-1} - rate_t E_t x_t^T` (reading R3)."""
+    """Gradient descent: `W_t = decay_t W_{t-1} - learning_rate_t E_t x_t^T` (reading R3)."""
     return Rule("gradient")
 
 
 def with_momentum(rule: Rule) -> Rule:
-    """The rule with its gradients accumulated in `S_t = momentum_t S_{t-1} - rate_t E_t x_t^T`.
+    """The rule with its gradients accumulated: `S_t = momentum_t S_{t-1} - write_t E_t x_t^T`.
 
     Raises:
-      ValueError: for a rule over a window, whose gradients are summed already.
+      ValueError: the rule sums the gradients of a window already.
     """
     if rule.window > 1 or rule.solve:
         raise ValueError(f"with_momentum: {rule.name} sums a window of gradients; drop one of them")
@@ -74,51 +78,51 @@ def momentum() -> Rule:
     return with_momentum(gradient())._replace(name="momentum")
 
 
-def _bounded(rate: Array, keep: Array, square: Array) -> Array:
-    return rate / jnp.maximum(1.0, rate * square)
+def _bounded(learning_rate: Gate, decay: Gate, square: Gate) -> Gate:
+    return learning_rate / jnp.maximum(1.0, learning_rate * square)
 
 
-def _implicit(rate: Array, keep: Array, square: Array) -> Array:
-    return rate / (1.0 + rate * square)
+def _implicit(learning_rate: Gate, decay: Gate, square: Gate) -> Gate:
+    return learning_rate / (1.0 + learning_rate * square)
 
 
 def delta() -> Rule:
-    """Delta gradient descent, layer by layer (reading R1): `erase = rate / max(1, rate |x|^2)`.
+    """Delta gradient descent, layer by layer (reading R1): `erase = eta / max(1, eta |x|^2)`.
 
-    Equal to `explicit_delta` while `rate |x|^2 <= 1`; the eigenvalue along x stays in
-    [keep - 1, keep] for inputs of any norm.
+    Equal to `explicit_delta` while `eta |x|^2 <= 1`. Beyond that the bound keeps the transition's
+    eigenvalue along x in [decay - 1, decay], so that no input makes the memory grow.
     """
     return Rule("delta", erase=_bounded)
 
 
 def explicit_delta() -> Rule:
-    """Delta gradient descent with `erase = rate`, unbounded: a rate of 2 on a unit key reflects."""
-    return Rule("explicit_delta", erase=lambda rate, keep, square: rate)
+    """Delta gradient descent with `erase = eta`, unbounded: eta = 2 on a unit key reflects."""
+    return Rule("explicit_delta", erase=lambda learning_rate, decay, square: learning_rate)
 
 
 def implicit_delta() -> Rule:
-    """Delta gradient descent with `erase = rate / (1 + rate |x|^2)` and the rate as written."""
+    """Delta gradient descent with `erase = eta / (1 + eta |x|^2)` and gradients written at eta."""
     return Rule("implicit_delta", erase=_implicit)
 
 
 def closed_form_delta() -> Rule:
-    """The exact minimiser of the DGD step: erase and write both `rate / (1 + rate |x|^2)` (B9).
+    """The exact minimiser of the DGD step: erase and write both `eta / (1 + eta |x|^2)` (B9).
 
     With the dot objective on a linear memory this is Longhorn.
     """
     return Rule(
         "closed_form_delta",
         erase=_implicit,
-        write=lambda rate, square: rate / (1.0 + rate * square),
+        write=lambda learning_rate, square: learning_rate / (1.0 + learning_rate * square),
     )
 
 
 def coupled_delta() -> Rule:
-    """Decay outside the erase, `keep_t W_{t-1} (I - rate_t x x^T)`: `erase = keep rate`.
+    """The decay outside the erasure, `decay_t W_{t-1} (I - eta_t x x^T)`: `erase = decay eta`.
 
     With the dot objective on a linear memory this is Gated DeltaNet.
     """
-    return Rule("coupled_delta", erase=lambda rate, keep, square: keep * rate)
+    return Rule("coupled_delta", erase=lambda learning_rate, decay, square: decay * learning_rate)
 
 
 def input_delta() -> Rule:
@@ -136,16 +140,17 @@ def functional_delta() -> Rule:
 
 
 def omega(window: int) -> Rule:
-    """Omega rule: `W_t = keep_t W_{t-1} - sum_{i = t-window+1..t} rate_i g_i`.
+    """Omega rule: `W_t = decay_t W_{t-1} - sum_{i = t-window+1..t} learning_rate_i g_i`.
 
-    Each `g_i` is the gradient of token i at the anchor of token t. The weights `gamma_i` of the
-    paper are the rates. Window 1 is `gradient()`.
+    `g_i` is the gradient of token i at the anchor of token t, and the learning rates are the
+    paper's weights `gamma_i`. A window of 1 is `gradient()`.
 
     Args:
       window: tokens, at least 1.
 
     Raises:
       ValueError: window < 1.
+
     Reference: ATLAS (arXiv 2505.23735); signs of spec C2.
     """
     return Rule("omega", window=_check_window(window))
@@ -154,10 +159,10 @@ def omega(window: int) -> Rule:
 def implicit_omega(window: int) -> Rule:
     """Exact minimiser over the window, for linear memories with the l2 objective.
 
-    `W_t = argmin_W 1/2 sum_i rate_i |W k_i - v_i|^2 + 1/2 |W - keep_t W_{t-1}|^2`, solved with a
+    `W_t = argmin_W 1/2 sum_i eta_i |W k_i - v_i|^2 + 1/2 |W - decay_t W_{t-1}|^2`, solved with a
     window x window system. Window 1 is Longhorn; a window over the whole context from W_0 = 0 with
-    keep 1 is, at its first full token, a ridge regression. The update uses the running weights, so
-    chunks only say when they are written.
+    decay 1 is a ridge regression when the first window is full. The update starts from the running
+    weights, not from the anchor: the chunk size changes nothing but reads at the anchor.
 
     Args:
       window: tokens, at least 1.

@@ -1,18 +1,18 @@
 """Executions that go token by token.
 
-`reference_step` is the recurrence as the equations have it, with dense gradients from
-differentiating the architecture: the oracle. `sequential_step` computes the rank-one gradients of
-a whole chunk in parallel and scans only the recurrence: for combinations without a chunk-parallel
-form.
+`reference_step` is the recurrence as the equations print it, with dense gradients from automatic
+differentiation of the architecture: the oracle. `sequential_step` is for combinations without a
+chunk-parallel form: it takes the rank-one gradients of a whole chunk in parallel, and only the
+recurrence goes token by token.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
-from nestedjax.memory.architectures import Weights
+from nestedjax.memory.architectures import Features, Weights
 from nestedjax.memory.state import (
     Memory,
     MemoryState,
@@ -30,38 +30,44 @@ class _Carry(NamedTuple):
 
 
 def _solve(memory: Memory, old: "_Carry", window: Window, token: Tokens) -> "_Carry":
-    """`argmin_W 1/2 sum_i factor rate_i |W k_i - v_i|^2 + 1/2 |W - keep W_{t-1}|^2`."""
+    """`argmin_W 1/2 sum_i factor learning_rate_i |W k_i - v_i|^2 + 1/2 |W - decay W_{t-1}|^2`.
+
+    The normal equations are a system over features; the push-through identity turns them into one
+    over the tokens of the window, of which there are fewer.
+    """
     assert memory.objective.factor is not None
-    keys, rate = window.keys, memory.objective.factor * window.rate[:, None]
-    weight = old.weights[0] if token.keep is None else token.keep * old.weights[0]
-    system = jnp.eye(len(keys), dtype=weight.dtype) + rate * (keys @ keys.T)
+    keys, learning_rate = window.keys, memory.objective.factor * window.learning_rate[:, None]
+    weight = old.weights[0] if token.decay is None else token.decay * old.weights[0]
+    system = jnp.eye(len(keys), dtype=weight.dtype) + learning_rate * (keys @ keys.T)
     residual = keys @ weight.T - window.values
-    return _Carry((weight - solve(system, rate * residual).T @ keys,), None)
+    return _Carry((weight - solve(system, learning_rate * residual).T @ keys,), None)
 
 
 def _write(
-    memory: Memory, carry: _Carry, gradients: Weights, inputs: Weights, token: Tokens
+    memory: Memory, carry: _Carry, gradients: Weights, inputs: Features, token: Tokens
 ) -> _Carry:
-    """One token's write; `gradients` are multiplied by their rates already."""
-    rate = token.rate
-    keep = jnp.ones_like(rate) if token.keep is None else token.keep
+    """One token's write; `gradients` are multiplied by their learning rates already."""
+    learning_rate = token.learning_rate
+    decay = jnp.ones_like(learning_rate) if token.decay is None else token.decay
     added = tuple(-g for g in gradients)
     if carry.momentum is not None:
         assert token.momentum is not None
         added = tuple(token.momentum * s + a for s, a in zip(carry.momentum, added, strict=True))
     weights = []
     for m, (a, s, x) in enumerate(zip(carry.weights, added, inputs, strict=True)):
-        erase = memory.erase(m, rate, keep, x)
-        new = keep * a + s
+        erase = memory.erase(m, learning_rate, decay, x)
+        new = decay * a + s
         if erase is not None:
             new = new - erase * jnp.outer(a @ x, x)
         weights.append(
-            new if memory.retention.shrink is None else memory.retention.shrink(new, rate)
+            new if memory.retention.shrink is None else memory.retention.shrink(new, learning_rate)
         )
     return _Carry(tuple(weights), None if carry.momentum is None else added)
 
 
-def _read(memory: Memory, anchor: Weights, old: _Carry, new: _Carry, query: Array) -> Array:
+def _read(
+    memory: Memory, anchor: Weights, old: _Carry, new: _Carry, query: Float[Array, " dk"]
+) -> Float[Array, " dv"]:
     if memory.read == "anchor":
         return memory.architecture.apply(anchor, query)
     carry = new if memory.read == "running" else old
@@ -69,21 +75,25 @@ def _read(memory: Memory, anchor: Weights, old: _Carry, new: _Carry, query: Arra
 
 
 def _dense_gradients(memory: Memory, anchor: Weights, token: Window) -> Weights:
-    """rate times the gradient of one token at the anchor, as dense matrices."""
+    """The learning rate times the gradient of one token at the anchor, as dense matrices."""
     output, pull = jax.vjp(lambda w: memory.architecture.apply(w, token.keys), anchor)
     (gradients,) = pull(memory.output_error(output, token))
     penalty = memory.objective.penalty
     if penalty is not None:
         gradients = (gradients[0] + jax.grad(penalty)(anchor[0], token.values),)
     inputs, _ = memory.factors(anchor, token)
-    return tuple(memory.write(token.rate, x) * g for g, x in zip(gradients, inputs, strict=True))
+    return tuple(
+        memory.write(token.learning_rate, x) * g for g, x in zip(gradients, inputs, strict=True)
+    )
 
 
-def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Array]:
+def reference_step(
+    memory: Memory, state: MemoryState, tokens: Tokens
+) -> tuple[MemoryState, Float[Array, "C dv"]]:
     """One chunk, token by token with dense gradients: the definition.
 
     Args:
-      memory: the point of the product.
+      memory: its menu entries.
       state: at the chunk's start, the anchor.
       tokens: [C, ...], prepared.
 
@@ -93,10 +103,13 @@ def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[
     anchor = memory.link(state.weights)
     window = memory.rule.window
 
-    def token_step(carry: tuple[_Carry, Any], token: Tokens) -> tuple[tuple[_Carry, Any], Array]:
+    def token_step(
+        carry: tuple[_Carry, Any], token: Tokens
+    ) -> tuple[tuple[_Carry, Any], Float[Array, " dv"]]:
         old, past = carry
         present = jax.tree.map(
-            lambda x: x[None], Window(token.keys, token.values, token.rate, token.threshold)
+            lambda x: x[None],
+            Window(token.keys, token.values, token.learning_rate, token.threshold),
         )
         recent = (
             present
@@ -119,11 +132,11 @@ def reference_step(memory: Memory, state: MemoryState, tokens: Tokens) -> tuple[
 
 def sequential_step(
     memory: Memory, state: MemoryState, tokens: Tokens
-) -> tuple[MemoryState, Array]:
+) -> tuple[MemoryState, Float[Array, "C dv"]]:
     """One chunk with its gradients in parallel and its recurrence token by token.
 
     Args:
-      memory: the point of the product.
+      memory: its menu entries.
       state: at the chunk's start, the anchor.
       tokens: [C, ...], prepared.
 
@@ -134,13 +147,17 @@ def sequential_step(
     extended = with_window(state, tokens)
     inputs, errors = memory.factors(anchor, extended)
     written = tuple(
-        memory.write(extended.rate, x)[:, None] * e for x, e in zip(inputs, errors, strict=True)
+        memory.write(extended.learning_rate, x)[:, None] * e
+        for x, e in zip(inputs, errors, strict=True)
     )
     window = memory.rule.window
-    index = jnp.arange(len(tokens.rate))[:, None] + jnp.arange(window)[None, :]
+    # the gradients of a chunk once each, then gathered: a token is in up to `window` updates
+    index = jnp.arange(len(tokens.learning_rate))[:, None] + jnp.arange(window)[None, :]
     scanned = jax.tree.map(lambda a: a[index], (inputs, written, extended))
 
-    def token_step(old: _Carry, xs: tuple[Any, Any, Any, Tokens]) -> tuple[_Carry, Array]:
+    def token_step(
+        old: _Carry, xs: tuple[Features, Features, Window, Tokens]
+    ) -> tuple[_Carry, Float[Array, " dv"]]:
         inputs, written, recent, token = xs
         if memory.rule.solve:
             new = _solve(memory, old, recent, token)
@@ -177,7 +194,7 @@ def running_token(
         new = _solve(memory, old, recent, token)
     else:
         gradients = tuple(
-            (memory.write(recent.rate, x)[:, None] * e).T @ x
+            (memory.write(recent.learning_rate, x)[:, None] * e).T @ x
             for x, e in zip(inputs, errors, strict=True)
         )
         new = _write(memory, old, gradients, tuple(x[-1] for x in inputs), token)

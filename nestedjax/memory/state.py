@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
-from nestedjax.memory.architectures import Architecture, Weights
+from nestedjax.memory.architectures import Architecture, Features, Weights
 from nestedjax.memory.features import FeatureMap
 from nestedjax.memory.objectives import Objective
 from nestedjax.memory.retention import Retention
@@ -15,43 +15,45 @@ from pallas_kernels import accumulation_dtype
 
 
 class Tokens(NamedTuple):
-    """The tokens of one sequence, as a memory sees them.
+    """The tokens of one sequence, as a memory sees them; inside a scan one token, without T.
 
     Attributes:
       keys: [T, dk].
       values: [T, dv].
       queries: [T, dk].
-      rate: [T], inner learning rate, at least 0; None for a level that makes its own.
-      keep: [T] in (0, 1], fraction kept; None where the retention has no use for it.
+      learning_rate: [T], inner learning rate, at least 0; None for a level that makes its own.
+      decay: [T] in (0, 1], what the memory is multiplied by before the token is written; None where
+        the retention has no use for it.
       momentum: [T] in [0, 1]; None unless the rule has momentum.
       threshold: [T], > 0; None unless the objective's threshold depends on the token.
     """
 
-    keys: Array
-    values: Array
-    queries: Array
-    rate: Array = None  # type: ignore[assignment]  # every memory of this folder needs it
-    keep: Array | None = None
-    momentum: Array | None = None
-    threshold: Array | None = None
+    keys: Float[Array, "*T dk"]
+    values: Float[Array, "*T dv"]
+    queries: Float[Array, "*T dk"]
+    # every memory of this folder needs it
+    learning_rate: Float[Array, "*T"] = None  # type: ignore[assignment]
+    decay: Float[Array, "*T"] | None = None
+    momentum: Float[Array, "*T"] | None = None
+    threshold: Float[Array, "*T"] | None = None
 
 
 class Window(NamedTuple):
-    """The last `window - 1` tokens written, for rules over a window (rate 0 before the first)."""
+    """Tokens whose gradients enter one update; before the first token the learning rate is 0."""
 
-    keys: Array
-    values: Array
-    rate: Array
-    threshold: Array | None
+    keys: Float[Array, "*T dk"]
+    values: Float[Array, "*T dv"]
+    learning_rate: Float[Array, "*T"]
+    threshold: Float[Array, "*T"] | None
 
 
 class MemoryState(NamedTuple):
     """What the memory of one sequence carries from chunk to chunk, in float32 or wider.
 
     Attributes:
-      weights: one [m, n] a matrix; the retention's accumulator, where its link is no identity.
-      momentum: like weights, or None.
-      window: the tokens before the chunk, or None.
+      weights: a tuple of [m, n]; where the retention has a link, the accumulators of the weights.
+      momentum: like `weights`; None for a rule without momentum.
+      window: the `window - 1` tokens before the chunk; None for a rule without a window.
     """
 
     weights: Weights
@@ -60,7 +62,7 @@ class MemoryState(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """A point of the product of the menus; what the executions are given."""
+    """One entry of each menu: what every execution of the memory is given."""
 
     architecture: Architecture
     objective: Objective
@@ -75,8 +77,8 @@ class Memory(NamedTuple):
         link = self.retention.link
         return accumulators if link is None else tuple(link(a) for a in accumulators)
 
-    def factors(self, weights: Weights, tokens: "Tokens | Window") -> tuple[Weights, Weights]:
-        """Layer inputs and local errors of all tokens at these weights, one pair a matrix."""
+    def factors(self, weights: Weights, tokens: "Tokens | Window") -> tuple[Features, Features]:
+        """Layer inputs and local errors of all tokens at these weights, a pair for each matrix."""
         keys, values = tokens.keys, tokens.values
         output, inputs, pull = self.architecture.linearise(weights, keys)
         error = self.output_error(output, tokens)
@@ -84,26 +86,36 @@ class Memory(NamedTuple):
             inputs = (self.objective.deflate(weights[0], keys, values),)
         return inputs, pull(error)
 
-    def output_error(self, output: Array, tokens: "Tokens | Window") -> Array:
-        """Derivative of what the rule descends by the memory's output."""
+    def output_error(
+        self, output: Float[Array, "*t dv"], tokens: "Tokens | Window"
+    ) -> Float[Array, "*t dv"]:
+        """Derivative, by the memory's output, of the loss that the rule descends."""
         error = self.objective.error(output, tokens.values, tokens.threshold)
         if self.rule.functional:
             body = output - tokens.keys if self.architecture.residual else output
             error = error + body
         return error
 
-    def erase(self, m: int, rate: Array, keep: Array, x: Array) -> Array | None:
+    def erase(
+        self,
+        m: int,
+        learning_rate: Float[Array, "*t"],
+        decay: Float[Array, "*t"],
+        x: Float[Array, "*t n"],
+    ) -> Float[Array, "*t"] | None:
         """How strongly matrix m forgets its layer input x [..., n]; None: not at all."""
         rule = self.rule
         if rule.erase is None or (rule.input_only and m not in self.architecture.inputs):
             return None
-        return rule.erase(rate, keep, jnp.sum(x * x, axis=-1))
+        return rule.erase(learning_rate, decay, jnp.sum(x * x, axis=-1))
 
-    def write(self, rate: Array, x: Array) -> Array:
-        """Rate at which the gradient on layer input x [..., n] is written."""
+    def write(
+        self, learning_rate: Float[Array, "*t"], x: Float[Array, "*t n"]
+    ) -> Float[Array, "*t"]:
+        """The learning rate with which the gradient on layer input x [..., n] is written."""
         if self.rule.write is None:
-            return rate
-        return self.rule.write(rate, jnp.sum(x * x, axis=-1))
+            return learning_rate
+        return self.rule.write(learning_rate, jnp.sum(x * x, axis=-1))
 
 
 def initial_state(memory: Memory, params: Weights) -> MemoryState:
@@ -115,7 +127,7 @@ def initial_state(memory: Memory, params: Weights) -> MemoryState:
         window = Window(
             keys=jnp.zeros((before, memory.architecture.key_dim), dtype),
             values=jnp.zeros((before, memory.architecture.value_dim), dtype),
-            rate=jnp.zeros((before,), dtype),
+            learning_rate=jnp.zeros((before,), dtype),
             threshold=jnp.ones((before,), dtype) if memory.objective.token_threshold else None,
         )
     momentum = tuple(jnp.zeros_like(w) for w in weights) if memory.rule.momentum else None
@@ -124,7 +136,6 @@ def initial_state(memory: Memory, params: Weights) -> MemoryState:
 
 def prepare(memory: Memory, tokens: Tokens, dtype: jnp.dtype) -> Tokens:
     """The tokens in the state's dtype, with the feature and value maps applied."""
-
     tokens = jax.tree.map(lambda x: x.astype(dtype), tokens)
     return tokens._replace(
         keys=memory.feature_map(tokens.keys),
@@ -135,7 +146,7 @@ def prepare(memory: Memory, tokens: Tokens, dtype: jnp.dtype) -> Tokens:
 
 def with_window(state: MemoryState, tokens: Tokens) -> Window:
     """The tokens of the chunk behind those of the window before it."""
-    chunk = Window(tokens.keys, tokens.values, tokens.rate, tokens.threshold)
+    chunk = Window(tokens.keys, tokens.values, tokens.learning_rate, tokens.threshold)
     if state.window is None:
         return chunk
     return jax.tree.map(lambda old, new: jnp.concatenate([old, new]), state.window, chunk)

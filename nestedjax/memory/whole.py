@@ -90,9 +90,9 @@ def _linear(
 ) -> tuple[MemoryState, Array]:
     """Every chunk of a linear memory: with the dot objective no error depends on an anchor."""
     (keys,), (errors,) = memory.factors(state.weights, tokens)
-    decay = tokens.keep
-    kept = jnp.ones_like(tokens.rate) if decay is None else decay
-    erase = memory.erase(0, tokens.rate, kept, keys)
+    decay = tokens.decay
+    kept = jnp.ones_like(tokens.learning_rate) if decay is None else decay
+    erase = memory.erase(0, tokens.learning_rate, kept, keys)
     first = None
     if begins is not None:
         first = jnp.repeat(begins, chunk_size)
@@ -103,9 +103,9 @@ def _linear(
     out = delta_rule(
         keys.astype(dtype),
         errors.astype(dtype),
-        memory.write(tokens.rate, keys),
+        memory.write(tokens.learning_rate, keys),
         initial=state.weights[0],
-        keep=decay,
+        decay=decay,
         erase=erase,
         queries=tokens.queries.astype(dtype),
         read=memory.read,
@@ -156,8 +156,8 @@ def _deep(
         tokens.keys.astype(dtype),
         tokens.values.astype(dtype),
         queries=tokens.queries.astype(dtype),
-        rate=tokens.rate,
-        keep=jnp.ones_like(tokens.rate) if tokens.keep is None else tokens.keep,
+        learning_rate=tokens.learning_rate,
+        decay=jnp.ones_like(tokens.learning_rate) if tokens.decay is None else tokens.decay,
         momentum=tokens.momentum,
         initial=group(state),
         documents=documents,

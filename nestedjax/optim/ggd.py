@@ -96,7 +96,7 @@ def ggd(
     choice("solver", solver, get_args(Solver))
     number("decay", decay)
     _check_solver(objective, retain, solver)
-    decay = 1.0 if retain.keep == "unused" else decay
+    decay = 1.0 if retain.decay == "unused" else decay
     rule = _Step(objective, retain, decay, solver, inner_steps, inner_learning_rate)
 
     def init(params: Leaves) -> GGDState:
@@ -150,7 +150,7 @@ def scale_by_gm(
     objective, retain = _menus(objective, retain)
     if retain.link is not None:
         raise ValueError(f"retain={retain.name!r} keeps weights of one sign; use none or decay")
-    decay = 1.0 if retain.keep == "unused" else decay
+    decay = 1.0 if retain.decay == "unused" else decay
 
     def init(params: Leaves) -> optax.TraceState:
         return optax.TraceState(jax.tree.map(jnp.zeros_like, params))

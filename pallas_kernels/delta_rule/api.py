@@ -17,10 +17,10 @@ _IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 def delta_rule(
     x: Float[Array, "..."],
     error: Float[Array, "..."],
-    rate: Float[Array, "..."],
+    learning_rate: Float[Array, "..."],
     *,
     initial: Float[Array, "..."],
-    keep: Float[Array, "..."] | None = None,
+    decay: Float[Array, "..."] | None = None,
     erase: Float[Array, "..."] | None = None,
     momentum: Float[Array, "..."] | None = None,
     initial_momentum: Float[Array, "..."] | None = None,
@@ -31,18 +31,18 @@ def delta_rule(
 ) -> DeltaOutput:
     """Run the delta-rule recurrence over a sequence.
 
-    `W_t = W_{t-1}(keep_t I - erase_t x_t x_t^T) + S_t`,
-    `S_t = momentum_t S_{t-1} - rate_t error_t x_t^T`; without momentum `S_t` is its last term.
-    A term whose operand is None is switched off at trace time and costs nothing. DeltaNet is
-    `error = -values`, `erase = rate`; Gated DeltaNet `erase = keep * rate`; retention has neither
-    erase nor momentum. Leading dimensions of size one broadcast.
+    `W_t = W_{t-1}(decay_t I - erase_t x_t x_t^T) + S_t`,
+    `S_t = momentum_t S_{t-1} - learning_rate_t error_t x_t^T`; without momentum `S_t` is its last
+    term. A term whose operand is None is switched off at trace time and costs nothing. DeltaNet is
+    `error = -values`, `erase = learning_rate`; Gated DeltaNet `erase = decay * learning_rate`;
+    retention has neither erase nor momentum. Leading dimensions of size one broadcast.
 
     Args:
       x: keys, or the inputs of the weight matrix, [..., T, n].
       error: gradient with respect to the matrix's output, [..., T, m].
-      rate: inner learning rates, [..., T].
+      learning_rate: inner learning rates, [..., T].
       initial: the memory before the first token, [..., m, n].
-      keep: fraction of the memory kept, in (0, 1], [..., T].
+      decay: fraction of the memory kept, in (0, 1], [..., T].
       erase: strength of the erasure along `x_t`, [..., T].
       momentum: momentum coefficients in [0, 1], [..., T]; the chunked forms work with logarithms
         and give the coefficient no gradient at exactly 0.
@@ -77,7 +77,7 @@ def delta_rule(
     implementation = _check_choices(read, implementation)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
-    gates = (rate, keep, erase, momentum)
+    gates = (learning_rate, decay, erase, momentum)
     x, error, queries = _tokens_last(x, error, queries)
     operands = _prepare(x, error, gates, initial, initial_momentum, queries)
     if implementation == "reference":
@@ -98,10 +98,10 @@ def delta_rule(
 def delta_chunk(
     x: Float[Array, "..."],
     error: Float[Array, "..."],
-    rate: Float[Array, "..."],
+    learning_rate: Float[Array, "..."],
     *,
     initial: Float[Array, "..."],
-    keep: Float[Array, "..."] | None = None,
+    decay: Float[Array, "..."] | None = None,
     erase: Float[Array, "..."] | None = None,
     momentum: Float[Array, "..."] | None = None,
     initial_momentum: Float[Array, "..."] | None = None,
@@ -121,7 +121,7 @@ def delta_chunk(
         raise ValueError(
             f"delta_chunk has no implementation={implementation!r}; use 'xla', or delta_rule"
         )
-    gates, dtype = (rate, keep, erase, momentum), x.dtype
+    gates, dtype = (learning_rate, decay, erase, momentum), x.dtype
     x, error, queries = _tokens_last(x, error, queries)
     operands = _prepare(x, error, gates, initial, initial_momentum, queries)
     form = delta_rule_reference if implementation == "reference" else delta_chunk_xla
@@ -163,7 +163,7 @@ def _prepare(x, error, gates, initial, initial_momentum, queries) -> Operands:
     if initial.shape[-2:] != (m, n):
         raise ValueError(f"initial has shape {initial.shape}, expected [..., {m}, {n}]")
     tokens = {"error": error.shape[-1]}
-    for name, gate in zip(("rate", "keep", "erase", "momentum"), gates, strict=True):
+    for name, gate in zip(("learning_rate", "decay", "erase", "momentum"), gates, strict=True):
         if gate is not None:
             tokens[name] = gate.shape[-1]
     for name, count in tokens.items():
@@ -179,6 +179,8 @@ def _prepare(x, error, gates, initial, initial_momentum, queries) -> Operands:
         if initial_momentum is None:
             initial_momentum = jnp.zeros_like(initial)
         initial_momentum = jnp.broadcast_to(initial_momentum, (*batch, m, n))
-    rate, keep, erase, momentum = gates
-    operands = Operands(x, error, rate, initial, keep, erase, momentum, initial_momentum, queries)
+    learning_rate, decay, erase, momentum = gates
+    operands = Operands(
+        x, error, learning_rate, initial, decay, erase, momentum, initial_momentum, queries
+    )
     return jax.tree.map(lambda array: array.astype(dtype), operands)

@@ -9,7 +9,7 @@ from pallas_kernels._linalg.products import nn
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.delta_rule.xla import delta_chunk_xla
 
-GATES = ("rate", "keep", "erase", "momentum")
+GATES = ("learning_rate", "decay", "erase", "momentum")
 _TOKENS = ("x", "error", "queries", *GATES)
 _STATES = ("initial", "initial_momentum")
 

@@ -3,7 +3,7 @@
 With `A` the overlaps of keys times their decays, strictly lower, and `T = (I + erase A)^-1`, the
 erased and the written together are
 
-    Z = T (erase g X W^T + rate E),   W' = g_C W - (tail Z)^T X,   O = g Q W^T - (decay Q X^T) Z.
+    Z = T (erase g X W^T + eta E),   W' = g_C W - (tail Z)^T X,   O = g Q W^T - (decay Q X^T) Z.
 
 Decays are exponentials of differences of log sums; see `VECTORS`. Values are loaded where they are
 used, not before: registers are what there is least of.
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from pallas_kernels._gpu.tiles import ROWS, Flipped, Warpgroup
 
-# Numbers of a token, and log sums of keep: to it, to the one before, from it to the chunk's end,
+# Numbers of a token, and log sums of decay: to it, to the one before, from it to the chunk's end,
 # and of the whole chunk (64 times the same).
-VECTORS = ("rate", "erase", "at", "before", "tail", "total")
-# What `pull` gives for them; "pairs" is of the logs of keep themselves.
+VECTORS = ("learning_rate", "erase", "at", "before", "tail", "total")
+# What `pull` gives for them; "pairs" is of the logs of decay themselves.
 GRADIENTS = (*VECTORS, "pairs")
 
 
@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
 
     Attributes:
       on: the warpgroup.
-      keep: whether the memory forgets.
+      decay: whether the memory forgets.
       erase: whether it erases along the key.
       read: "running_prev", "running", or None for no reads.
       x: keys, a tile [64, n] in shared memory, as are the next three.
@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
     """
 
     on: Warpgroup
-    keep: bool
+    decay: bool
     erase: bool
     read: str | None
     x: Any
@@ -60,7 +60,7 @@ class Chunk(NamedTuple):
         """A vector as it comes from sums along rows, [64]."""
         return self.on.vector(self.vectors[name])
 
-    def decay(self, name, columns=ROWS):
+    def factor(self, name, columns=ROWS):
         """exp of a vector of log sums along the rows."""
         return jnp.exp(self.rows(name, columns))
 
@@ -68,15 +68,15 @@ class Chunk(NamedTuple):
         """A matrix [t, i] times the decay from i to the token before t (to t for "running")."""
         inclusive = read == "running"
         if inclusive:
-            keep = lambda t, i: i <= t  # noqa: E731
+            inside = lambda t, i: i <= t  # noqa: E731
         else:
-            keep = lambda t, i: i < t  # noqa: E731
-        if not self.keep:
-            return self.on.masked(matrix, keep)
+            inside = lambda t, i: i < t  # noqa: E731
+        if not self.decay:
+            return self.on.masked(matrix, inside)
         until = self.rows("at" if inclusive else "before")
         since = self.on.along_columns(self.vectors["at"])
         # masked before exp, so that nothing overflows
-        return matrix * jnp.exp(self.on.masked(until - since, keep, other=-jnp.inf))
+        return matrix * jnp.exp(self.on.masked(until - since, inside, other=-jnp.inf))
 
 
 class Carried(NamedTuple):
@@ -109,24 +109,24 @@ def solve(chunk: Chunk, state, work, *, inverse=None):
     """
     on = chunk.on
     if not chunk.erase:
-        return chunk.rows("rate") * on.get(chunk.error)
+        return chunk.rows("learning_rate") * on.get(chunk.error)
     found = on.inverse(chunk.rows("erase") * overlaps(chunk), work[0], work[1])
     if inverse is not None:
         on.put(inverse, found)
     seen = on.product((chunk.x, Flipped(state)))
     scale = chunk.rows("erase")
-    if chunk.keep:
-        scale = scale * chunk.decay("before")
-    on.put(work[1], scale * seen + chunk.rows("rate") * on.get(chunk.error))
+    if chunk.decay:
+        scale = scale * chunk.factor("before")
+    on.put(work[1], scale * seen + chunk.rows("learning_rate") * on.get(chunk.error))
     return on.product((on.split(found), work[1]))
 
 
 def advance(chunk: Chunk, weight, total, work):
     """The memory after the chunk; `work` is a tile."""
     on, columns = chunk.on, weight.shape[1]
-    if chunk.keep:
-        weight = chunk.decay("total", columns) * weight
-        total = chunk.decay("tail") * total
+    if chunk.decay:
+        weight = chunk.factor("total", columns) * weight
+        total = chunk.factor("tail") * total
     on.put(work, -total)
     return weight + on.product((Flipped(work), chunk.x))
 
@@ -135,8 +135,8 @@ def read(chunk: Chunk, state, total, work):
     """What the queries of a chunk read; `work` is a tile."""
     on = chunk.on
     found = on.product((chunk.queries, Flipped(state)))
-    if chunk.keep:
-        found = chunk.decay(until(chunk)) * found
+    if chunk.decay:
+        found = chunk.factor(until(chunk)) * found
     scores = chunk.table(on.product((chunk.queries, Flipped(chunk.x))), read=chunk.read)
     on.put(work, total)
     return found - on.product((on.split(scores), work))
@@ -164,31 +164,31 @@ def pull(chunk: Chunk, held: Carried, back, give: Callable):
     total = solve(chunk, held.state, work, inverse=work[0])
     on.put(work[1], total)
     of_total = -on.product((chunk.x, Flipped(held.back)))
-    if chunk.keep:
-        of_total = chunk.decay("tail") * of_total
+    if chunk.decay:
+        of_total = chunk.factor("tail") * of_total
         give("tail", jnp.sum(of_total * on.get(work[1]), axis=1))
     if chunk.read:
         of_total = of_total + _pull_read(chunk, held, give)
     of_written = _pull_solve(chunk, held, of_total, give) if chunk.erase else of_total
-    give("rate", jnp.sum(of_written * on.get(chunk.error), axis=1))
-    give("error", chunk.rows("rate") * of_written)
+    give("learning_rate", jnp.sum(of_written * on.get(chunk.error), axis=1))
+    give("error", chunk.rows("learning_rate") * of_written)
     total = -on.get(work[1])
-    if chunk.keep:
-        total = chunk.decay("tail") * total
+    if chunk.decay:
+        total = chunk.factor("tail") * total
     terms = [(on.split(total), held.back)]
     if chunk.read:
         terms.append((Flipped(work[2]), chunk.queries))
     if chunk.erase:
         terms += [(work[0], chunk.x), (Flipped(work[0]), chunk.x), (work[3], held.state)]
     give("x", on.product(*terms))
-    if chunk.keep:
-        back = chunk.decay("total", columns) * back
+    if chunk.decay:
+        back = chunk.factor("total", columns) * back
         give("total", jnp.sum(back * on.get(held.state), axis=1))
     terms = [(Flipped(work[3]), chunk.x)] if chunk.erase else []
     if chunk.read:
         of_reads = on.get(chunk.of_reads)
-        if chunk.keep:
-            of_reads = chunk.decay(until(chunk)) * of_reads
+        if chunk.decay:
+            of_reads = chunk.factor(until(chunk)) * of_reads
         on.put(work[2], of_reads)
         terms.append((Flipped(work[2]), chunk.queries))
     return back + on.product(*terms) if terms else back
@@ -206,12 +206,12 @@ def _pull_read(chunk: Chunk, held: Carried, give):
     of_scores = -on.product((chunk.of_reads, Flipped(work[1])))
     of_scores = chunk.table(of_scores, read=chunk.read)
     on.put(work[2], of_scores)
-    if chunk.keep:
+    if chunk.decay:
         give("pairs", pull_pairs(on, of_scores * scores, work[3], read=chunk.read))
     of_queries = on.product((chunk.of_reads, held.state))
-    if chunk.keep:
+    if chunk.decay:
         when, columns = until(chunk), held.state.shape[-1]
-        of_queries = chunk.decay(when, columns) * of_queries
+        of_queries = chunk.factor(when, columns) * of_queries
         give(when, jnp.sum(on.get(chunk.queries) * of_queries, axis=1))
     give("queries", of_queries + on.product((work[2], chunk.x)))
     return of_total
@@ -226,21 +226,21 @@ def _pull_solve(chunk: Chunk, held: Carried, of_total, give):
     on, work = chunk.on, held.work
     on.put(work[3], of_total)
     of_written = on.product((Flipped(work[0]), work[3]))
-    seen = on.product((chunk.x, Flipped(held.state)))  # again: cheaper than a tile to keep it
-    if chunk.keep:
-        seen = chunk.decay("before") * seen
+    seen = on.product((chunk.x, Flipped(held.state)))  # again: cheaper than a tile to hold it
+    if chunk.decay:
+        seen = chunk.factor("before") * seen
     of_scale = jnp.sum(of_written * seen, axis=1)
     give("erase", of_scale)
     of_seen = chunk.rows("erase") * of_written
-    if chunk.keep:
+    if chunk.decay:
         give("before", chunk.vector("erase") * of_scale)
-        of_seen = chunk.decay("before") * of_seen
+        of_seen = chunk.factor("before") * of_seen
     on.put(work[3], of_seen)
     of_lower = on.product((on.split(of_written), Flipped(work[1])))
     of_lower = -on.masked(of_lower, lambda t, i: i < t)
     of_lower_overlaps = of_lower * overlaps(chunk)
     give("erase", jnp.sum(of_lower_overlaps, axis=1))
-    if chunk.keep:
+    if chunk.decay:
         pairs = chunk.rows("erase") * of_lower_overlaps
         give("pairs", pull_pairs(on, pairs, work[0], read=None))
     on.put(work[0], chunk.table(chunk.rows("erase") * of_lower))
@@ -248,9 +248,9 @@ def _pull_solve(chunk: Chunk, held: Carried, of_total, give):
 
 
 def pull_pairs(on: Warpgroup, pairs, work, *, read):
-    """Of the logs of keep: the sums over pairs (i, t) with i < j < t (j <= t for "running").
+    """Of the logs of decay: the sums over pairs (i, t) with i < j < t (j <= t for "running").
 
-    One product and no differences of sums: a keep of 1e-4 multiplies what they would lose.
+    One product and no differences of sums: a decay of 1e-4 multiplies what they would lose.
     """
     on.put(work, pairs)
     earlier = on.masked(on.full(1.0, ROWS), lambda j, i: i < j)

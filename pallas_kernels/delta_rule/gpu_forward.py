@@ -22,7 +22,7 @@ class Spec(NamedTuple):
 
     Attributes:
       parts: bfloat16 parts of a matrix: 1 for bfloat16 tokens, 2 for float32.
-      keep: whether the memory forgets.
+      decay: whether the memory forgets.
       erase: whether it erases along the key.
       read: "running_prev", "running", or None for no reads.
       save_every: k, chunks between two states that the forward pass stores; divides the chunks.
@@ -30,7 +30,7 @@ class Spec(NamedTuple):
     """
 
     parts: int
-    keep: bool
+    decay: bool
     erase: bool
     read: str | None
     save_every: int
@@ -119,7 +119,7 @@ def chunk_of(spec, smem, slot):
     tokens = {name: smem[name].at[slot] for name in names if name in smem}
     vectors = {name: smem["vectors"].at[slot, i] for i, name in enumerate(VECTORS)}
     on = Warpgroup(spec.parts, bool(spec.interpret))
-    return Chunk(on, spec.keep, spec.erase, spec.read, **tokens, vectors=vectors)
+    return Chunk(on, spec.decay, spec.erase, spec.read, **tokens, vectors=vectors)
 
 
 def forward(spec: Spec, tokens: dict[str, Any], start: Any, *, slots: int, keep_states: bool):

@@ -1,9 +1,9 @@
 """One chunk of the delta rule with momentum, forward and backward; `gpu_chunk` is without.
 
-    S_t = mom_t S_{t-1} - rate_t e_t x_t^T,   W_t = W_{t-1} (keep_t I - erase_t x_t x_t^T) + S_t
+    S_t = mom_t S_{t-1} - eta_t e_t x_t^T,   W_t = W_{t-1} (decay_t I - erase_t x_t x_t^T) + S_t
 
-With Gam and The the products of keep and of momentum between two tokens, kap = Gam The is what is
-left of a write, c what has reached the memory of the momentum at the start. P = rate E is written
+With Gam and The the products of decay and of momentum between two tokens, kap = Gam The is what is
+left of a write, c what has reached the memory of the momentum at the start. P = eta E is written
 and Y erased:
 
     Y = T erase (g X W^T + c X S^T - (kap X X^T) P),
@@ -66,7 +66,7 @@ def solve(chunk: Chunk, state, work, *, inverse=None):
     """Find Y, or None where nothing is erased; fills The and P in the tiles of the chunk."""
     on = chunk.on
     fill_theta(chunk)
-    on.put(chunk.written, chunk.rows("rate") * on.get(chunk.error))
+    on.put(chunk.written, chunk.rows("learning_rate") * on.get(chunk.error))
     if not chunk.erase:
         return None
     lower = chunk.rows("erase") * chunk.table(_overlaps(chunk))
@@ -88,7 +88,7 @@ def _seen(chunk: Chunk, state):
 def _started(chunk: Chunk, rows, state, when, carried):
     """What W and S at the chunk's start contribute."""
     on = chunk.on
-    found = chunk.decay(when) * on.product((rows, Flipped(state[0])))
+    found = chunk.factor(when) * on.product((rows, Flipped(state[0])))
     return found + chunk.rows(carried) * on.product((rows, Flipped(state[1])))
 
 
@@ -110,17 +110,17 @@ def advance(chunk: Chunk, weights, total, work):
     on, (weight, velocity) = chunk.on, weights
     on.put(work, -_leaves(chunk, total))
     columns = weight.shape[1]
-    after = chunk.decay("total", columns) * weight + chunk.rows("carried_end", columns) * velocity
+    after = chunk.factor("total", columns) * weight + chunk.rows("carried_end", columns) * velocity
     after = after + on.product((Flipped(work), chunk.x))
-    on.put(work, -chunk.decay("momentum_tail") * on.get(chunk.written))
-    velocity = chunk.decay("momentum_total", columns) * velocity
+    on.put(work, -chunk.factor("momentum_tail") * on.get(chunk.written))
+    velocity = chunk.factor("momentum_total", columns) * velocity
     return after, velocity + on.product((Flipped(work), chunk.x))
 
 
 def _leaves(chunk: Chunk, total):
     """What each token leaves in the memory at the chunk's end."""
     left = chunk.rows("write_end") * chunk.on.get(chunk.written)
-    return left if total is None else left + chunk.decay("tail") * total
+    return left if total is None else left + chunk.factor("tail") * total
 
 
 def pull(chunk: Chunk, held: Carried, backs, give):
@@ -137,9 +137,9 @@ def pull(chunk: Chunk, held: Carried, backs, give):
     of_written = chunk.rows("write_end") * of_leaves
     of_total: Any = None
     if chunk.erase:
-        of_total = chunk.decay("tail") * of_leaves
+        of_total = chunk.factor("tail") * of_leaves
         give("tail", jnp.sum(of_total * on.get(work[1]), axis=1))
-    of_left = -chunk.decay("momentum_tail") * on.product((chunk.x, Flipped(held.back[1])))
+    of_left = -chunk.factor("momentum_tail") * on.product((chunk.x, Flipped(held.back[1])))
     give("momentum_tail", jnp.sum(of_left * on.get(chunk.written), axis=1))
     of_written = of_written + of_left
     if chunk.read:
@@ -148,8 +148,8 @@ def pull(chunk: Chunk, held: Carried, backs, give):
         of_total = of_total + of_erased if chunk.erase else None
     if chunk.erase:
         of_written = of_written + _pull_solve(chunk, held, of_total, give)
-    give("rate", jnp.sum(of_written * on.get(chunk.error), axis=1))
-    give("error", chunk.rows("rate") * of_written)
+    give("learning_rate", jnp.sum(of_written * on.get(chunk.error), axis=1))
+    give("error", chunk.rows("learning_rate") * of_written)
     _pull_keys(chunk, held, give)
     return _pull_states(chunk, held, back, of_velocity, give)
 
@@ -157,7 +157,7 @@ def pull(chunk: Chunk, held: Carried, backs, give):
 def _pull_keys(chunk: Chunk, held: Carried, give):
     on, work = chunk.on, held.work
     leaves = _leaves(chunk, on.get(work[1]) if chunk.erase else None)
-    left = chunk.decay("momentum_tail") * on.get(chunk.written)
+    left = chunk.factor("momentum_tail") * on.get(chunk.written)
     terms = [(on.split(-leaves), held.back[0]), (on.split(-left), held.back[1])]
     if chunk.read:
         terms.append((Flipped(work[2]), chunk.queries))
@@ -172,9 +172,9 @@ def _pull_states(chunk: Chunk, held: Carried, back, of_velocity, give):
     on, work, columns = chunk.on, held.work, back.shape[1]
     give("carried_end", jnp.sum(back * on.get(held.state[1]), axis=1))
     reached = chunk.rows("carried_end", columns) * back
-    back = chunk.decay("total", columns) * back
+    back = chunk.factor("total", columns) * back
     give("total", jnp.sum(back * on.get(held.state[0]), axis=1))
-    of_velocity = chunk.decay("momentum_total", columns) * of_velocity
+    of_velocity = chunk.factor("momentum_total", columns) * of_velocity
     give("momentum_total", jnp.sum(of_velocity * on.get(held.state[1]), axis=1))
     of_velocity = of_velocity + reached
     if chunk.erase:
@@ -182,7 +182,7 @@ def _pull_states(chunk: Chunk, held: Carried, back, of_velocity, give):
         of_velocity = of_velocity + on.product((Flipped(work[4]), chunk.x))
     if chunk.read:
         of_reads = on.get(chunk.of_reads)
-        on.put(work[2], chunk.decay(until(chunk)) * of_reads)
+        on.put(work[2], chunk.factor(until(chunk)) * of_reads)
         back = back + on.product((Flipped(work[2]), chunk.queries))
         on.put(work[2], chunk.rows(_carried(chunk)) * of_reads)
         of_velocity = of_velocity + on.product((Flipped(work[2]), chunk.queries))
@@ -208,7 +208,7 @@ def _pull_read(chunk: Chunk, held: Carried, give):
         give("pairs", pull_pairs(on, of_both * scores, work[5], read=chunk.read))
         of_scores = of_scores + of_both
     on.put(work[2], of_scores)
-    of_queries = chunk.decay(until(chunk)) * on.product((chunk.of_reads, held.state[0]))
+    of_queries = chunk.factor(until(chunk)) * on.product((chunk.of_reads, held.state[0]))
     give(until(chunk), jnp.sum(on.get(chunk.queries) * of_queries, axis=1))
     more = on.product((chunk.of_reads, held.state[1]))
     give(_carried(chunk), jnp.sum(on.get(chunk.queries) * more, axis=1))
@@ -245,7 +245,7 @@ def _pull_solve(chunk: Chunk, held: Carried, of_total, give):
     on.put(work[4], chunk.rows("carried_before") * of_right)
     more = on.product((chunk.x, Flipped(held.state[1])))
     give("carried_before", jnp.sum(of_right * more, axis=1))
-    of_right = chunk.decay("before") * of_right
+    of_right = chunk.factor("before") * of_right
     on.put(work[3], of_right)
     more = on.product((chunk.x, Flipped(held.state[0])))
     give("before", jnp.sum(of_right * more, axis=1))
@@ -253,7 +253,7 @@ def _pull_solve(chunk: Chunk, held: Carried, of_total, give):
 
 
 def _pull_left(chunk: Chunk, of_left, work, give, *, read):
-    """Through kap = Gam The, to the logs of keep and of momentum; `work` is two tiles."""
+    """Through kap = Gam The, to the logs of decay and of momentum; `work` is two tiles."""
     on = chunk.on
     on.put(work[0], of_left)
     decays = _decays(chunk, read)

@@ -1,6 +1,6 @@
 """The numbers of a chunk's tokens that the GPU kernels take, and the gradients that come back.
 
-Decays travel as log sums of `keep`: the kernels take exponentials of their differences.
+Decays travel as log sums of `decay`: the kernels take exponentials of their differences.
 """
 
 import jax
@@ -10,26 +10,26 @@ from pallas_kernels.delta_rule import gpu_momentum
 from pallas_kernels.delta_rule.gpu_chunk import VECTORS
 
 
-def logs_of(keep):
-    """The logarithms of the keep gate; log 0 would give inf - inf in the sums."""
-    return jnp.log(jnp.maximum(keep, jnp.finfo(jnp.float32).tiny))
+def logs_of(decay):
+    """The logarithms of the decay gate; log 0 would give inf - inf in the sums."""
+    return jnp.log(jnp.maximum(decay, jnp.finfo(jnp.float32).tiny))
 
 
 def log_sums(logs):
-    """The last four of `VECTORS`, each [..., 64], from the logs of keep of whole chunks."""
+    """The last four of `VECTORS`, each [..., 64], from the logs of decay of whole chunks."""
     at = jnp.cumsum(logs, axis=-1)
     total = jnp.broadcast_to(at[..., -1:], at.shape)
     return {"at": at, "before": _shifted(at), "tail": at[..., -1:] - at, "total": total}
 
 
-def momentum_sums(keep, momentum):
-    """`gpu_momentum.VECTORS`, each [..., 64], from the logs of keep and of momentum.
+def momentum_sums(decay, momentum):
+    """`gpu_momentum.VECTORS`, each [..., 64], from the logs of decay and of momentum.
 
-    c and kap are sums of products, made by their recurrences: c_t = keep_t c_{t-1} + The_{0,t} and,
-    from the end, kap_i = Gam_i + momentum_{i+1} kap_{i+1}.
+    c and kap are sums of products, made by their recurrences: c_t = decay_t c_{t-1} + The_{0,t}
+    and, from the end, kap_i = Gam_i + momentum_{i+1} kap_{i+1}.
     """
-    sums, at = log_sums(keep), jnp.cumsum(momentum, axis=-1)
-    carried = _recurrence(jnp.exp(keep), jnp.exp(at), reverse=False)
+    sums, at = log_sums(decay), jnp.cumsum(momentum, axis=-1)
+    carried = _recurrence(jnp.exp(decay), jnp.exp(at), reverse=False)
     after = jnp.pad(momentum[..., 1:], [(0, 0)] * (momentum.ndim - 1) + [(0, 1)])
     end = [jnp.broadcast_to(a[..., -1:], at.shape) for a in (at, carried)]
     left = _recurrence(jnp.exp(after), jnp.exp(sums["tail"]), reverse=True)
@@ -37,11 +37,11 @@ def momentum_sums(keep, momentum):
     return dict(zip(gpu_momentum.VECTORS, made, strict=True))
 
 
-def of_momentum_logs(of, keep, momentum):
-    """The gradients of the logs of keep, to add, and of momentum, from those of `momentum_sums`."""
-    found, pull = jax.vjp(momentum_sums, keep, momentum)
-    of_keep, of_momentum = pull({n: of.get(n, jnp.zeros_like(a)) for n, a in found.items()})
-    return of_keep, of_momentum + of["momentum_pairs"]
+def of_momentum_logs(of, decay, momentum):
+    """Gradients of the logs of decay, to add, and of momentum, from those of `momentum_sums`."""
+    found, pull = jax.vjp(momentum_sums, decay, momentum)
+    of_decay, of_momentum = pull({n: of.get(n, jnp.zeros_like(a)) for n, a in found.items()})
+    return of_decay, of_momentum + of["momentum_pairs"]
 
 
 def _recurrence(factor, term, *, reverse):
@@ -56,11 +56,11 @@ def _recurrence(factor, term, *, reverse):
 
 def stacked(made, names=VECTORS):
     """A dict of vectors [S, N, 64] as [S, N, names, 64], zeros for those it lacks."""
-    return jnp.stack([made.get(n, jnp.zeros_like(made["rate"])) for n in names], axis=-2)
+    return jnp.stack([made.get(n, jnp.zeros_like(made["learning_rate"])) for n in names], axis=-2)
 
 
 def of_logs(of, *, erase: bool, read: str | None):
-    """The gradient of the logs of keep [S, N, 64].
+    """The gradient of the logs of decay [S, N, 64].
 
     Args:
       of: the gradients of `log_sums` and of "pairs", each [S, N, 64].

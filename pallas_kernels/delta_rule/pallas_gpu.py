@@ -47,8 +47,8 @@ def delta_rule_pallas_gpu(
         start, whole = states["initial"], given["x"].shape[-1]
         tokens = {n: as_tiles(a, dtype) for n, a in given.items() if n not in GATES}
         gates = {n: a.reshape(-1, whole // ROWS, ROWS) for n, a in given.items() if n in GATES}
-        if "keep" in gates:
-            gates["keep"] = logs_of(gates["keep"])
+        if "decay" in gates:
+            gates["decay"] = logs_of(gates["decay"])
         spec = _spec(operands, None if read == "anchor" else read, dtype, whole, every, interpret)
         final, reads = _loop(spec, tokens, gates, start)
         if reads is not None:
@@ -86,7 +86,7 @@ def _spec(operands: Operands, read, dtype, whole, every, interpret) -> Spec:
         raise ValueError(f"every={every} must divide the {chunks} chunks of 64 tokens")
     reads = None if operands.queries is None else read
     parts = 1 if dtype == jnp.bfloat16 else 2
-    fields = (parts, operands.keep is not None, operands.erase is not None, reads)
+    fields = (parts, operands.decay is not None, operands.erase is not None, reads)
     for k in (every,) if every else (2, 1):
         spec = Spec(*fields, k, interpret)
         needed = shared_bytes(spec, n, slots=1, backward=True)
@@ -99,9 +99,9 @@ def _spec(operands: Operands, read, dtype, whole, every, interpret) -> Spec:
 
 
 def _vectors(gates):
-    """rate, erase and the logs of keep [S, N, 64] as `VECTORS` [S, N, 6, 64]."""
-    sums = log_sums(gates["keep"]) if "keep" in gates else {}
-    return stacked({n: gates[n] for n in ("rate", "erase") if n in gates} | sums)
+    """Learning rate, erase and the logs of decay [S, N, 64] as `VECTORS` [S, N, 6, 64]."""
+    sums = log_sums(gates["decay"]) if "decay" in gates else {}
+    return stacked({n: gates[n] for n in ("learning_rate", "erase") if n in gates} | sums)
 
 
 def _tokens(spec, tokens, gates):
@@ -115,7 +115,7 @@ def _slots(spec, n):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loop(spec: Spec, tokens: dict, gates: dict, start: Any):
-    """The final memory and the reads; `gates["keep"]` are logarithms."""
+    """The final memory and the reads; `gates["decay"]` are logarithms."""
     return _loop_fwd(spec, tokens, gates, start, keep_states=False)[0]
 
 
@@ -144,9 +144,9 @@ def _loop_bwd(spec, kept, cotangents):
             of_tokens[name] = total.astype(tokens[name].dtype)
     vectors = jnp.sum(found["vectors"], axis=0)
     of = {name: vectors[..., GRADIENTS.index(name), :] for name in GRADIENTS}
-    of_gates = {name: of[name] for name in ("rate", "erase") if name in gates}
-    if spec.keep:
-        of_gates["keep"] = of_logs(of, erase=spec.erase, read=spec.read)
+    of_gates = {name: of[name] for name in ("learning_rate", "erase") if name in gates}
+    if spec.decay:
+        of_gates["decay"] = of_logs(of, erase=spec.erase, read=spec.read)
     return of_tokens, of_gates, found["start"]
 
 

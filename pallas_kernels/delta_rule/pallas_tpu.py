@@ -67,7 +67,7 @@ def _chunk(read, _, states, tokens):
     """One chunk of one sequence, inside the kernel: axes [1, rows, C]."""
     tokens = {n: a[:, 0] if n in GATES else a for n, a in tokens.items()}
     operands = Operands(**tokens, **states)
-    tables = chunk_tables(operands.rate, operands.keep, operands.momentum, _FORM)
+    tables = chunk_tables(operands.learning_rate, operands.decay, operands.momentum, _FORM)
     solved = solve_chunk(operands, tables, named=False, form=_FORM)
     final, velocity = write_chunk(solved)
     new = {"initial": final}

@@ -20,12 +20,12 @@ def delta_rule_reference(operands: Operands, *, read: str) -> DeltaOutput:
 
     def token(carry, inputs):
         weight, velocity = carry
-        x, error, rate, keep, erase, momentum, query = inputs
-        step = -rate[..., None, None] * error[..., :, None] * x[..., None, :]
+        x, error, learning_rate, decay, erase, momentum, query = inputs
+        step = -learning_rate[..., None, None] * error[..., :, None] * x[..., None, :]
         if momentum is not None:
             step = velocity = momentum[..., None, None] * velocity + step
         old = weight
-        kept = weight if keep is None else keep[..., None, None] * weight
+        kept = weight if decay is None else decay[..., None, None] * weight
         if erase is not None:
             seen = jnp.einsum("...mn,...n->...m", weight, x)
             kept = kept - erase[..., None, None] * seen[..., :, None] * x[..., None, :]
@@ -35,7 +35,7 @@ def delta_rule_reference(operands: Operands, *, read: str) -> DeltaOutput:
         source = {"running_prev": old, "running": weight, "anchor": anchor}[read]
         return (weight, velocity), jnp.einsum("...mn,...n->...m", source, query)
 
-    names = ("x", "error", "rate", "keep", "erase", "momentum", "queries")
+    names = ("x", "error", "learning_rate", "decay", "erase", "momentum", "queries")
     arrays = (getattr(operands, name) for name in names)
     inputs = tuple(None if a is None else jnp.moveaxis(a, -1, 0) for a in arrays)
     (weight, velocity), reads = jax.lax.scan(token, (anchor, operands.initial_momentum), inputs)

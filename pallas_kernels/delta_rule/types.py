@@ -13,9 +13,9 @@ class Operands(NamedTuple):
 
     x: Float[Array, "*x n T"]
     error: Float[Array, "*e m T"]
-    rate: Float[Array, "*r T"]
+    learning_rate: Float[Array, "*r T"]
     initial: Float[Array, "*w m n"]
-    keep: Float[Array, "*k T"] | None = None
+    decay: Float[Array, "*k T"] | None = None
     erase: Float[Array, "*b T"] | None = None
     momentum: Float[Array, "*u T"] | None = None
     initial_momentum: Float[Array, "*w m n"] | None = None

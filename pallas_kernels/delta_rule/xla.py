@@ -18,21 +18,21 @@ class Tables(NamedTuple):
     """Decay products of one chunk (row t, column i; tokens count from 1, 0 is the anchor).
 
     Attributes:
-      keep: Gam_{i,t} for i <= t, else 0; all ones below the diagonal without a keep gate.
-      keep_before: Gam_{i,t-1} for i < t, else 0.
-      write: kap_{i,t}, how much of write i is left at t; equal to `keep` without momentum.
+      decay: Gam_{i,t} for i <= t, else 0; all ones below the diagonal without a decay gate.
+      decay_before: Gam_{i,t-1} for i < t, else 0.
+      write: kap_{i,t}, how much of write i is left at t; equal to `decay` without momentum.
       write_before: kap_{i,t-1}.
-      keep_start: Gam_{0,t}, or None when it is one.
+      decay_start: Gam_{0,t}, or None when it is one.
       momentum_start: The_{0,t}, or None without momentum.
       momentum_end: The_{i,C}, or None without momentum.
       carried: c_t, how much of the initial momentum has reached the memory, or None.
     """
 
-    keep: Float[Array, "*a C C"]
-    keep_before: Float[Array, "*a C C"]
+    decay: Float[Array, "*a C C"]
+    decay_before: Float[Array, "*a C C"]
     write: Float[Array, "*b C C"]
     write_before: Float[Array, "*b C C"]
-    keep_start: Float[Array, "*c C"] | None
+    decay_start: Float[Array, "*c C"] | None
     momentum_start: Float[Array, "*d C"] | None
     momentum_end: Float[Array, "*d C"] | None
     carried: Float[Array, "*b C"] | None
@@ -76,25 +76,27 @@ def _before(table, *, axis: int, first: float = 0.0):
     return jnp.concatenate([ahead, rest], axis=axis)
 
 
-def chunk_tables(rate, keep, momentum, form: Form = PLAIN) -> Tables:
+def chunk_tables(learning_rate, decay, momentum, form: Form = PLAIN) -> Tables:
     """The decay products of one chunk; memories that share gates share them.
 
     Args:
-      rate: [..., T]; gives dtype, length and leading dimensions.
-      keep: [..., T], or None for a memory that forgets nothing.
+      learning_rate: [..., T]; gives dtype, length and leading dimensions.
+      decay: [..., T], or None for a memory that forgets nothing.
       momentum: [..., T], or None.
       form: see `Form`.
     """
-    if keep is None:
-        ones = jnp.ones((1,) * (rate.ndim - 1) + (rate.shape[-1],) * 2, rate.dtype)
+    if decay is None:
+        ones = jnp.ones(
+            (1,) * (learning_rate.ndim - 1) + (learning_rate.shape[-1],) * 2, learning_rate.dtype
+        )
         products = masked(ones, lambda i, j: i >= j)
-        keep_start = None
+        decay_start = None
     else:
-        sums = _log_sums(keep, form)
-        products, keep_start = _products(*sums), jnp.exp(sums[0][..., 0, :])
+        sums = _log_sums(decay, form)
+        products, decay_start = _products(*sums), jnp.exp(sums[0][..., 0, :])
     before = _before(products, axis=products.ndim - 2)
     if momentum is None:
-        return Tables(products, before, products, before, keep_start, None, None, None)
+        return Tables(products, before, products, before, decay_start, None, None, None)
     row, column = _log_sums(momentum, form)
     write = nn(products, _products(row, column), form)
     row = row[..., 0, :]
@@ -104,7 +106,7 @@ def chunk_tables(rate, keep, momentum, form: Form = PLAIN) -> Tables:
         before,
         write,
         _before(write, axis=write.ndim - 2),
-        keep_start,
+        decay_start,
         momentum_start,
         jnp.exp(row[..., -1:] - row),
         nt(momentum_start[..., None, :], products, form)[..., 0, :],
@@ -119,7 +121,7 @@ class Solved(NamedTuple):
       x: [..., n, C].
       initial: W_0, [..., m, n].
       initial_momentum: S_0, [..., m, n], or None.
-      written: rate_i error_i, [..., m, C].
+      written: learning_rate_i error_i, [..., m, C].
       erased: erase_i W_{i-1} x_i, [..., m, C], or None without erasure.
       form: how its products are made.
     """
@@ -136,7 +138,7 @@ class Solved(NamedTuple):
 def _from_start(rows, anchored, solved: Solved, *, before: bool):
     """What the states at the chunk's start contribute to W_t @ rows_t (to W_{t-1} if before)."""
     tables = solved.tables
-    scale = tables.keep_start
+    scale = tables.decay_start
     if scale is not None and before:
         scale = _before(scale, axis=scale.ndim - 1, first=1.0)
     if anchored is not None:
@@ -172,7 +174,7 @@ def solve_chunks(given: list[tuple[Operands, Tables, bool]], form: Form = PLAIN)
     """
     starts, systems = [], []
     for operands, tables, _ in given:
-        x, written = operands.x, operands.rate[..., None, :] * operands.error
+        x, written = operands.x, operands.learning_rate[..., None, :] * operands.error
         start = Solved(tables, x, operands.initial, operands.initial_momentum, written, None, form)
         starts.append(start)
         if operands.erase is None:
@@ -180,7 +182,7 @@ def solve_chunks(given: list[tuple[Operands, Tables, bool]], form: Form = PLAIN)
         overlap = gram(x, form)
         right = _from_start(x, operands.anchored, start, before=True)
         right = right - nt(written, tables.write_before * overlap, form)
-        systems.append((tables.keep_before * overlap * operands.erase[..., None, :], right))
+        systems.append((tables.decay_before * overlap * operands.erase[..., None, :], right))
     if not systems:
         return starts
     named = tuple(name for operands, _, name in given if operands.erase is not None)
@@ -211,8 +213,8 @@ def read_chunk(solved: Solved, queries, *, read: str, anchored=None) -> Float[Ar
         return out - nt(solved.written, write * scores, form)
     if tables.carried is None:
         return out - nt(solved.written + solved.erased, write * scores, form)
-    keep = tables.keep_before if before else tables.keep
-    return out - nt(solved.written, write * scores, form) - nt(solved.erased, keep * scores, form)
+    decay = tables.decay_before if before else tables.decay
+    return out - nt(solved.written, write * scores, form) - nt(solved.erased, decay * scores, form)
 
 
 def write_chunk(solved: Solved) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
@@ -220,10 +222,10 @@ def write_chunk(solved: Solved) -> tuple[Float[Array, "..."], Float[Array, "..."
     tables = solved.tables
     change = tables.write[..., -1, None, :] * solved.written
     if solved.erased is not None:
-        change = change + tables.keep[..., -1, None, :] * solved.erased
+        change = change + tables.decay[..., -1, None, :] * solved.erased
     final = solved.initial
-    if tables.keep_start is not None:
-        final = tables.keep_start[..., -1, None, None] * final
+    if tables.decay_start is not None:
+        final = tables.decay_start[..., -1, None, None] * final
     final = final - nt(change, solved.x, solved.form)
     momentum = solved.initial_momentum
     if tables.carried is None or momentum is None:
@@ -240,7 +242,7 @@ def delta_chunk_xla(operands: Operands, *, read: str) -> DeltaOutput:
 
     Exact for the recurrence of `reference.py`: only the rounding differs.
     """
-    tables = chunk_tables(operands.rate, operands.keep, operands.momentum)
+    tables = chunk_tables(operands.learning_rate, operands.decay, operands.momentum)
     solved = solve_chunk(operands, tables)
     reads = None
     if operands.queries is not None:
@@ -303,6 +305,6 @@ def _with_states(tokens, carry) -> Operands:
 
 def _over_tokens(operands: Operands, function) -> dict:
     """Apply `function(array)` to every per-token operand but `anchored`, which is of one state."""
-    names = ("x", "error", "rate", "keep", "erase", "momentum", "queries")
+    names = ("x", "error", "learning_rate", "decay", "erase", "momentum", "queries")
     arrays = {name: getattr(operands, name) for name in names}
     return {name: None if a is None else function(a) for name, a in arrays.items()}

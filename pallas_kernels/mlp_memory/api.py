@@ -54,8 +54,8 @@ def mlp_memory(
     values: Float[Array, "..."],
     *,
     initial: FastWeights,
-    rate: Float[Array, "..."] | None = None,
-    keep: Float[Array, "..."] | None = None,
+    learning_rate: Float[Array, "..."] | None = None,
+    decay: Float[Array, "..."] | None = None,
     momentum: Float[Array, "..."] | None = None,
     queries: Float[Array, "..."] | None = None,
     readout: Readout | None = None,
@@ -68,20 +68,21 @@ def mlp_memory(
 
     At each chunk's start the inner gradients of its tokens are taken; inside the chunk every matrix
     follows the delta rule with its own layer input, and the group's last memory is read. With a
-    `readout` the memories make their own context: the group is (key, rate, keep, value, memory), or
-    with `rule.adaptive_query` (key, rate, keep, value, query, memory), which is one layer of
-    self-modifying Titans; without one any number of memories learns the context that is given.
+    `readout` the memories make their own context: the group is (key, learning rate, decay, value,
+    memory), or with `rule.adaptive_query` (key, learning rate, decay, value, query, memory), which
+    is one layer of self-modifying Titans; without one any number of memories learns the context
+    that is given.
 
     Args:
-      keys: [..., T, d]; with a readout the inputs of the key, rate and keep memories.
+      keys: [..., T, d]; with a readout the inputs of the key, learning-rate and decay memories.
       values: [..., T, d]; with a readout the inputs of the value memory.
       initial: fast weights at the start, leaves [..., n, f, d] and [..., n, d, f].
-      rate: inner learning rates, [..., T]; not with a readout.
-      keep: fraction of the memory kept, in (0, 1], [..., T]; not with a readout.
+      learning_rate: inner learning rates, [..., T]; not with a readout.
+      decay: fraction of the memory kept, in (0, 1], [..., T]; not with a readout.
       momentum: momentum coefficients in [0, 1], [..., T]; given if `initial` has momenta. The
         chunked forms work with logarithms and give the coefficient no gradient at exactly 0.
       queries: [..., T, d]; None reads nothing.
-      readout: how rate and keep are read from the memories that make them.
+      readout: how learning rate and decay are read from the memories that make them.
       documents: where documents begin and what their memory begins as; None for one sequence that
         goes on from `initial`.
       rule: see `Rule`; default its defaults.
@@ -105,7 +106,7 @@ def mlp_memory(
     Reference: Nested Learning (arXiv 2512.24695) eq. 79-93; spec C6.
     """
     rule = Rule() if rule is None else rule
-    gates = {"rate": rate, "keep": keep, "momentum": momentum}
+    gates = {"learning_rate": learning_rate, "decay": decay, "momentum": momentum}
     implementation = _check(keys, values, initial, gates, queries, readout, rule, implementation)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
@@ -173,9 +174,11 @@ def _check(keys, values, initial, gates, queries, readout, rule, implementation)
             raise ValueError(f"{name} has shape {gate.shape}, expected {(*batch, length)}")
     if (gates["momentum"] is None) != (initial.inner_momentum is None):
         raise ValueError("give momentum and the momenta of `initial` together, or neither")
-    made = [name for name in ("rate", "keep") if gates[name] is not None]
+    made = [name for name in ("learning_rate", "decay") if gates[name] is not None]
     if readout is None and len(made) < 2:
-        raise ValueError("rate and keep are missing: give both, or a readout that makes them")
+        raise ValueError(
+            "learning_rate and decay are missing: give both, or a readout that makes them"
+        )
     if readout is not None:
         if made:
             raise ValueError(f"a readout makes {made[0]}: leave it out, or the readout")

@@ -96,23 +96,23 @@ def write_chunk(
     size, wide = jnp.sum(chunk.keys**2, axis=-2), jnp.sum(anchor.h**2, axis=-2)
     inner_error = tn(weights.outer, anchor.error, form) * anchor.slope
     inner_error = _clipped(inner_error, size[:, None], rule)
-    rate, erase = chunk.rate, _erase(rule, "inner", chunk.rate, size)
-    tables = delta_rule.chunk_tables(rate, chunk.keep, chunk.momentum, form)
+    eta, erase = chunk.learning_rate, _erase(rule, "inner", chunk.learning_rate, size)
+    tables = delta_rule.chunk_tables(eta, chunk.decay, chunk.momentum, form)
     of_inner = Operands(
         x=chunk.keys,
         error=inner_error.reshape(heads, n * f, -1),
-        rate=rate,
+        learning_rate=eta,
         erase=erase,
         initial=weights.inner.reshape(tall),
         initial_momentum=_shaped(weights.inner_momentum, tall),
         anchored=anchor.before.reshape(heads, n * f, -1),
     )
-    rate = rate[:, None]
+    eta = eta[:, None]
     of_outer = Operands(
         x=anchor.h,
         error=_clipped(anchor.error, wide, rule),
-        rate=rate,
-        erase=_erase(rule, "outer", rate, wide),
+        learning_rate=eta,
+        erase=_erase(rule, "outer", eta, wide),
         initial=weights.outer,
         initial_momentum=weights.outer_momentum,
         anchored=anchor.out,
@@ -206,12 +206,12 @@ def _shaped(array, shape):
     return None if array is None else array.reshape(shape)
 
 
-def _erase(rule, layer, rate, squared_norm):
+def _erase(rule, layer, eta, squared_norm):
     """beta of spec C6.5: the erasure along a layer's input, kept non-expansive."""
     if rule.dgd == "layerwise" or (rule.dgd == "input_only" and layer == "inner"):
         if rule.erase == "implicit":
-            return rate / (1.0 + rate * squared_norm)
-        return jnp.broadcast_to(rate / jnp.maximum(1.0, rate * squared_norm), squared_norm.shape)
+            return eta / (1.0 + eta * squared_norm)
+        return jnp.broadcast_to(eta / jnp.maximum(1.0, eta * squared_norm), squared_norm.shape)
     return None
 
 
@@ -237,8 +237,8 @@ def generate(
 ) -> tuple[Float[Array, "H d C"] | None, Written, Reads]:
     """A chunk's context from the memories at its start (paper eq. 79-85): queries, context, reads.
 
-    The memories of the group are key, rate, keep, value, then the one of adaptive queries, then the
-    queried one; `queried` says whether the last one belongs to the group.
+    The memories of the group are key, learning rate, decay, value, then the one of adaptive
+    queries, then the queried one; `queried` says whether the last one belongs to the group.
     """
     inputs, queries = [x.keys, x.keys, x.keys, x.values], x.queries
     if queries is not None and not rule.adaptive_query:
@@ -248,14 +248,14 @@ def generate(
         inputs.append(queries)
     own = jax.tree.map(lambda a: a[:, : len(inputs)], weights)
     reads = predict(own, jnp.stack(inputs, axis=1), form)
-    key, rate, keep, value = (reads.out[:, i] for i in range(4))
+    key, eta, decay, value = (reads.out[:, i] for i in range(4))
     if rule.adaptive_query:
         queries = unit(reads.out[:, 4])
         last = jax.tree.map(lambda a: a[:, -1:], weights)
         reads = predict(last, queries[:, None], form)
-    rate = rule.max_rate * _gate(readout.rate, readout.rate_bias, rate)
-    keep = _gate(readout.keep, readout.keep_bias, keep)
-    return queries, Written(unit(key), value, rate, keep, x.momentum), reads
+    eta = rule.max_learning_rate * _gate(readout.learning_rate, readout.learning_rate_bias, eta)
+    decay = _gate(readout.decay, readout.decay_bias, decay)
+    return queries, Written(unit(key), value, eta, decay, x.momentum), reads
 
 
 def restarted(weights: FastWeights, begins, inner, outer) -> FastWeights:
@@ -290,8 +290,10 @@ def memory_chunk(
     if readout is not None:
         _, written, reads = generate(weights, tokens, readout, rule, queried=True, form=form)
         return write_chunk(weights, written, rule, reads, form=form)
-    assert tokens.rate is not None and tokens.keep is not None
-    written = Written(tokens.keys, tokens.values, tokens.rate, tokens.keep, tokens.momentum)
+    assert tokens.learning_rate is not None and tokens.decay is not None
+    written = Written(
+        tokens.keys, tokens.values, tokens.learning_rate, tokens.decay, tokens.momentum
+    )
     reads = None
     if tokens.queries is not None:
         last = jax.tree.map(lambda a: a[:, -1:], weights)

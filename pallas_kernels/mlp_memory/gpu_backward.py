@@ -122,7 +122,7 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, cotangents: Any) -
             chunk = Step(spec, cell, smem, get, out, {})
             backs = pull(chunk, backs)
             for j, name in enumerate(spec.gradients):
-                zero = 0.0 * chunk.vectors["rate"]
+                zero = 0.0 * chunk.vectors["learning_rate"]
                 outs["vectors"][sequence, memory, at, j] = chunk.vectors.get(name, zero)
             return before_start(on, refs, outs, (sequence, memory), at, backs)
 
@@ -231,20 +231,20 @@ def _outer_gradients(step: Step, norms: Norms):
     """What takes the gradients of U's delta rule: those of E, of H and of V q go into tiles."""
     cell, smem = step.cell, step.smem
     of: dict[str, Any] = {}
-    on, rule, rate = cell.on, cell.rule, cell.vectors["rate"]
+    on, rule, eta = cell.on, cell.rule, cell.vectors["learning_rate"]
 
     def give(name, value):
-        if name in ("rate", "erase"):
+        if name in ("learning_rate", "erase"):
             of[name] = of[name] + value if name in of else value
         elif name == "queries":  # of s(V q)
             on.put(smem["fifth"], value * on.get(smem["fifth"]))
         elif name == "error":
-            of_error, of["hidden"] = _pull_rate(step, of["rate"], norms.error, norms.hidden)
+            of_error, of["hidden"] = _pull_eta(step, of["learning_rate"], norms.error, norms.hidden)
             on.put(smem["of_error"], _with_norm(cell, value, of_error, cell.error))
         elif name == "x":
             if "erase" in of:
-                of_rate, of_hidden = pull_erase(on.vector(rate), norms.hidden, rule, of["erase"])
-                step.give("rate", of_rate)
+                of_eta, of_hidden = pull_erase(on.vector(eta), norms.hidden, rule, of["erase"])
+                step.give("learning_rate", of_eta)
                 of["hidden"] = of_hidden if of["hidden"] is None else of["hidden"] + of_hidden
             on.put(smem["fourth"], _with_norm(cell, value, of["hidden"], smem["first"]))
         else:
@@ -260,14 +260,14 @@ def _inner_gradients(step: Step, norms: Norms):
     on = cell.on
 
     def give(name, value):
-        if name == "rate":
+        if name == "learning_rate":
             of[name] = value
         elif name == "queries":
             step.out("queries", value, "work3")
             plgpu.wait_smem_to_gmem(0)
         elif name == "error":
             size = on.vector(cell.vectors["size"])
-            of_error, of_size = _pull_rate(step, of["rate"], norms.steep, size)
+            of_error, of_size = _pull_eta(step, of["learning_rate"], norms.steep, size)
             if of_size is not None:
                 step.give("size", of_size)
             on.put(cell.steep, _with_norm(cell, value, of_error, cell.steep))
@@ -279,15 +279,15 @@ def _inner_gradients(step: Step, norms: Norms):
     return give
 
 
-def _pull_rate(step: Step, of_rate, error, of_input):
-    """Through a rate that is clipped by squared norms; gives that of the rate, returns theirs."""
+def _pull_eta(step: Step, of_eta, error, of_input):
+    """Through a learning rate that squared norms clip: gives its cotangent, returns theirs."""
     cell = step.cell
     clip = clip_of(error * of_input, cell.rule)
     if clip is None:
-        step.give("rate", of_rate)
+        step.give("learning_rate", of_eta)
         return None, None
-    step.give("rate", clip * of_rate)
-    of_clip = cell.on.vector(cell.vectors["rate"]) * of_rate
+    step.give("learning_rate", clip * of_eta)
+    of_clip = cell.on.vector(cell.vectors["learning_rate"]) * of_eta
     of_product = pull_clip(error * of_input, cell.rule, of_clip)
     return of_product * of_input, of_product * error
 

@@ -5,7 +5,7 @@ With K, X the keys and values of a chunk (tokens are rows), V and U the matrices
     B = K V^T,   H = s(B),   E = c_E (K + H U^T - target),   G = (E U) * s'(B),
 
 c_E, c_U and c_V the clips of the error and of the gradients E^T H and G^T K. V then follows the
-delta rule with inputs K and errors c_V G, U with H and c_U E: their clips go into their rates.
+delta rule with inputs K and errors c_V G, U with H and c_U E: their clips scale the learning rates.
 """
 
 import math
@@ -23,8 +23,8 @@ _BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 _LEAST = 1e-12  # of a squared norm
 # Numbers of a token, as those of the delta rule's kernel; "erase" is that of the inner matrix and
 # "size" the squared norm of its key.
-VECTORS = ("rate", "erase", "size", "at", "before", "tail", "total")
-_OWN = ("rate", "erase", "size")  # the others are those of both delta rules
+VECTORS = ("learning_rate", "erase", "size", "at", "before", "tail", "total")
+_OWN = ("learning_rate", "erase", "size")  # the others are those of both delta rules
 
 
 def _share(z):
@@ -68,21 +68,21 @@ def pull_clip(squared, rule: Rule, of_clip):
     return jnp.where(clip < 1.0, -0.5 * of_clip * clip / (squared + _LEAST), 0.0)
 
 
-def erase_of(rate, squared, rule: Rule):
+def erase_of(eta, squared, rule: Rule):
     """How much is erased along an input of a squared norm."""
-    strength = rate * squared
-    return rate / (1.0 + strength if rule.erase == "implicit" else jnp.maximum(1.0, strength))
+    strength = eta * squared
+    return eta / (1.0 + strength if rule.erase == "implicit" else jnp.maximum(1.0, strength))
 
 
-def pull_erase(rate, squared, rule: Rule, of_erase):
-    """The cotangents of the rate and of the squared norm."""
+def pull_erase(eta, squared, rule: Rule, of_erase):
+    """The cotangents of the learning rate and of the squared norm."""
     if rule.erase == "implicit":
-        share = of_erase / (1.0 + rate * squared)
-        of_strength = -share * rate / (1.0 + rate * squared)
+        share = of_erase / (1.0 + eta * squared)
+        of_strength = -share * eta / (1.0 + eta * squared)
     else:
-        share = of_erase / jnp.maximum(1.0, rate * squared)
-        of_strength = jnp.where(rate * squared > 1.0, -share / squared, 0.0)
-    return share + of_strength * squared, of_strength * rate
+        share = of_erase / jnp.maximum(1.0, eta * squared)
+        of_strength = jnp.where(eta * squared > 1.0, -share / squared, 0.0)
+    return share + of_strength * squared, of_strength * eta
 
 
 class Norms(NamedTuple):
@@ -179,12 +179,13 @@ class Cell(NamedTuple):
         on, rule = self.on, self.rule
         sums = {name: vector for name, vector in self.vectors.items() if name not in _OWN}
         tiles = {"theta": self.theta, "written": self.written}
-        rate = on.vector(self.vectors["rate"])
-        rates = [rate if clip is None else rate * clip for clip in self.clips(norms)]
+        eta = on.vector(self.vectors["learning_rate"])
+        etas = [eta if clip is None else eta * clip for clip in self.clips(norms)]
         running = None if read == "anchor" else read
-        erases = [self.vectors["erase"], erase_of(rate, norms.hidden, rule)]
+        erases = [self.vectors["erase"], erase_of(eta, norms.hidden, rule)]
         inner, outer = (
-            {"rate": rate, "erase": erase} | sums for rate, erase in zip(rates, erases, strict=True)
+            {"learning_rate": eta, "erase": erase} | sums
+            for eta, erase in zip(etas, erases, strict=True)
         )
         erases_inner, erases_outer = erases_of(rule)
         return (

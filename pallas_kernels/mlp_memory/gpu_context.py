@@ -1,8 +1,8 @@
 """A chunk's context from the memories of a self-modifying group, and its pull; on one warpgroup.
 
-The memories key, rate, keep and value, at the chunk's start, each say M(z) of its input: the keys
-and values that all memories learn, and the logits of their rates and decays (see
-`mlp_memory.chunk.generate`).
+At the chunk's start each of the memories key, learning rate, decay and value says M(z) of its
+input: the keys and values that all memories learn, and the logits of their learning rates and
+decays (see `mlp_memory.chunk.generate`).
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from pallas_kernels.delta_rule.gpu_chunk import pull_pairs
 from pallas_kernels.mlp_memory.gpu_cell import erase_of, erases_of, predict, pull_erase
 from pallas_kernels.mlp_memory.types import Rule
 
-KEY, RATE, KEEP, VALUE, READ = range(5)  # the memories of a group
+KEY, LEARNING_RATE, DECAY, VALUE, READ = range(5)  # the memories of a group
 # Of a readout, [4, 64]: the weights, and the biases 64 times.
-READOUT = ("rate", "keep", "rate_bias", "keep_bias")
+READOUT = ("learning_rate", "decay", "learning_rate_bias", "decay_bias")
 _SMALL = 1e-6  # added to a squared norm, as in `chunk.unit`
 _LEAST = jnp.finfo(jnp.float32).tiny.item()  # log 0 would give inf - inf in the sums
 
@@ -29,7 +29,7 @@ class Context(NamedTuple):
     Attributes:
       on: the warpgroup.
       rule: see `Rule`.
-      keys: a tile of the inputs of key, rate and keep.
+      keys: a tile of the inputs of key, learning rate and decay.
       values: a tile of the inputs of value.
       matrices: tiles for V and U of one memory.
       readout: each of `READOUT`, a reference [64] in global memory.
@@ -64,16 +64,16 @@ def generate(context: Context, keys, values, vectors: dict[str, Any]) -> None:
     Of those of `gpu_momentum` the log sums are there already.
     """
     on, rule = context.on, context.rule
-    rate = rule.max_rate * context.gate("rate", context.say(RATE))
-    keep = context.gate("keep", context.say(KEEP))
+    eta = rule.max_learning_rate * context.gate("learning_rate", context.say(LEARNING_RATE))
+    decay = context.gate("decay", context.say(DECAY))
     on.put(values, context.say(VALUE))
     said = context.say(KEY)
     said = on.along_rows(_shrink(said), ROWS) * said
     size = jnp.sum(said * said, axis=1)
     on.put(keys, said)
-    logs, zero = jnp.log(jnp.maximum(keep, _LEAST)), 0.0 * rate
-    made = {"rate": rate, "size": size}
-    made["erase"] = erase_of(rate, size, rule) if erases_of(rule)[0] else zero
+    logs, zero = jnp.log(jnp.maximum(decay, _LEAST)), 0.0 * eta
+    made = {"learning_rate": eta, "size": size}
+    made["erase"] = erase_of(eta, size, rule) if erases_of(rule)[0] else zero
     made["at"] = on.sums(logs, context.held, lambda t, j: j <= t)
     made["before"] = on.sums(logs, context.held, lambda t, j: j < t)
     made["tail"] = on.sums(logs, context.held, lambda t, j: j > t)
@@ -99,11 +99,11 @@ def _carried_terms(on: Warpgroup, vectors, name):
 
 
 def _pull_momentum(context: Context, of, vectors, work):
-    """Through the sums of `generate`: of the logs of keep, to add, of "tail", and of momentum."""
+    """Through the sums of `generate`: of the logs of decay, to add, of "tail", and of momentum."""
     on, held = context.on, context.held
     total = of["momentum_pairs"] + on.sums(of["momentum_tail"], held, lambda i, j: j < i)
     total = total + on.sums(of["momentum_total"], held, lambda i, j: j >= 0)
-    of_keep: Any = None
+    of_decay: Any = None
     of_at = on.sums(of["carried_end"], held, lambda i, j: j >= 0)
     of_at = of_at * jnp.exp(on.vector(vectors["tail"]) + on.vector(vectors["momentum_at"]))
     of_tail = of_at
@@ -113,7 +113,7 @@ def _pull_momentum(context: Context, of, vectors, work):
         terms = on.along_rows(of[name], ROWS) * _carried_terms(on, vectors, name)
         read = "running" if name == "carried_at" else None
         more = pull_pairs(on, terms, work, read=read)
-        of_keep = more if of_keep is None else of_keep + more
+        of_decay = more if of_decay is None else of_decay + more
         # the same terms, [j, t]
         held[...] = of[name]
         inside = (lambda j, t: t >= j) if read else (lambda j, t: t > j)
@@ -128,7 +128,7 @@ def _pull_momentum(context: Context, of, vectors, work):
     terms = jnp.exp(on.masked(logs, lambda j, i: i <= j, other=-jnp.inf)) * on.along_columns(held)
     of_tail = of_tail + jnp.sum(terms, axis=1)
     total = total + pull_pairs(on, terms, work, read="running")
-    return of_keep, of_tail, total + on.sums(of_at, held, lambda i, j: j >= i)
+    return of_decay, of_tail, total + on.sums(of_at, held, lambda i, j: j >= i)
 
 
 def _shrink(said):
@@ -163,36 +163,36 @@ def pull_generate(
       work: a tile.
       pull: `pull(memory, of_said)` adds to the cotangents of the memory in `context.matrices` and
         returns that of its input.
-      give: takes "x_keys" and "x_values", and for "rate" and "keep" the products of the logits'
-        cotangents and what was said, whose sums are the gradients of the weights, and the
+      give: takes "x_keys" and "x_values", and for "learning_rate" and "decay" the products of the
+        logits' cotangents and what was said, whose sums are the gradients of the weights, and the
         cotangents themselves; with momentum "momentum", those of its logs.
     """
     on, rule = context.on, context.rule
-    rate, size = on.vector(vectors["rate"]), on.vector(vectors["size"])
-    of_rate, of_size, of_keys = of.vectors["rate"], of.vectors.get("size"), of.keys
+    eta, size = on.vector(vectors["learning_rate"]), on.vector(vectors["size"])
+    of_eta, of_size, of_keys = of.vectors["learning_rate"], of.vectors.get("size"), of.keys
     if "erase" in of.vectors:
-        more, of_norm = pull_erase(rate, size, rule, of.vectors["erase"])
-        of_rate, of_size = of_rate + more, of_norm if of_size is None else of_size + of_norm
+        more, of_norm = pull_erase(eta, size, rule, of.vectors["erase"])
+        of_eta, of_size = of_eta + more, of_norm if of_size is None else of_size + of_norm
     if of_size is not None:
         of_keys = of_keys + 2.0 * on.along_rows(of_size, ROWS) * on.get(generated)
     shrink = _shrink(context.say(KEY))
     along = jnp.sum(of_keys * on.get(generated), axis=1)
     of_keys = of_keys - on.along_rows(along, ROWS) * on.get(generated)
     of_inputs = pull(KEY, on.along_rows(shrink, ROWS) * of_keys)
-    numbers, of_keep = dict(of.vectors), None
+    numbers, of_decay = dict(of.vectors), None
     if "momentum_at" in vectors:
-        of_keep, more, of_momentum = _pull_momentum(context, numbers, vectors, work)
+        of_decay, more, of_momentum = _pull_momentum(context, numbers, vectors, work)
         numbers["tail"] = numbers["tail"] + more if "tail" in numbers else more
         give("momentum", None, of_momentum)
-    share = rate * (1.0 / rule.max_rate)
-    of_logits = {"rate": of_rate * rate * (1.0 - share)}
-    for memory, name in ((RATE, "rate"), (KEEP, "keep")):
+    share = eta * (1.0 / rule.max_learning_rate)
+    of_logits = {"learning_rate": of_eta * eta * (1.0 - share)}
+    for memory, name in ((LEARNING_RATE, "learning_rate"), (DECAY, "decay")):
         said = context.say(memory)
-        if name == "keep":
-            keep = context.gate(name, said)
+        if name == "decay":
+            decay = context.gate(name, said)
             of_logit = _of_logs(context, numbers)
-            of_logit = (of_logit if of_keep is None else of_logit + of_keep) * (1.0 - keep)
-            of_logits[name] = jnp.where(keep > _LEAST, of_logit, 0.0)
+            of_logit = (of_logit if of_decay is None else of_logit + of_decay) * (1.0 - decay)
+            of_logits[name] = jnp.where(decay > _LEAST, of_logit, 0.0)
         of_logit = of_logits[name]
         give(name, on.along_rows(of_logit, ROWS) * said, of_logit)
         weights = on.along_columns(context.readout[name])
@@ -203,7 +203,7 @@ def pull_generate(
 
 
 def _of_logs(context: Context, of):
-    """The cotangent of the logs of keep, as `gpu_vectors.of_logs`."""
+    """The cotangent of the logs of decay, as `gpu_vectors.of_logs`."""
     on, held = context.on, context.held
     total = on.sums(of["total"], held, lambda i, j: j >= 0)
     total = total + on.sums(of["tail"], held, lambda i, j: j < i)

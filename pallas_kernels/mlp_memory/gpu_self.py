@@ -176,9 +176,10 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], cotangent
 
     Returns:
       A dict of x_keys, x_values and queries (but for the first term of the reads), in parts
-      [P, S, N, 64, 64]; of rate and keep, in parts, whose sums over tokens are the gradients of the
-      readout's weights, gates [S, N, 3, 64], whose sums are those of its biases, but the last,
-      which is of the logs of momentum; the matrices; with documents fresh_inner and fresh_outer.
+      [P, S, N, 64, 64]; of learning rate and decay, in parts, whose sums over tokens are the
+      gradients of the readout's weights; gates [S, N, 3, 64], whose sums are those of its biases,
+      but the last, which is of the logs of momentum; the matrices; with documents fresh_inner and
+      fresh_outer.
     """
     of_inner, lasts = cotangents[0], tuple(f"last_{name}" for name in spec.matrices)
     (sequences, memories), shape = of_inner.shape[:2], tokens["x_keys"].shape
@@ -189,7 +190,7 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], cotangent
         made |= {n: made["inner"] for n in FRESH}
     square = jax.ShapeDtypeStruct((sequences, ROWS, ROWS), jnp.float32)
     made |= {"of_keys": square, "of_values": square}  # of the chunk that is being pulled
-    for name in ("x_keys", "x_values", "queries", "rate", "keep"):
+    for name in ("x_keys", "x_values", "queries", "learning_rate", "decay"):
         made[name] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     made["gates"] = jax.ShapeDtypeStruct((sequences, shape[2], 3, ROWS), jnp.float32)
     first = {"keys": "keys", "values": "third", "vectors": "vectors"}
@@ -251,11 +252,13 @@ def backward(spec: Spec, tokens: dict[str, Any], kept: dict[str, Any], cotangent
                 return of_input + on.get(smem["second"])
 
             def give(name, value, of_logit=None):
-                tile = {"rate": "work2", "keep": "work3", "x_keys": "fifth"}.get(name, "fourth")
+                tile = {"learning_rate": "work2", "decay": "work3", "x_keys": "fifth"}.get(
+                    name, "fourth"
+                )
                 if value is not None:
                     out(name, value, tile, at, False)
                 if of_logit is not None:
-                    index = ("rate", "keep", "momentum").index(name)
+                    index = ("learning_rate", "decay", "momentum").index(name)
                     outs["gates"][sequence, at, index] = of_logit
 
             numbers = {name: smem["vectors"].at[i] for i, name in enumerate(spec.vectors)}

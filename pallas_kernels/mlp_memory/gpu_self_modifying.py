@@ -28,8 +28,8 @@ def self_modifying(
     queries = unit(jnp.asarray(tokens.queries, jnp.float32))
     inputs = zip(_INPUTS, (tokens.keys, tokens.values, queries), strict=True)
     tiles = {name: as_tiles(a[..., :whole], spec.dtype) for name, a in inputs}
-    biases = (jnp.broadcast_to(b[:, None], readout.rate.shape) for b in readout[2:])
-    gates = jnp.stack([readout.rate, readout.keep, *biases], axis=1)
+    biases = (jnp.broadcast_to(b[:, None], readout.learning_rate.shape) for b in readout[2:])
+    gates = jnp.stack([readout.learning_rate, readout.decay, *biases], axis=1)
     spec = spec._replace(read=spec.rule.read)
     momentum = None
     if spec.momentum:
@@ -70,10 +70,10 @@ def _loop_bwd(spec, kept, cotangents):
     given = _tokens(spec, tiles, gates, momentum, documents)
     given |= {"of_reads": as_parts(of_reads, spec.parts)}
     found = backward(spec, given, kept, of_matrices)
-    of = {n: summed(found[n], jnp.float32) for n in (*_INPUTS, "rate", "keep")}
+    of = {n: summed(found[n], jnp.float32) for n in (*_INPUTS, "learning_rate", "decay")}
     # of q + U s(V q) the kernel pulls back the second term
     of["queries"] = of["queries"] + of_reads.astype(jnp.float32)
-    weights = [jnp.sum(of[n], axis=(1, 2)) for n in ("rate", "keep")]
+    weights = [jnp.sum(of[n], axis=(1, 2)) for n in ("learning_rate", "decay")]
     biases = jnp.sum(found["gates"][:, :, :2], axis=1)
     of_gates = jnp.concatenate([jnp.stack(weights, axis=1), biases], axis=1)
     of_tiles = {n: of[n].astype(spec.dtype) for n in _INPUTS}

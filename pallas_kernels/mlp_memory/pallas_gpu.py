@@ -148,23 +148,23 @@ def _whole_chunks(spec: Spec, start: FastWeights, tokens: Tokens, documents: dic
 
 def _vectors(keys, tokens: Tokens, whole: int, rule: Rule):
     """Numbers of tokens, each [H, N, 64]; those that only keys and gates make, JAX pulls back."""
-    gates = {n: getattr(tokens, n) for n in ("rate", "keep", "momentum")}
+    gates = {n: getattr(tokens, n) for n in ("learning_rate", "decay", "momentum")}
     gates = {n: a[:, :whole].astype(jnp.float32) for n, a in gates.items() if a is not None}
     gates = {n: a.reshape(-1, whole // ROWS, ROWS) for n, a in gates.items()}
-    rate, size = gates["rate"], jnp.sum(keys.astype(jnp.float32) ** 2, axis=-1)
-    made = {n: a if n == "rate" else logs_of(a) for n, a in gates.items()}
+    learning_rate, size = gates["learning_rate"], jnp.sum(keys.astype(jnp.float32) ** 2, axis=-1)
+    made = {n: a if n == "learning_rate" else logs_of(a) for n, a in gates.items()}
     if rule.inner_clip is not None:
         made["size"] = size
     if erases_of(rule)[0]:
-        made["erase"] = erase_of(rate, size, rule)
+        made["erase"] = erase_of(learning_rate, size, rule)
     return made
 
 
 def _tokens(spec: Spec, tiles: dict, vectors: dict, documents: dict):
     made = {n: as_parts(a, spec.parts) for n, a in tiles.items()}
-    numbers = vectors | log_sums(vectors["keep"])
+    numbers = vectors | log_sums(vectors["decay"])
     if spec.momentum:
-        numbers |= momentum_sums(vectors["keep"], vectors["momentum"])
+        numbers |= momentum_sums(vectors["decay"], vectors["momentum"])
     return made | {"vectors": stacked(numbers, spec.vectors)} | documents
 
 
@@ -172,7 +172,7 @@ def _tokens(spec: Spec, tiles: dict, vectors: dict, documents: dict):
 def _loop(spec: Spec, tiles: dict, vectors: dict, documents: dict, matrices: tuple):
     """The matrices after the last token and the reads.
 
-    `vectors["keep"]` and `vectors["momentum"]` are logarithms.
+    `vectors["decay"]` and `vectors["momentum"]` are logarithms.
     """
     return _loop_fwd(spec, tiles, vectors, documents, matrices, keep_states=False)[0]
 
@@ -200,12 +200,12 @@ def _loop_bwd(spec, kept, cotangents):
     of_tiles = {n: wide[n].astype(a.dtype) for n, a in tiles.items()}
     of_numbers = jnp.sum(found["vectors"], axis=1)
     of = {name: of_numbers[..., i, :] for i, name in enumerate(spec.gradients)}
-    of_vectors = {n: of[n] for n in ("rate", "size", "erase") if n in vectors}
+    of_vectors = {n: of[n] for n in ("learning_rate", "size", "erase") if n in vectors}
     running = None if spec.read == "anchor" else spec.read
-    of_vectors["keep"] = of_logs(of, erase="erase" in vectors, read=running)
+    of_vectors["decay"] = of_logs(of, erase="erase" in vectors, read=running)
     if spec.momentum:
-        more, of_vectors["momentum"] = of_momentum_logs(of, vectors["keep"], vectors["momentum"])
-        of_vectors["keep"] = of_vectors["keep"] + more
+        more, of_vectors["momentum"] = of_momentum_logs(of, vectors["decay"], vectors["momentum"])
+        of_vectors["decay"] = of_vectors["decay"] + more
     of_documents = {n: found.get(n, jnp.zeros_like(a)) for n, a in documents.items()}
     return of_tiles, of_vectors, of_documents, tuple(found[n] for n in spec.matrices)
 

@@ -96,8 +96,10 @@ def _loop(chunk, start, parts, readout, documents, options):
 
 def _as_rows(readout: Readout) -> Readout:
     """Every array with two trailing axes, as blocks of a kernel like them."""
-    weights = (readout.rate[..., None], readout.keep[..., None])
-    return Readout(*weights, readout.rate_bias[:, None, None], readout.keep_bias[:, None, None])
+    weights = (readout.learning_rate[..., None], readout.decay[..., None])
+    return Readout(
+        *weights, readout.learning_rate_bias[:, None, None], readout.decay_bias[:, None, None]
+    )
 
 
 def _chunks(array, *, whole: int, size: int):

@@ -62,14 +62,14 @@ def _context(state, x, readout, rule):
         return x
     say = lambda i, z: _memory(state.inner[i], state.outer[i], z)  # noqa: E731
     queries = say(4, x.queries) if rule.adaptive_query else x.queries
-    rate = readout.rate @ say(1, x.keys) + readout.rate_bias
-    keep = readout.keep @ say(2, x.keys) + readout.keep_bias
+    eta = readout.learning_rate @ say(1, x.keys) + readout.learning_rate_bias
+    decay = readout.decay @ say(2, x.keys) + readout.decay_bias
     return Tokens(
         queries=_unit(queries),
         keys=_unit(say(0, x.keys)),
         values=say(3, x.values),
-        rate=rule.max_rate * jax.nn.sigmoid(rate),
-        keep=jax.nn.sigmoid(keep),
+        learning_rate=rule.max_learning_rate * jax.nn.sigmoid(eta),
+        decay=jax.nn.sigmoid(decay),
         momentum=x.momentum,
     )
 
@@ -84,7 +84,11 @@ def _gradients(inner, outer, x, rule):
     gradients = pull(_clip(error, rule))
     gradients = tuple(_clip(gradient, rule) for gradient in gradients)
     inputs = x.keys, jax.nn.gelu(inner @ x.keys, approximate=True)
-    return gradients, inputs, tuple(_erase(rule, i, x.rate, z) for i, z in enumerate(inputs))
+    return (
+        gradients,
+        inputs,
+        tuple(_erase(rule, i, x.learning_rate, z) for i, z in enumerate(inputs)),
+    )
 
 
 def _clip(array, rule):
@@ -93,19 +97,19 @@ def _clip(array, rule):
     return array * jnp.minimum(1.0, rule.inner_clip / jnp.sqrt(jnp.sum(array**2) + 1e-12))
 
 
-def _erase(rule, layer, rate, z):
+def _erase(rule, layer, eta, z):
     if rule.dgd == "layerwise" or (rule.dgd == "input_only" and layer == 0):
-        strength = rate * jnp.sum(z**2)
-        return rate / (1 + strength if rule.erase == "implicit" else jnp.maximum(1.0, strength))
-    return jnp.zeros_like(rate)
+        strength = eta * jnp.sum(z**2)
+        return eta / (1 + strength if rule.erase == "implicit" else jnp.maximum(1.0, strength))
+    return jnp.zeros_like(eta)
 
 
 def _write(weight, momentum, gradient, z, erase, x):
-    """W (keep I - erase z z^T) + S of one matrix, S = momentum S - rate gradient."""
-    step = -x.rate * gradient
+    """W (decay I - erase z z^T) + S of one matrix, S = momentum S - eta gradient."""
+    step = -x.learning_rate * gradient
     if momentum is not None:
         step = momentum = x.momentum * momentum + step
-    return x.keep * weight - erase * jnp.outer(weight @ z, z) + step, momentum
+    return x.decay * weight - erase * jnp.outer(weight @ z, z) + step, momentum
 
 
 def _token(state: FastWeights, anchor: FastWeights, x: Tokens, readout, rule):

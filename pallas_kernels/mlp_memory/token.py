@@ -49,9 +49,9 @@ def read_running(
 ) -> tuple[FastWeights, Float[Array, "H d 1"]]:
     """Write one token into the weights of the moment and read them.
 
-    V_t = V_{t-1} (keep I - erase k k^T) + S_t with S_t = momentum S_{t-1} - rate g, the gradient g
-    at the anchor; the same for U with its own input. `rule.read` says whether the read is of
-    t - 1 ("running_prev") or t ("running").
+    V_t = V_{t-1} (decay I - erase k k^T) + S_t with S_t = momentum S_{t-1} - learning_rate g, g the
+    gradient at the anchor; the same for U with its own input. `rule.read` says whether the read is
+    of t - 1 ("running_prev") or t ("running").
 
     Args:
       anchor: the fast weights of all memories at the chunk's start.
@@ -69,8 +69,9 @@ def read_running(
     if readout is not None:
         queries, written, _ = generate(anchor, token, readout, rule, queried=False)
     else:
-        assert token.rate is not None and token.keep is not None
-        written = Written(token.keys, token.values, token.rate, token.keep, token.momentum)
+        assert token.learning_rate is not None and token.decay is not None
+        context = token.keys, token.values, token.learning_rate, token.decay
+        written = Written(*context, token.momentum)
     after = _written(_last(anchor), running, written, rule)
     assert queries is not None
     source = after if rule.read == "running" else running
@@ -84,15 +85,15 @@ def _written(anchor, running, token: Written, rule: Rule) -> FastWeights:
     size, wide = jnp.sum(keys**2, axis=-2), jnp.sum(found.h**2, axis=-2)
     inner_error = _clipped(tn(anchor.outer, found.error) * found.slope, size, rule)
     outer_error = _clipped(found.error, wide, rule)
-    rate = token.rate[:, None]
+    learning_rate = token.learning_rate[:, None]
 
     def write(layer, weight, momentum, x, error, squared_norm):
-        step = -rate[..., None] * nt(error, x)
+        step = -learning_rate[..., None] * nt(error, x)
         if momentum is not None:
             assert token.momentum is not None
             step = momentum = token.momentum[:, None, :, None] * momentum + step
-        erase = _erase(rule, layer, rate, squared_norm)
-        new = token.keep[:, None, :, None] * weight + step
+        erase = _erase(rule, layer, learning_rate, squared_norm)
+        new = token.decay[:, None, :, None] * weight + step
         if erase is not None:
             new = new - nt(erase[..., None] * nn(weight, x), x)
         return new, momentum

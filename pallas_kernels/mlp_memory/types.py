@@ -43,35 +43,35 @@ class Tokens(NamedTuple):
 
     Attributes:
       queries: read with the last memory, [*b, d, T]; None reads nothing.
-      keys: [*b, d, T]; with a readout the inputs of the key, rate and keep memories.
+      keys: [*b, d, T]; with a readout the inputs of the key, learning-rate and decay memories.
       values: [*b, d, T]; with a readout the inputs of the value memory.
-      rate: inner learning rates [*b, T]; None with a readout, which makes them.
-      keep: fraction kept, in (0, 1], [*b, T]; None with a readout.
+      learning_rate: inner learning rates [*b, T]; None with a readout, which makes them.
+      decay: fraction kept, in (0, 1], [*b, T]; None with a readout.
       momentum: momentum coefficients in [0, 1], [*b, T], or None.
     """
 
     queries: Float[Array, "*b d T"] | None
     keys: Float[Array, "*b d T"]
     values: Float[Array, "*b d T"]
-    rate: Float[Array, "*b T"] | None
-    keep: Float[Array, "*b T"] | None
+    learning_rate: Float[Array, "*b T"] | None
+    decay: Float[Array, "*b T"] | None
     momentum: Float[Array, "*b T"] | None
 
 
 class Readout(NamedTuple):
-    """How rate and keep are read from what their memories say: sigmoid(w . M(x) + b).
+    """How learning rate and decay are read from what their memories say: sigmoid(w . M(x) + b).
 
     Attributes:
-      rate: w of the rate, [*b, d].
-      keep: w of the keep gate, [*b, d].
-      rate_bias: [*b].
-      keep_bias: [*b].
+      learning_rate: w of the learning rate, [*b, d].
+      decay: w of the decay gate, [*b, d].
+      learning_rate_bias: [*b].
+      decay_bias: [*b].
     """
 
-    rate: Float[Array, "*b d"]
-    keep: Float[Array, "*b d"]
-    rate_bias: Float[Array, "*b"]
-    keep_bias: Float[Array, "*b"]
+    learning_rate: Float[Array, "*b d"]
+    decay: Float[Array, "*b d"]
+    learning_rate_bias: Float[Array, "*b"]
+    decay_bias: Float[Array, "*b"]
 
 
 class Rule(NamedTuple):
@@ -81,11 +81,11 @@ class Rule(NamedTuple):
       objective: "l2" (halved) or "dot".
       values: "self" (each memory generates its own target from the values) or "shared".
       dgd: which matrices erase along their input: "layerwise", "input_only", "none", "functional".
-      erase: "clipped" (rate / max(1, rate |x|^2)) or "implicit" (rate / (1 + rate |x|^2)).
+      erase: "clipped" (`eta / max(1, eta |x|^2)`) or "implicit" (`eta / (1 + eta |x|^2)`).
       inner_clip: bound on the norm of each token's inner error, and of its gradient with respect to
         each matrix; None for no bound.
       read: "running_prev", "running" or "anchor".
-      max_rate: upper bound of a generated rate.
+      max_learning_rate: upper bound of a generated learning rate.
       adaptive_query: whether the last but one memory generates the queries, from the queries.
     """
 
@@ -95,7 +95,7 @@ class Rule(NamedTuple):
     erase: str = "clipped"
     inner_clip: float | None = 1.0
     read: str = "running_prev"
-    max_rate: float = 1.0
+    max_learning_rate: float = 1.0
     adaptive_query: bool = False
 
 
@@ -104,8 +104,8 @@ class Written(NamedTuple):
 
     keys: Float[Array, "H d C"]
     values: Float[Array, "H d C"]
-    rate: Float[Array, "H C"]
-    keep: Float[Array, "H C"]
+    learning_rate: Float[Array, "H C"]
+    decay: Float[Array, "H C"]
     momentum: Float[Array, "H C"] | None
 
 

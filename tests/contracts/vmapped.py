@@ -16,21 +16,21 @@ DEEP = memory.residual_mlp((SIZE, SIZE, SIZE))
 MATRIX, MLP, NORMALISED = ((SIZE, SIZE),), DEEP.shapes, ((SIZE + 1, SIZE),)
 MEMORIES = {
     "linear_attention": (memory.linear_attention, MATRIX, ()),
-    "retention_memory": (memory.retention_memory, MATRIX, ("keep",)),
+    "retention_memory": (memory.retention_memory, MATRIX, ("decay",)),
     "delta_net": (memory.delta_net, MATRIX, ()),
-    "gated_delta_net": (memory.gated_delta_net, MATRIX, ("keep",)),
-    "hope_dot": (memory.hope_dot, MATRIX, ("keep",)),
-    "hope_l2": (memory.hope_l2, MATRIX, ("keep",)),
+    "gated_delta_net": (memory.gated_delta_net, MATRIX, ("decay",)),
+    "hope_dot": (memory.hope_dot, MATRIX, ("decay",)),
+    "hope_l2": (memory.hope_l2, MATRIX, ("decay",)),
     "longhorn": (memory.longhorn, MATRIX, ()),
-    "oja_memory": (memory.oja_memory, MATRIX, ("keep",)),
-    "titans": (memory.titans, MLP, ("keep", "momentum")),
+    "oja_memory": (memory.oja_memory, MATRIX, ("decay",)),
+    "titans": (memory.titans, MLP, ("decay", "momentum")),
     "moneta": (memory.moneta, MLP, ()),
-    "yaad": (memory.yaad, MLP, ("keep", "threshold")),
+    "yaad": (memory.yaad, MLP, ("decay", "threshold")),
     "memora": (memory.memora, MLP, ()),
     "omega_memory": (
         lambda deep, chunk_size: memory.omega_memory(deep, window=2, chunk_size=chunk_size),
         MLP,
-        ("keep",),
+        ("decay",),
     ),
     "normalised_linear_attention": (
         lambda dk, dv, chunk_size: memory.normalised_linear_attention(
@@ -44,7 +44,7 @@ MEMORIES = {
             deep, memory.l2(), memory.decay(), memory.delta(), chunk_size=chunk_size
         ),
         MLP,
-        ("keep",),
+        ("decay",),
     ),
 }
 
@@ -56,7 +56,7 @@ def check_memory(make, shapes, gates):
     def draw(i):
         rng = np.random.default_rng(i)
         tokens = {n: rng.normal(size=(CHUNK, SIZE)) / 2 for n in ("keys", "values", "queries")}
-        tokens |= {n: rng.uniform(0.2, 0.9, CHUNK) for n in ("rate", *gates)}
+        tokens |= {n: rng.uniform(0.2, 0.9, CHUNK) for n in ("learning_rate", *gates)}
         params = tuple(rng.normal(size=shape) / 2 for shape in shapes)
         return jax.tree.map(np.float32, (params, memory.Tokens(**tokens)))
 

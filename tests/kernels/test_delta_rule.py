@@ -7,19 +7,26 @@ import pytest
 
 from pallas_kernels.delta_rule import delta_chunk, delta_rule
 
-GATES = [(), ("keep",), ("erase",), ("keep", "erase"), ("momentum",), ("keep", "erase", "momentum")]
+GATES = [
+    (),
+    ("decay",),
+    ("erase",),
+    ("decay", "erase"),
+    ("momentum",),
+    ("decay", "erase", "momentum"),
+]
 
 
 def operands(rng, gates, *, length=11, n=4, m=5, batch=(2,)):
     given = dict(
         x=rng.normal(size=(*batch, length, n)),
         error=rng.normal(size=(*batch, length, m)),
-        rate=rng.uniform(0.05, 0.5, (*batch, length)),
+        learning_rate=rng.uniform(0.05, 0.5, (*batch, length)),
         initial=rng.normal(size=(*batch, m, n)),
         queries=rng.normal(size=(*batch, length, n)),
     )
     given["x"] /= np.linalg.norm(given["x"], axis=-1, keepdims=True)
-    ranges = {"keep": (0.7, 1.0), "erase": (0.1, 0.9), "momentum": (0.2, 0.9)}
+    ranges = {"decay": (0.7, 1.0), "erase": (0.1, 0.9), "momentum": (0.2, 0.9)}
     for gate in gates:
         given[gate] = rng.uniform(*ranges[gate], (*batch, length))
     if "momentum" in gates:
@@ -29,7 +36,7 @@ def operands(rng, gates, *, length=11, n=4, m=5, batch=(2,)):
 
 def numpy_recurrence(given, read):
     given = {name: np.asarray(value, np.float64) for name, value in given.items()}
-    x, error, rate = given["x"], given["error"], given["rate"]
+    x, error, learning_rate = given["x"], given["error"], given["learning_rate"]
     reads = np.zeros(error.shape)
     finals, velocities = [], []
     for b in range(len(x)):
@@ -37,11 +44,11 @@ def numpy_recurrence(given, read):
         velocity = given["initial_momentum"][b] if "momentum" in given else 0.0
         for t in range(x.shape[1]):
             before = weight
-            keep = given["keep"][b, t] if "keep" in given else 1.0
+            decay = given["decay"][b, t] if "decay" in given else 1.0
             erase = given["erase"][b, t] if "erase" in given else 0.0
             momentum = given["momentum"][b, t] if "momentum" in given else 0.0
-            velocity = momentum * velocity - rate[b, t] * np.outer(error[b, t], x[b, t])
-            transition = keep * np.eye(x.shape[-1]) - erase * np.outer(x[b, t], x[b, t])
+            velocity = momentum * velocity - learning_rate[b, t] * np.outer(error[b, t], x[b, t])
+            transition = decay * np.eye(x.shape[-1]) - erase * np.outer(x[b, t], x[b, t])
             weight = weight @ transition + velocity
             source = {"running_prev": before, "running": weight, "anchor": start}[read]
             reads[b, t] = source @ given["queries"][b, t]
@@ -85,13 +92,16 @@ def test_gradients_match_the_recurrence(x64, gates):
 
 
 HARD = {
-    "keep 1e-4": lambda g: {"keep": jnp.full_like(g["rate"], 1e-4)},
-    "keep 1": lambda g: {"keep": jnp.ones_like(g["rate"])},
-    "rate 0": lambda g: {"rate": jnp.zeros_like(g["rate"])},
-    "rate 1": lambda g: {"rate": jnp.ones_like(g["rate"]), "erase": jnp.ones_like(g["rate"])},
+    "decay 1e-4": lambda g: {"decay": jnp.full_like(g["learning_rate"], 1e-4)},
+    "decay 1": lambda g: {"decay": jnp.ones_like(g["learning_rate"])},
+    "learning rate 0": lambda g: {"learning_rate": jnp.zeros_like(g["learning_rate"])},
+    "learning rate 1": lambda g: {
+        "learning_rate": jnp.ones_like(g["learning_rate"]),
+        "erase": jnp.ones_like(g["learning_rate"]),
+    },
     "zero keys": lambda g: {"x": jnp.zeros_like(g["x"])},
     "repeated keys": lambda g: {"x": jnp.broadcast_to(g["x"][:, :1], g["x"].shape)},
-    "momentum 0": lambda g: {"momentum": jnp.zeros_like(g["rate"])},
+    "momentum 0": lambda g: {"momentum": jnp.zeros_like(g["learning_rate"])},
 }
 
 
@@ -106,7 +116,7 @@ def chunk_and_gradient(given):
 @pytest.mark.parametrize("length", [16, 128])
 def test_hard_inputs_in_float32(case, length):
     """Repeated keys at C = 128 make the solve as ill-conditioned as it gets (spec H 36)."""
-    given = operands(np.random.default_rng(2), ("keep", "erase", "momentum"), length=length)
+    given = operands(np.random.default_rng(2), ("decay", "erase", "momentum"), length=length)
     given |= HARD[case](given)
     given = {name: value.astype(jnp.float32) for name, value in given.items()}
     reads, final, _ = numpy_recurrence(given, "running_prev")
@@ -118,9 +128,9 @@ def test_hard_inputs_in_float32(case, length):
 
 def test_a_chunk_of_padding_changes_nothing():
     """What padding is: nothing written, nothing erased, all kept; the chunks around it learn."""
-    given = operands(np.random.default_rng(6), ("keep", "erase", "momentum"), length=12)
+    given = operands(np.random.default_rng(6), ("decay", "erase", "momentum"), length=12)
     chunk = slice(4, 8)
-    for name, padding in {"rate": 0.0, "erase": 0.0, "keep": 1.0}.items():
+    for name, padding in {"learning_rate": 0.0, "erase": 0.0, "decay": 1.0}.items():
         given[name] = given[name].at[:, chunk].set(padding)
     given |= {name: given[name].at[:, chunk].set(0.0) for name in ("x", "error", "momentum")}
     given["initial_momentum"] = 0 * given["initial_momentum"]
@@ -140,7 +150,7 @@ def test_a_chunk_of_padding_changes_nothing():
 
 
 def test_shared_keys_broadcast_over_memories():
-    given = operands(np.random.default_rng(3), ("keep", "erase"))
+    given = operands(np.random.default_rng(3), ("decay", "erase"))
     many = jnp.stack([given["initial"], 2 * given["initial"]], axis=1)
     shared = {name: value[:, None] for name, value in given.items()} | {"initial": many}
     run = jax.jit(lambda given: delta_rule(**given, chunk_size=4))
@@ -152,7 +162,7 @@ def test_shared_keys_broadcast_over_memories():
 
 
 def test_states_stay_float32_under_bfloat16():
-    given = operands(np.random.default_rng(4), ("keep", "erase"))
+    given = operands(np.random.default_rng(4), ("decay", "erase"))
     low = {name: value.astype(jnp.bfloat16) for name, value in given.items()}
     out = delta_rule(**low, chunk_size=4)
     assert out.reads.dtype == jnp.bfloat16 and out.final.dtype == jnp.float32
@@ -165,7 +175,7 @@ def test_states_stay_float32_under_bfloat16():
         ({"implementation": "cuda"}, "implementation='cuda'"),
         ({"chunk_size": 0}, "chunk_size must be at least 1 token, got 0"),
         ({"initial": jnp.zeros((2, 3, 4))}, "initial has shape"),
-        ({"rate": jnp.zeros((2, 3))}, "rate has 3 tokens where x has 11"),
+        ({"learning_rate": jnp.zeros((2, 3))}, "learning_rate has 3 tokens where x has 11"),
         ({"initial_momentum": jnp.zeros((2, 5, 4))}, "without momentum"),
     ],
 )

@@ -21,7 +21,7 @@ from pallas_kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
 from tests.kernels import gpu
 
-BOTH = ("keep", "erase")
+BOTH = ("decay", "erase")
 
 
 def operands(gates, *, batch=(1,), length=64, rows=64, columns=64, dtype="float32", queries=True):
@@ -36,7 +36,7 @@ def operands(gates, *, batch=(1,), length=64, rows=64, columns=64, dtype="float3
     given = Operands(
         x=normal(*batch, columns, length) / columns**0.5,
         error=normal(*batch, rows, length),
-        rate=gate(0.1, 0.9),
+        learning_rate=gate(0.1, 0.9),
         initial=jnp.asarray(rng.normal(size=(*batch, rows, columns)), jnp.float32),
         **{name: gate(0.3 if name == "erase" else 0.8, 0.99) for name in gates},
     )
@@ -84,16 +84,16 @@ def test_forward_and_backward_are_the_recurrence(case):
 
 
 HARD = {
-    "keep 1e-4": lambda g: {"keep": jnp.full_like(g.rate, 1e-4)},
-    "keep 1, rate 0, zero keys": lambda g: {
-        "keep": jnp.ones_like(g.rate),
-        "rate": jnp.zeros_like(g.rate),
+    "decay 1e-4": lambda g: {"decay": jnp.full_like(g.learning_rate, 1e-4)},
+    "decay 1, learning rate 0, zero keys": lambda g: {
+        "decay": jnp.ones_like(g.learning_rate),
+        "learning_rate": jnp.zeros_like(g.learning_rate),
         "x": jnp.zeros_like(g.x),
     },
     "repeated keys, erased in full": lambda g: {
-        "keep": jnp.ones_like(g.rate),
-        "erase": jnp.ones_like(g.rate),
-        "rate": jnp.ones_like(g.rate),
+        "decay": jnp.ones_like(g.learning_rate),
+        "erase": jnp.ones_like(g.learning_rate),
+        "learning_rate": jnp.ones_like(g.learning_rate),
         "x": jnp.broadcast_to(g.x[..., :1], g.x.shape),
     },
 }
@@ -159,7 +159,7 @@ def call(**changes):
     given = {
         "x": jnp.ones((length, columns), dtype),
         "error": jnp.ones((length, rows), dtype),
-        "rate": jnp.ones(length),
+        "learning_rate": jnp.ones(length),
         "erase": jnp.ones(length),
         "queries": jnp.ones((length, columns), dtype),
         "initial": jnp.zeros((rows, columns)),
@@ -249,7 +249,8 @@ def test_on_a_gpu(case, dtype):
     gpu.required()
     given = operands(BOTH, batch=(2,), length=4096, rows=128, columns=64, dtype=dtype)
     given = given._replace(
-        rate=given.rate / 64, x=given.x / jnp.linalg.norm(given.x, axis=-2, keepdims=True)
+        learning_rate=given.learning_rate / 64,
+        x=given.x / jnp.linalg.norm(given.x, axis=-2, keepdims=True),
     )
     if case != "plain":
         given = given._replace(**HARD[case](given))

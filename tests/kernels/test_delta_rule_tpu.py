@@ -13,7 +13,7 @@ from pallas_kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
 from tests.kernels import tpu
 
-GATES = [("keep", "erase", "momentum"), ("keep", "erase"), ("momentum",), ()]
+GATES = [("decay", "erase", "momentum"), ("decay", "erase"), ("momentum",), ()]
 
 
 def operands(gates, *, batch=(2,), length=11, rows=3, columns=4, queries=True):
@@ -29,7 +29,7 @@ def operands(gates, *, batch=(2,), length=11, rows=3, columns=4, queries=True):
     given = Operands(
         x=x / jnp.linalg.norm(x, axis=-2, keepdims=True),
         error=normal(*batch, rows, length),
-        rate=gate("rate"),
+        learning_rate=gate("learning_rate"),
         initial=normal(*batch, rows, columns),
         **{name: gate(name) for name in gates},
     )

@@ -21,7 +21,9 @@ def tokens(rng, count):
 
 def delta(rng):
     """A memory that keeps nearly all, with momentum."""
-    gates = dict(keep=(0.999, 1.0), erase=(0.01, 0.1), rate=(0.01, 0.1), momentum=(0.5, 0.9))
+    gates = dict(
+        decay=(0.999, 1.0), erase=(0.01, 0.1), learning_rate=(0.01, 0.1), momentum=(0.5, 0.9)
+    )
     given = {name: rng.uniform(*ends, LENGTH) for name, ends in gates.items()}
     given |= zip(("x", "error", "queries"), tokens(rng, 3), strict=True)
     return given | dict(initial=rng.normal(size=(D, D)))
@@ -30,7 +32,9 @@ def delta(rng):
 def deep(rng):
     """Two deep memories, of which the second is read."""
     given = dict(zip(("keys", "values", "queries"), tokens(rng, 3)[:, None], strict=True))
-    given |= dict(rate=rng.uniform(0.0, 0.02, (1, LENGTH)), keep=rng.uniform(0.999, 1, (1, LENGTH)))
+    given |= dict(
+        learning_rate=rng.uniform(0.0, 0.02, (1, LENGTH)), decay=rng.uniform(0.999, 1, (1, LENGTH))
+    )
     inner, outer = rng.normal(size=(2, 1, 2, D, D)) * 0.5
     return given | dict(initial=FastWeights(inner, outer, None, None))
 

@@ -26,7 +26,9 @@ D, F, LENGTH, CHUNK = 6, 7, 11, 4  # two whole chunks and a rest of three
 CASES = {
     "self-modifying": dict(),
     "adaptive query": dict(
-        memories=6, momentum=False, rule=Rule(adaptive_query=True, dgd="input_only", max_rate=0.5)
+        memories=6,
+        momentum=False,
+        rule=Rule(adaptive_query=True, dgd="input_only", max_learning_rate=0.5),
     ),
     "given context": dict(
         readout=False,
@@ -62,10 +64,12 @@ def operands(dtype, *, batch=(2,), memories=5, length=LENGTH, momentum=True, rea
     if momentum:
         given["momentum"] = gate(0.1)
     if readout:
-        of_rate, of_keep = normal(*batch, d), normal(*batch, d)
-        given["readout"] = Readout(of_rate, of_keep, normal(*batch) - 2, normal(*batch) + 3)
+        of_learning_rate, of_decay = normal(*batch, d), normal(*batch, d)
+        given["readout"] = Readout(
+            of_learning_rate, of_decay, normal(*batch) - 2, normal(*batch) + 3
+        )
     else:
-        given |= dict(rate=0.3 * gate(0.1), keep=gate(0.5))
+        given |= dict(learning_rate=0.3 * gate(0.1), decay=gate(0.5))
     if more.get("documents"):  # the second chunk begins one in one sequence, the rest in the other
         begins = jnp.array([[False, True, False], [False, False, True]])
         given["documents"] = Documents(begins, 0.5 * outer.swapaxes(-1, -2), 2 * outer)
@@ -123,10 +127,10 @@ def test_every_form_is_the_recurrence(case, interpreted):
 
 
 HARD = {
-    "keep 1e-4": lambda given: dict(keep=jnp.full_like(given["keep"], 1e-4)),
-    "keep 1": lambda given: dict(keep=jnp.ones_like(given["keep"])),
-    "rate 0": lambda given: dict(rate=jnp.zeros_like(given["rate"])),
-    "rate 1": lambda given: dict(rate=jnp.ones_like(given["rate"])),
+    "decay 1e-4": lambda given: dict(decay=jnp.full_like(given["decay"], 1e-4)),
+    "decay 1": lambda given: dict(decay=jnp.ones_like(given["decay"])),
+    "learning rate 0": lambda given: dict(learning_rate=jnp.zeros_like(given["learning_rate"])),
+    "learning rate 1": lambda given: dict(learning_rate=jnp.ones_like(given["learning_rate"])),
     "repeated keys": lambda given: dict(keys=jnp.ones_like(given["keys"])),
     "zero keys": lambda given: dict(keys=jnp.zeros_like(given["keys"])),
     "momentum 1e-4": lambda given: dict(momentum=jnp.full_like(given["momentum"], 1e-4)),
@@ -153,10 +157,10 @@ def test_hard_inputs(interpreted):
 
 @pytest.mark.parametrize("how", ["xla", "reference"])
 def test_a_large_memory_is_written_no_faster(how):
-    """One token moves each matrix by at most rate * inner_clip, however large both are."""
+    """One token moves each matrix by at most learning_rate * inner_clip, however large both are."""
     given = operands(jnp.float32, memories=1, length=1, momentum=False, readout=False)
     start = jax.tree.map(lambda a: 100 * a, given["initial"])
-    given |= dict(initial=start, keep=jnp.ones((2, 1)), rate=jnp.full((2, 1), 0.5))
+    given |= dict(initial=start, decay=jnp.ones((2, 1)), learning_rate=jnp.full((2, 1), 0.5))
     moved = []
     for clip in (1.0, None):
         given["rule"] = Rule(dgd="none", inner_clip=clip)
@@ -168,7 +172,7 @@ def test_a_large_memory_is_written_no_faster(how):
 
 def test_bfloat16_tokens_are_read_as_they_are(interpreted):
     given = operands(jnp.float32, memories=1, readout=False)
-    names = ("keys", "values", "queries", "momentum", "rate", "keep")
+    names = ("keys", "values", "queries", "momentum", "learning_rate", "decay")
     given |= {name: given[name].astype(jnp.bfloat16) for name in names}
     (gradient, found), (_, expected) = (results(given, how) for how in ("pallas_tpu", "xla"))
     assert found.reads.dtype == jnp.bfloat16 and found.final.inner.dtype == jnp.float32
@@ -182,7 +186,7 @@ def test_bfloat16_tokens_are_read_as_they_are(interpreted):
     text = str(jax.make_jaxpr(forward)(given))
     kernel = text[text.index("pallas_call") :]
     assert kernel.count(f"{{bf16[2,2,{CHUNK},{D}]}}") >= 3  # keys, values, queries
-    assert kernel.count(f"{{bf16[2,2,1,{CHUNK}]}}") >= 3  # rate, keep, momentum
+    assert kernel.count(f"{{bf16[2,2,1,{CHUNK}]}}") >= 3  # learning rate, decay, momentum
 
 
 def gradients(given, **options):
@@ -192,7 +196,7 @@ def gradients(given, **options):
 
     def total(arrays):
         tokens = (last(arrays[name]) for name in ("queries", "keys", "values"))
-        gates = (arrays.get(name) for name in ("rate", "keep", "momentum"))
+        gates = (arrays.get(name) for name in ("learning_rate", "decay", "momentum"))
         run = functools.partial(mlp_memory_pallas_tpu, rule=rule, chunk_size=CHUNK, **options)
         out = run(arrays["initial"], Tokens(*tokens, *gates), arrays.get("readout"), interpret=True)
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out)), out
@@ -254,8 +258,8 @@ def test_mistakes_are_named(x64):
         (given | dict(implementation="cuda"), "implementation='cuda' is not one of reference"),
         (given | dict(rule=Rule(read="now")), "read='now' is not one of running_prev"),
         (given | dict(chunk_size=0), "chunk_size must be at least 1 token, got 0"),
-        (given | dict(rate=given["momentum"]), "a readout makes rate"),
-        (rest, "rate and keep are missing"),
+        (given | dict(learning_rate=given["momentum"]), "a readout makes learning_rate"),
+        (rest, "learning_rate and decay are missing"),
         (given | dict(queries=None), "5 memories and queries, got 5 memories and queries=None"),
         (given | dict(momentum=None), "momentum and the momenta of `initial` together"),
         (given | dict(values=given["values"][:, :3]), "values has shape"),

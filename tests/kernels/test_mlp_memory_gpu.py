@@ -30,10 +30,10 @@ def arguments(*, dtype="float32", queries=True, readout=False, documents=False, 
     sizes |= {"momentum": False} | more
     given = operands(jnp.float32, readout=readout, **sizes)
     if readout:
-        biases = given["readout"].keep_bias + 2
-        given["readout"] = given["readout"]._replace(keep_bias=biases)
+        biases = given["readout"].decay_bias + 2
+        given["readout"] = given["readout"]._replace(decay_bias=biases)
     else:
-        given["keep"] = 0.95 + 0.05 * given["keep"]
+        given["decay"] = 0.95 + 0.05 * given["decay"]
     if documents:
         chunks = jnp.arange(-(-sizes["length"] // D))
         begins = jnp.broadcast_to(
@@ -115,7 +115,7 @@ CASES = {
         "queries": False,
     },
     "self-modifying, momentum, two chunks": {
-        "rule": Rule(erase="implicit", read="running", max_rate=0.5),
+        "rule": Rule(erase="implicit", read="running", max_learning_rate=0.5),
         "length": 128,
         "readout": True,
         "documents": True,
@@ -141,15 +141,15 @@ def test_forward_and_backward_are_the_recurrence(case, interpreted):
 
 
 HARD = {
-    "keep 1e-4": lambda given: {"keep": jnp.full_like(given["keep"], 1e-4)},
-    "keep 1, rate 0, zero keys": lambda given: {
-        "keep": jnp.ones_like(given["keep"]),
-        "rate": jnp.zeros_like(given["rate"]),
+    "decay 1e-4": lambda given: {"decay": jnp.full_like(given["decay"], 1e-4)},
+    "decay 1, learning rate 0, zero keys": lambda given: {
+        "decay": jnp.ones_like(given["decay"]),
+        "learning_rate": jnp.zeros_like(given["learning_rate"]),
         "keys": jnp.zeros_like(given["keys"]),
     },
-    "repeated keys, rate 1": lambda given: {
+    "repeated keys, learning rate 1": lambda given: {
         "keys": jnp.broadcast_to(given["keys"][:, :1], given["keys"].shape),
-        "rate": jnp.ones_like(given["rate"]),
+        "learning_rate": jnp.ones_like(given["learning_rate"]),
     },
     "a large memory": lambda given: {"initial": jax.tree.map(lambda a: 100 * a, given["initial"])},
 }

@@ -28,7 +28,7 @@ def delta(i, *gates, batch=()):
 
 
 def tokens_last(i):
-    given = delta(i, "keep", "erase")
+    given = delta(i, "decay", "erase")
     for name in ("x", "error", "queries"):
         given[name] = given[name].swapaxes(-1, -2)
     return given
@@ -78,14 +78,14 @@ def delta_case(gates, **more):
 OPERATIONS = {
     "delta_rule of nothing but writes": delta_case(()),
     "delta_rule with erasure": delta_case(("erase",)),
-    "delta_rule with decay and erasure": delta_case(("keep", "erase")),
-    "delta_rule with everything": delta_case(("keep", "erase", "momentum"), read="running"),
-    "delta_rule token by token": delta_case(("keep", "erase"), implementation="reference"),
+    "delta_rule with decay and erasure": delta_case(("decay", "erase")),
+    "delta_rule with everything": delta_case(("decay", "erase", "momentum"), read="running"),
+    "delta_rule token by token": delta_case(("decay", "erase"), implementation="reference"),
     "delta_rule of a batch": (
         lambda given: delta_rule(**given, chunk_size=CHUNK),
         lambda i: delta(i, "erase", batch=(2, 1)),
     ),
-    "delta_chunk": (lambda given: delta_chunk(**given), lambda i: delta(i, "keep", "erase")),
+    "delta_chunk": (lambda given: delta_chunk(**given), lambda i: delta(i, "decay", "erase")),
     "solve_unit_lower": (
         lambda given: products.solve_unit_lower(0.3 * given[0], given[1]),
         lambda i: (matrices(i, 20, 20), matrices(i + 99, 3, 20)),

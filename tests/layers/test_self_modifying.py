@@ -81,7 +81,7 @@ class Memory:
     def now(self, z):
         return z + self.U @ gelu(self.V @ z)
 
-    def write(self, k, v, rate, keep, momentum, config):
+    def write(self, k, v, learning_rate, decay, momentum, config):
         V, U = self.anchor
         p = V @ k
         h = gelu(p)
@@ -96,14 +96,16 @@ class Memory:
             erase = 0.0
             if config.dgd == "layerwise" or (config.dgd == "input_only" and name == "V"):
                 implicit = config.erase == "implicit"
-                erase = rate / (1 + rate * x @ x if implicit else max(1, rate * x @ x))
+                erase = learning_rate / (
+                    1 + learning_rate * x @ x if implicit else max(1, learning_rate * x @ x)
+                )
             gradient = np.outer(e, x)
             if config.inner_clip is not None:  # of each matrix, too
                 norm = np.sqrt((gradient**2).sum() + 1e-12)
                 gradient = gradient * min(1.0, config.inner_clip / norm)
-            velocity = momentum * getattr(self, "S" + name) - rate * gradient
+            velocity = momentum * getattr(self, "S" + name) - learning_rate * gradient
             weight = getattr(self, name)
-            weight = keep * weight - erase * np.outer(weight @ x, x) + velocity
+            weight = decay * weight - erase * np.outer(weight @ x, x) + velocity
             setattr(self, "S" + name, velocity)
             setattr(self, name, weight)
         self.count += 1
@@ -129,11 +131,12 @@ def numpy_loop(config, params, x):
                 given.queries[t, head],
             )
             k, v = unit(memories["key"].at_anchor(z)), memories["value"].at_anchor(zv)
-            rate = sigmoid(
-                read["rate"][head] @ memories["rate"].at_anchor(z) + read["rate_bias"][head]
+            learning_rate = sigmoid(
+                read["learning_rate"][head] @ memories["learning_rate"].at_anchor(z)
+                + read["learning_rate_bias"][head]
             )
-            keep = sigmoid(
-                read["keep"][head] @ memories["keep"].at_anchor(z) + read["keep_bias"][head]
+            decay = sigmoid(
+                read["decay"][head] @ memories["decay"].at_anchor(z) + read["decay_bias"][head]
             )
             momentum = given.momentum[t, head] if config.momentum else 0.0
             q = unit(memories["query"].at_anchor(q) if config.adaptive_query else q)
@@ -143,7 +146,9 @@ def numpy_loop(config, params, x):
             elif config.read == "running_prev":
                 out[t, head] = main.now(q)
             for memory in memories.values():
-                memory.write(k, v, config.max_rate * rate, keep, momentum, config)
+                memory.write(
+                    k, v, config.max_learning_rate * learning_rate, decay, momentum, config
+                )
             if config.read == "running":
                 out[t, head] = main.now(q)
     return out
@@ -304,11 +309,11 @@ def test_outer_gradient_of_every_initial_state(x64, variant):
         )
 
 
-def test_no_rate_and_full_keep_leave_the_memories_as_they_were(x64):
+def test_no_learning_rate_and_full_decay_leave_the_memories_as_they_were(x64):
     """Spec H 16: the read is then that of the initial memory."""
     config, params, x = make("R3")
-    params["readout"]["rate_bias"] = jnp.full((2,), -800.0)
-    params["readout"]["keep_bias"] = jnp.full((2,), 800.0)
+    params["readout"]["learning_rate_bias"] = jnp.full((2,), -800.0)
+    params["readout"]["decay_bias"] = jnp.full((2,), 800.0)
     level = self_modifying(config)
     start = level.init(params)
     y, carry = levels.run(level, params, start, x)

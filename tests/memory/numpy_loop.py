@@ -73,21 +73,21 @@ def link(retention, a):
     return a
 
 
-def erase_rate(rule, rate, keep, square, reads_key):
-    bounded = rate / max(1.0, rate * square)
+def erase_rate(rule, learning_rate, decay, square, reads_key):
+    bounded = learning_rate / max(1.0, learning_rate * square)
     return {
         "delta": bounded,
         "delta+momentum": bounded,
-        "explicit_delta": rate,
-        "implicit_delta": rate / (1 + rate * square),
-        "closed_form_delta": rate / (1 + rate * square),
-        "coupled_delta": keep * rate,
+        "explicit_delta": learning_rate,
+        "implicit_delta": learning_rate / (1 + learning_rate * square),
+        "closed_form_delta": learning_rate / (1 + learning_rate * square),
+        "coupled_delta": decay * learning_rate,
         "input_delta": bounded if reads_key else 0.0,
     }.get(rule, 0.0)
 
 
 def gradients(names, weights, token):
-    """rate times the gradient of one token at `weights`, and the matrices' inputs."""
+    """The learning rate times the gradient of one token at `weights`, and the matrices' inputs."""
     architecture, objective, _, rule = names
     output, inputs, pull = forward(architecture, weights, token["keys"])
     error = output_error(objective, output, token["values"], token.get("threshold"))
@@ -96,21 +96,24 @@ def gradients(names, weights, token):
         error = error + output - (token["keys"] if residual else 0)
     if objective == "oja":
         inputs = (token["keys"] - weights[0].T @ token["values"],)
-    rates = [token["rate"]] * len(weights)
+    learning_rates = [token["learning_rate"]] * len(weights)
     if rule == "closed_form_delta":
-        rates = [rate / (1 + rate * (x @ x)) for rate, x in zip(rates, inputs, strict=True)]
+        learning_rates = [
+            learning_rate / (1 + learning_rate * (x @ x))
+            for learning_rate, x in zip(learning_rates, inputs, strict=True)
+        ]
     errors = pull(error)
-    outer = [r * np.outer(e, x) for r, e, x in zip(rates, errors, inputs, strict=True)]
+    outer = [r * np.outer(e, x) for r, e, x in zip(learning_rates, errors, inputs, strict=True)]
     return outer, inputs
 
 
-def solve(weight, keep, recent):
-    """argmin_W 1/2 sum_i rate_i |W k_i - v_i|^2 + 1/2 |W - keep W'|^2, by its normal equations."""
+def solve(weight, decay, recent):
+    """argmin_W 1/2 sum_i eta_i |W k_i - v_i|^2 + 1/2 |W - decay W'|^2, by its normal equations."""
     system = np.eye(weight.shape[1])
-    right = keep * weight
+    right = decay * weight
     for token in recent:
-        system = system + token["rate"] * np.outer(token["keys"], token["keys"])
-        right = right + token["rate"] * np.outer(token["values"], token["keys"])
+        system = system + token["learning_rate"] * np.outer(token["keys"], token["keys"])
+        right = right + token["learning_rate"] * np.outer(token["values"], token["keys"])
     return np.linalg.solve(system.T, right.T).T
 
 
@@ -118,7 +121,7 @@ def run(names, params, tokens, chunk_size):
     """`({read: [T, dv]}, accumulators, momenta)` after all tokens."""
     architecture, _, retention, rule = names
     given = {k: np.asarray(v, np.float64) for k, v in tokens._asdict().items() if v is not None}
-    tokens = [{k: v[t] for k, v in given.items()} for t in range(len(given["rate"]))]
+    tokens = [{k: v[t] for k, v in given.items()} for t in range(len(given["learning_rate"]))]
     held = [np.asarray(w, np.float64) for w in params]
     momenta = [np.zeros_like(w) for w in held]
     window = int(3 if "omega" in rule else 1)
@@ -135,10 +138,10 @@ def run(names, params, tokens, chunk_size):
             anchor = linked()
         read("anchor", anchor)
         read("running_prev", linked())
-        rate, keep = token["rate"], token.get("keep", 1.0)
+        learning_rate, decay = token["learning_rate"], token.get("decay", 1.0)
         recent = tokens[max(0, t - window + 1) : t + 1]
         if rule == "implicit_omega":
-            held = [solve(held[0], keep, recent)]
+            held = [solve(held[0], decay, recent)]
         else:
             each = [gradients(names, anchor, past)[0] for past in recent]
             total = [sum(parts) for parts in zip(*each, strict=True)]
@@ -146,9 +149,11 @@ def run(names, params, tokens, chunk_size):
             reads_key = [True, architecture == "gated", False]
             for m, x in enumerate(inputs):
                 momenta[m] = token.get("momentum", 0.0) * momenta[m] - total[m]
-                erase = erase_rate(rule, rate, keep, x @ x, reads_key[m])
-                held[m] = keep * held[m] - erase * np.outer(held[m] @ x, x) + momenta[m]
+                erase = erase_rate(rule, learning_rate, decay, x @ x, reads_key[m])
+                held[m] = decay * held[m] - erase * np.outer(held[m] @ x, x) + momenta[m]
                 if retention == "elastic_net":
-                    held[m] = np.sign(held[m]) * np.maximum(np.abs(held[m]) - rate * 0.1, 0)
+                    held[m] = np.sign(held[m]) * np.maximum(
+                        np.abs(held[m]) - learning_rate * 0.1, 0
+                    )
         read("running", linked())
     return {name: np.array(rows) for name, rows in reads.items()}, held, momenta

@@ -115,7 +115,7 @@ def params(names, dtype=jnp.float32, seed=0):
 
 
 def tokens(names, length, dtype=np.float32, seed=1):
-    """Unit keys, values of size 1, rates near 0.1, as the menu entries of a point need them."""
+    """Unit keys, values of size 1, learning rates near 0.1, the gates that the entries need."""
     architecture, objective, retention, rule = entries(names)
     rng = np.random.default_rng(seed)
     keys = rng.normal(size=(length, architecture.key_dim))
@@ -128,8 +128,8 @@ def tokens(names, length, dtype=np.float32, seed=1):
         keys=jnp.asarray(keys, dtype),
         values=jnp.asarray(rng.normal(size=(length, architecture.value_dim)), dtype),
         queries=jnp.asarray(rng.normal(size=(length, architecture.key_dim)), dtype),
-        rate=jnp.asarray(rng.uniform(0.02, 0.15, length), dtype),
-        keep=gate(0.8, 0.99, retention.keep != "unused"),
+        learning_rate=jnp.asarray(rng.uniform(0.02, 0.15, length), dtype),
+        decay=gate(0.8, 0.99, retention.decay != "unused"),
         momentum=gate(0.3, 0.9, rule.momentum),
         threshold=gate(0.5, 1.0, objective.token_threshold),
     )

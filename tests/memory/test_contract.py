@@ -144,12 +144,12 @@ def test_state_structure_and_dtypes_are_stable(names):
 
 
 @every_point
-def test_rate_zero_and_keep_one_leave_the_memory_alone(names):
+def test_learning_rate_zero_and_decay_one_leave_the_memory_alone(names):
     """Oracle 16, for rules without an own momentum to spend."""
     params, x = points.params(names), points.tokens(names, LENGTH)
-    ones = None if x.keep is None else jnp.ones(LENGTH)
+    ones = None if x.decay is None else jnp.ones(LENGTH)
     level = points.level(names, CHUNK)
-    y, end = run(level, params, x._replace(rate=jnp.zeros(LENGTH), keep=ones))
+    y, end = run(level, params, x._replace(learning_rate=jnp.zeros(LENGTH), decay=ones))
     close(end.state.weights, level.init(params).weights, 1e-6)
     architecture, _, retention, _ = points.entries(names)
     weights = params if retention.link is None else tuple(map(retention.link, params))
@@ -162,11 +162,11 @@ def test_rate_zero_and_keep_one_leave_the_memory_alone(names):
     ids=names_of,
 )
 def test_outer_gradients_are_finite_differences(names, x64):
-    """Of the initial weights and of every rate and gate; non-zero."""
+    """Of the initial weights and of every learning rate and gate; non-zero."""
     params = points.params(names, jnp.float64)
     x = points.tokens(names, LENGTH, np.float64)
     level = points.level(names, CHUNK)
-    gates = ("rate", "keep", "momentum", "threshold")
+    gates = ("learning_rate", "decay", "momentum", "threshold")
     trainable = (params, {g: getattr(x, g) for g in gates if getattr(x, g) is not None})
 
     @jax.jit
@@ -281,7 +281,7 @@ def test_what_is_not_defined_is_refused_with_a_reason(build, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(keep=None), "decay needs Tokens.keep"),
+        (dict(decay=None), "decay needs Tokens.decay"),
         (dict(momentum=np.ones(4, np.float32)), "no use for Tokens.momentum"),
         (dict(threshold=np.ones(4, np.float32)), "no use for Tokens.threshold"),
         (dict(values=np.ones((4, 3), np.float32)), "values have 3 features"),

@@ -17,15 +17,21 @@ RNG = np.random.default_rng(0)
 KEYS = RNG.normal(size=(T, D))
 KEYS /= np.linalg.norm(KEYS, axis=1, keepdims=True)
 VALUES, QUERIES = RNG.normal(size=(2, T, D))
-RATE, KEEP = RNG.uniform(0.1, 0.6, T), RNG.uniform(0.8, 1.0, T)
+LEARNING_RATE, DECAY = RNG.uniform(0.1, 0.6, T), RNG.uniform(0.8, 1.0, T)
 M0 = RNG.normal(size=(D, D))
 ONES = np.ones(T)
 LONG_KEYS = KEYS * RNG.uniform(0.5, 2.0, (T, 1))
 EYE = np.eye(D)
 
 
-def tokens(keys=KEYS, values=VALUES, queries=QUERIES, rate=RATE, keep=None):
-    fields = {"keys": keys, "values": values, "queries": queries, "rate": rate, "keep": keep}
+def tokens(keys=KEYS, values=VALUES, queries=QUERIES, learning_rate=LEARNING_RATE, decay=None):
+    fields = {
+        "keys": keys,
+        "values": values,
+        "queries": queries,
+        "learning_rate": learning_rate,
+        "decay": decay,
+    }
     return {k: v for k, v in fields.items() if v is not None}
 
 
@@ -35,12 +41,12 @@ def product(objective, retention, rule, chunk, read="running", size=D):
     )
 
 
-def delta(keep, erase, write, read="running", start=M0, keys=KEYS, values=VALUES):
-    """Reads and final memory of M = M(keep I - erase k k^T) + write v k^T."""
+def delta(decay, erase, write, read="running", start=M0, keys=KEYS, values=VALUES):
+    """Reads and final memory of M = M(decay I - erase k k^T) + write v k^T."""
     memory, reads = start, []
     for t in range(len(keys)):
         before = memory
-        memory = memory @ (keep[t] * EYE - erase[t] * np.outer(keys[t], keys[t]))
+        memory = memory @ (decay[t] * EYE - erase[t] * np.outer(keys[t], keys[t]))
         memory = memory + write[t] * np.outer(values[t], keys[t])
         reads.append((memory if read == "running" else before) @ QUERIES[t])
     return np.array(reads), memory
@@ -50,27 +56,30 @@ def phi(x):
     return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
 
 
-GATED = tokens(keep=KEEP)
-ONE = {k: v[:1] for k, v in tokens(rate=ONES, keep=ONES).items()}
-FLIP = tokens(keys=np.tile(KEYS[:1], (T, 1)), values=np.zeros((T, D)), rate=2 * ONES)
+GATED = tokens(decay=DECAY)
+ONE = {k: v[:1] for k, v in tokens(learning_rate=ONES, decay=ONES).items()}
+FLIP = tokens(keys=np.tile(KEYS[:1], (T, 1)), values=np.zeros((T, D)), learning_rate=2 * ONES)
 ETA, STRENGTH = 0.5, 3.0
-PROXIMAL_KEEP = STRENGTH / (STRENGTH + ETA)
-PROXIMAL = ONE | {"rate": np.array([ETA * PROXIMAL_KEEP]), "keep": np.array([PROXIMAL_KEEP])}
+PROXIMAL_DECAY = STRENGTH / (STRENGTH + ETA)
+PROXIMAL = ONE | {
+    "learning_rate": np.array([ETA * PROXIMAL_DECAY]),
+    "decay": np.array([PROXIMAL_DECAY]),
+}
 LAST = ONES * np.where(np.arange(T) == T - 1, 0.0, 1.0)
 
 CASES = {
-    "linear attention": (nm.linear_attention(D, D, chunk_size=4), M0, tokens(rate=ONES)),
+    "linear attention": (nm.linear_attention(D, D, chunk_size=4), M0, tokens(learning_rate=ONES)),
     "normalised": (
         nm.normalised_linear_attention(
             D, D, chunk_size=4, feature_map=nm.elu_plus_one, epsilon=0.0
         ),
         np.zeros((D + 1, D)),
-        tokens(rate=ONES),
+        tokens(learning_rate=ONES),
     ),
     "dgd dot": (nm.hope_dot(D, D, chunk_size=4, read="running"), M0, GATED),
     "gd l2": (product(nm.l2(), nm.decay(), nm.gradient(), 1), M0, GATED),
     "delta_net": (nm.delta_net(D, D, chunk_size=4), M0, tokens()),
-    "dgd dot keep 1": (nm.hope_dot(D, D, chunk_size=6, read="running"), M0, tokens(keep=ONES)),
+    "dgd dot decay 1": (nm.hope_dot(D, D, chunk_size=6, read="running"), M0, tokens(decay=ONES)),
     "gated_delta_net": (nm.gated_delta_net(D, D, chunk_size=4), M0, GATED),
     "one gdn": (nm.gated_delta_net(D, D, chunk_size=1), M0, {k: v[:1] for k, v in GATED.items()}),
     "one hope": (nm.hope_dot(D, D, chunk_size=1), M0, {k: v[:1] for k, v in GATED.items()}),
@@ -79,7 +88,7 @@ CASES = {
     "oja": (nm.oja_memory(D, D, chunk_size=1), M0, ONE),
     "kl": (product(nm.dot(), nm.kl(2.0), nm.gradient(), 1), M0, PROXIMAL),
     "elastic": (product(nm.dot(), nm.elastic_net(0.6), nm.gradient(), 1), M0, PROXIMAL),
-    "lq": (product(nm.dot(), nm.lq(1.5), nm.gradient(), 1, "anchor"), M0, tokens(keep=ONES)),
+    "lq": (product(nm.dot(), nm.lq(1.5), nm.gradient(), 1, "anchor"), M0, tokens(decay=ONES)),
     "l2 decay": (product(nm.l2(), nm.decay(), nm.gradient(), 4), M0, GATED),
     "lp 2": (product(nm.lp(2.0), nm.decay(), nm.gradient(), 4), M0, GATED),
     "huber inf": (product(nm.huber(1e9), nm.decay(), nm.gradient(), 4), M0, GATED),
@@ -90,23 +99,31 @@ CASES = {
     "ridge": (
         product(nm.l2(), nm.decay(), nm.implicit_omega(T), 4),
         M0,
-        tokens(keep=LAST),
+        tokens(decay=LAST),
     ),
-    "ttt": (product(nm.l2(), nm.none(), nm.gradient(), 4), M0, tokens(rate=0.3 * RATE)),
+    "ttt": (
+        product(nm.l2(), nm.none(), nm.gradient(), 4),
+        M0,
+        tokens(learning_rate=0.3 * LEARNING_RATE),
+    ),
     "ttt full": (product(nm.l2(), nm.none(), nm.gradient(), T), np.zeros((D, D)), tokens()),
-    "recall": (nm.delta_net(D, D, chunk_size=4), M0, tokens(keys=np.tile(EYE, (3, 1)), rate=ONES)),
+    "recall": (
+        nm.delta_net(D, D, chunk_size=4),
+        M0,
+        tokens(keys=np.tile(EYE, (3, 1)), learning_rate=ONES),
+    ),
     "R1": (product(nm.l2(), nm.decay(), nm.delta(), 4), M0, GATED),
     "R2": (product(nm.l2(), nm.decay(), nm.input_delta(), 4), M0, GATED),
     "R4 token": (product(nm.l2(), nm.decay(), nm.functional_delta(), 1), M0, GATED),
     "R4 chunk": (product(nm.l2(), nm.decay(), nm.functional_delta(), 4), M0, GATED),
     "flip": (nm.delta_net(D, D, chunk_size=4), M0, FLIP),
-    "no flip": (nm.delta_net(D, D, chunk_size=4), M0, FLIP | {"rate": 0.9 * ONES}),
+    "no flip": (nm.delta_net(D, D, chunk_size=4), M0, FLIP | {"learning_rate": 0.9 * ONES}),
 }
 for chunk in (1, 4, T):
     CASES[f"retention {chunk}"] = (
         nm.retention_memory(D, D, chunk_size=chunk),
         np.zeros((D, D)),
-        tokens(rate=ONES, keep=KEEP),
+        tokens(learning_rate=ONES, decay=DECAY),
     )
     CASES[f"hope_dot {chunk}"] = (nm.hope_dot(D, D, chunk_size=chunk), M0, GATED)
     CASES[f"hope_l2 {chunk}"] = (nm.hope_l2(D, D, chunk_size=chunk), M0, GATED)
@@ -139,7 +156,7 @@ def assert_same(found, expected, tolerance=1e-10):
 
 
 def test_linear_attention_is_gradient_descent_on_the_dot_product(results):
-    """Oracle 17: rate 1; and with feature map and normaliser it is kernel attention."""
+    """Oracle 17: learning rate 1; and with feature map and normaliser it is kernel attention."""
     assert_same(results["linear attention"], delta(ONES, 0 * ONES, ONES))
     scores = np.tril(phi(QUERIES) @ phi(KEYS).T)
     expected = scores @ VALUES / scores.sum(1, keepdims=True)
@@ -147,35 +164,35 @@ def test_linear_attention_is_gradient_descent_on_the_dot_product(results):
 
 
 def test_dgd_on_dot_is_gd_on_l2_is_the_delta_rule(results):
-    """Oracle 18: with keep 1 it is DeltaNet, with nothing erased RetNet or GLA."""
-    expected = delta(KEEP, RATE, RATE)
+    """Oracle 18: with decay 1 it is DeltaNet, with nothing erased RetNet or GLA."""
+    expected = delta(DECAY, LEARNING_RATE, LEARNING_RATE)
     assert_same(results["dgd dot"], expected)
     assert_same(results["gd l2"], expected)
-    assert_same(results["delta_net"], delta(ONES, RATE, RATE))
-    assert_same(results["dgd dot keep 1"], results["delta_net"])
-    retention = delta(KEEP, 0 * ONES, ONES, start=np.zeros((D, D)))
+    assert_same(results["delta_net"], delta(ONES, LEARNING_RATE, LEARNING_RATE))
+    assert_same(results["dgd dot decay 1"], results["delta_net"])
+    retention = delta(DECAY, 0 * ONES, ONES, start=np.zeros((D, D)))
     assert_same(results["retention 4"], retention)
 
 
 def test_gated_delta_net_is_not_hope(results):
-    """Oracle 19: they differ by (1 - a) b M k k^T, hence not at keep 1."""
-    assert_same(results["gated_delta_net"], delta(KEEP, KEEP * RATE, RATE))
+    """Oracle 19: they differ by (1 - a) b M k k^T, hence not at decay 1."""
+    assert_same(results["gated_delta_net"], delta(DECAY, DECAY * LEARNING_RATE, LEARNING_RATE))
     difference = results["one gdn"][1] - results["one hope"][1]
-    expected = (1 - KEEP[0]) * RATE[0] * np.outer(M0 @ KEYS[0], KEYS[0])
+    expected = (1 - DECAY[0]) * LEARNING_RATE[0] * np.outer(M0 @ KEYS[0], KEYS[0])
     np.testing.assert_allclose(difference, expected, atol=1e-12)
     assert np.abs(expected).max() > 1e-3
 
 
 def test_dgd_on_l2_erases_twice(results):
     """C2: M = a M - 2 b M k k^T + b v k^T, whose fixed point is v / 2."""
-    assert_same(results["hope_l2"], delta(KEEP, 2 * RATE, RATE))
+    assert_same(results["hope_l2"], delta(DECAY, 2 * LEARNING_RATE, LEARNING_RATE))
     memory = M0
     for _ in range(200):
         memory = memory - 0.3 * np.outer(2 * memory @ KEYS[0] - VALUES[0], KEYS[0])
     np.testing.assert_allclose(memory @ KEYS[0], VALUES[0] / 2, atol=1e-12)
 
 
-def test_a_full_rate_writes_exactly_and_recalls_as_many_pairs_as_keys(results):
+def test_a_full_learning_rate_writes_exactly_and_recalls_as_many_pairs_as_keys(results):
     """Oracle 20: D orthonormal keys are all recalled; one more pair is not."""
     _, memory = results["recall"]
     np.testing.assert_allclose(memory @ EYE, VALUES[-D:].T, atol=1e-12)
@@ -183,10 +200,12 @@ def test_a_full_rate_writes_exactly_and_recalls_as_many_pairs_as_keys(results):
 
 
 def test_longhorn_is_the_closed_form_of_dgd(results):
-    """Oracle 21: argmin 1/2 |W k - v|^2 + 1/(2 rate) |W - W'|^2, by a dense inverse."""
+    """Oracle 21: argmin 1/2 |W k - v|^2 + 1/(2 eta) |W - W'|^2, by a dense inverse."""
     memory = M0
-    for k, v, rate in zip(LONG_KEYS, VALUES, RATE, strict=True):
-        memory = (np.outer(v, k) + memory / rate) @ np.linalg.inv(np.outer(k, k) + EYE / rate)
+    for k, v, learning_rate in zip(LONG_KEYS, VALUES, LEARNING_RATE, strict=True):
+        memory = (np.outer(v, k) + memory / learning_rate) @ np.linalg.inv(
+            np.outer(k, k) + EYE / learning_rate
+        )
     np.testing.assert_allclose(results["longhorn"][1], memory, atol=1e-10)
 
 
@@ -223,7 +242,7 @@ def test_retentions_are_stationary_points(results):
     np.testing.assert_allclose(slope[new != 0], -0.6 * np.sign(new[new != 0]), atol=1e-9)
     assert np.all(np.abs(slope[new == 0]) <= 0.6 + 1e-12)
     # lq: the gradient of 1/2 |W|_q^2 at the weights is the accumulator.
-    memory, q = M0 + sum(np.outer(v, k) * r for v, k, r in zip(VALUES, KEYS, RATE)), 1.5  # noqa: B905
+    memory, q = M0 + sum(np.outer(v, k) * r for v, k, r in zip(VALUES, KEYS, LEARNING_RATE)), 1.5  # noqa: B905
     np.testing.assert_allclose(results["lq"][1], memory, atol=1e-10)
     p = q / (q - 1)
     norm = np.sum(np.abs(M0) ** p) ** (1 / p)
@@ -247,11 +266,11 @@ def test_omega(results):
     memory = M0
     for t in range(T):
         seen = slice(max(0, t - 2), t + 1)
-        keys, values, gamma = KEYS[seen].T, VALUES[seen].T, np.diag(RATE[seen])
-        memory = memory @ (KEEP[t] * EYE - keys @ gamma @ keys.T) + values @ gamma @ keys.T
+        keys, values, gamma = KEYS[seen].T, VALUES[seen].T, np.diag(LEARNING_RATE[seen])
+        memory = memory @ (DECAY[t] * EYE - keys @ gamma @ keys.T) + values @ gamma @ keys.T
     np.testing.assert_allclose(results["omega 3"][1], memory, atol=1e-10)
     # A window over everything, with nothing kept: ridge regression of strength 1.
-    gamma = np.diag(RATE)
+    gamma = np.diag(LEARNING_RATE)
     ridge = VALUES.T @ gamma @ KEYS @ np.linalg.inv(KEYS.T @ gamma @ KEYS + EYE)
     np.testing.assert_allclose(results["ridge"][1], ridge, atol=1e-10)
 
@@ -267,27 +286,27 @@ def test_polynomial_features_are_the_exponential(x64):
 @pytest.mark.parametrize("chunk", [1, 4, T])
 def test_retention_is_parallel_is_recurrent(results, chunk):
     """Oracle 26: (Q K^T * D) V with D the products of decays, at every chunk size."""
-    decay = np.array([[np.prod(KEEP[i + 1 : t + 1]) for i in range(T)] for t in range(T)])
+    decay = np.array([[np.prod(DECAY[i + 1 : t + 1]) for i in range(T)] for t in range(T)])
     expected = (np.tril(decay) * (QUERIES @ KEYS.T)) @ VALUES
     np.testing.assert_allclose(results[f"retention {chunk}"][0], expected, atol=1e-10)
 
 
 def test_ttt_is_its_dual_form(results):
     """Oracle 28, for the linear model without norm and bias; one mini-batch: linear attention."""
-    rate, weights, explicit, dual = 0.3 * RATE, M0, [], []
+    learning_rate, weights, explicit, dual = 0.3 * LEARNING_RATE, M0, [], []
     for first in range(0, T, 4):
         rows = slice(first, first + 4)
         keys, values, queries = KEYS[rows], VALUES[rows], QUERIES[rows]
         errors = keys @ weights.T - values
-        step = np.tril(np.tile(rate[rows], (4, 1)))
+        step = np.tril(np.tile(learning_rate[rows], (4, 1)))
         dual.append(queries @ weights.T - (step * (queries @ keys.T)) @ errors)
         for t in range(4):
-            seen = [rate[first + i] * np.outer(errors[i], keys[i]) for i in range(t + 1)]
+            seen = [learning_rate[first + i] * np.outer(errors[i], keys[i]) for i in range(t + 1)]
             explicit.append((weights - sum(seen)) @ queries[t])
-        weights = weights - (rate[rows, None] * errors).T @ keys
+        weights = weights - (learning_rate[rows, None] * errors).T @ keys
     np.testing.assert_allclose(np.concatenate(dual), explicit, atol=1e-12)
     assert_same(results["ttt"], (explicit, weights))
-    attention = np.tril(QUERIES @ KEYS.T * RATE) @ VALUES
+    attention = np.tril(QUERIES @ KEYS.T * LEARNING_RATE) @ VALUES
     np.testing.assert_allclose(results["ttt full"][0], attention, atol=1e-10)
 
 
@@ -301,12 +320,12 @@ def test_only_the_dot_objective_is_free_of_the_chunk_size(results):
 def test_readings_of_dgd_agree_on_a_matrix(results):
     """Oracle 39: R1 = R2 on a linear memory; R4 = R1 at chunk size 1, not beyond."""
     assert_same(results["R1"], results["R2"])
-    assert_same(results["R4 token"], delta(KEEP, 2 * RATE, RATE))
+    assert_same(results["R4 token"], delta(DECAY, 2 * LEARNING_RATE, LEARNING_RATE))
     assert np.abs(results["R4 chunk"][1] - results["R1"][1]).max() > 1e-2
 
 
 def test_parity_by_hand(results):
-    """Oracle 55: a rate of 2 on a constant unit key reflects the memory; below 1 nothing does."""
+    """Oracle 55: learning rate 2 on a constant unit key reflects the memory; below 1 none does."""
     reads, memory = results["flip"]
     along, rest = np.outer(M0 @ KEYS[0], KEYS[0]), M0 @ (EYE - np.outer(KEYS[0], KEYS[0]))
     for t in range(T):
@@ -323,7 +342,7 @@ def test_padding_is_neutral(x64):
     level = nm.titans(nm.residual_mlp((D, 5, D), output_scale=0.5), chunk_size=4)
     params = nm.residual_mlp((D, 5, D), output_scale=0.5).init(jax.random.key(0), jnp.float64)
     momentum = jnp.full(T, 0.5)
-    x = nm.Tokens(*map(jnp.asarray, (KEYS, VALUES, QUERIES, RATE, KEEP)), momentum)
+    x = nm.Tokens(*map(jnp.asarray, (KEYS, VALUES, QUERIES, LEARNING_RATE, DECAY)), momentum)
     run = jax.jit(lambda x, reset: levels.run(level, params, level.init(params), x, reset=reset))
 
     def padded(value):  # 6 tokens, 2 of padding, then a document of 4
@@ -348,7 +367,9 @@ def test_padding_is_neutral(x64):
 def test_a_memory_is_written_once_a_chunk_and_never_between(x64):
     """floor(T / chunk) writes; between them the state is constant to the last bit."""
     level = nm.titans(nm.matrix(D, D, scale=0.5), chunk_size=4)
-    x = nm.Tokens(*map(jnp.asarray, (KEYS, VALUES, QUERIES, RATE, KEEP)), jnp.full(T, 0.5))
+    x = nm.Tokens(
+        *map(jnp.asarray, (KEYS, VALUES, QUERIES, LEARNING_RATE, DECAY)), jnp.full(T, 0.5)
+    )
     carry, writes = levels.start(level, (jnp.asarray(M0),), x), []
     step = jax.jit(lambda carry, x: levels.run(level, (jnp.asarray(M0),), carry, x)[1])
     for t in range(T - 1):
