@@ -1,11 +1,12 @@
 """Tiles of 64 rows in one warpgroup of a Hopper GPU: operands, products, masks, the inverse.
 
-A matrix is a value in registers (float32, the layout of `wgmma`) or a reference to shared memory.
-What is multiplied is bfloat16; a float32 matrix that must keep its digits is the sum of two
-bfloat16 "parts", and its products are three products of parts: good to about 2^-16.
+A matrix is a value in registers (float32, in the layout of `wgmma`) or a reference to shared
+memory. Products take bfloat16. A float32 matrix that must keep its precision is the sum of two
+bfloat16 "parts", and a product of two such matrices is three products of parts: good to about
+2^-16.
 
-Mosaic GPU's interpreter has no product with an operand in registers or transposed, no layouts and
-no run of a vector along a tile: there the same operands are multiplied by jnp (`interpret`).
+Mosaic GPU's interpreter cannot multiply operands that are in registers or transposed, has no
+layouts, and cannot broadcast a vector along a tile: with `interpret` these go through jnp.
 """
 
 import inspect
@@ -45,7 +46,7 @@ def tile(*shape: int, parts: int) -> Any:
 
 
 def split(value: Any, parts: int) -> tuple[Any, ...]:
-    """A float32 array as parts: one is its rounding, two add up to it but for 2^-17 of it."""
+    """A float32 array as parts: one part rounds it, two add up to it within 2^-17 of it."""
     high = value.astype(jnp.bfloat16)
     if parts == 1:
         return (high,)
@@ -64,7 +65,7 @@ def as_parts(array: Any, parts: int) -> Any:
 
 
 def summed(parts: Any, dtype: Any) -> Any:
-    """What `as_parts` made parts of."""
+    """The inverse of `as_parts`."""
     return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(dtype)
 
 
@@ -122,8 +123,9 @@ class Warpgroup(NamedTuple):
     def product(self, *terms: Any) -> Any:
         """The sum of the products of pairs (left, right), in float32.
 
-        The left one is a reference, a `Flipped` one or parts in registers, the right one a
-        reference or `Flipped`. Of two parts each the product of the small ones is left out.
+        A left operand is a reference, a `Flipped` one or parts in registers; a right one is a
+        reference or `Flipped`. The product of both second parts is left out: it is below the
+        precision of the sum.
         """
         pairs = [
             (_part(left, i), _part(right, j))
@@ -144,19 +146,19 @@ class Warpgroup(NamedTuple):
         return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
 
     def vector(self, given: Any) -> Any:
-        """A vector [64], a value or in shared memory, as a sum along rows is."""
+        """A vector [64], a value or in shared memory, in the layout of a sum along rows."""
         return self._vector(given, 0)
 
     def along_rows(self, given: Any, columns: int) -> Any:
-        """A vector [64], a value or in shared memory, as [64, columns]: one number a row."""
+        """A vector [64], a value or in shared memory, as [64, columns]: one number for each row."""
         return self._spread(given, columns, 0)
 
     def along_columns(self, ref: Any) -> Any:
-        """A vector [64] in shared memory as a matrix [64, 64]: one number a column."""
+        """A vector [64] in shared memory as a matrix [64, 64]: one number for each column."""
         return self._spread(ref, ROWS, 1)
 
     def sums(self, value: Any, held: Any, keep: Callable) -> Any:
-        """Of a vector [64] the sums over j with `keep(i, j)`; `held`, 64 floats, holds it."""
+        """For each i the sum of a vector [64] over the j with `keep(i, j)`, by way of `held`."""
         held[...] = value
         return jnp.sum(self.masked(self.along_columns(held), keep), axis=1)
 
@@ -191,8 +193,9 @@ class Warpgroup(NamedTuple):
     def inverse(self, lower: Any, held: Any, work: Any) -> Any:
         """(I + lower)^-1 of a strictly lower triangular value, as `triangular` does it.
 
-        Fours in closed form, then pairs merged. Each merge takes the whole lower matrix and masks
-        the product: what belongs to other pairs is dropped there. `held` and `work` are tiles.
+        Blocks of four in closed form, then pairs merged. A merge multiplies by the whole lower
+        matrix, as it lies in shared memory, and masks the product: what belongs to other pairs is
+        dropped there. `held` and `work` are tiles.
         """
         self.put(held, lower)
         fours = self.masked(lower, lambda i, j: (i >> 2) == (j >> 2))

@@ -1,9 +1,10 @@
 """A scan over the chunks of sequences that reads and writes tokens where they lie.
 
-`jax.lax.scan` wants the chunks first and its outputs come chunks first: with [..., T, d] that is a
-transposed copy of every array, each way, and on a CPU as dear as the products of a chunk of 32.
-Here each step slices its tokens out, and puts its outputs and, going back, its gradients into
-arrays of the whole length. The state of every chunk's start is kept, and nothing for a token.
+`jax.lax.scan` scans the first axis and stacks its outputs along it. For tokens [..., T, d] that
+means a transposed copy of every array in each direction, which on a CPU costs as much as the
+products of a chunk of 32. Here each step slices its tokens out of the arrays of the whole length,
+and writes its outputs, and in the backward pass its gradients, into others. The state at the start
+of every chunk is stored, and nothing for single tokens.
 """
 
 from collections.abc import Callable

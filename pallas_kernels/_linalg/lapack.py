@@ -1,8 +1,9 @@
-"""Factorizations of stacks of matrices that do not wait for each other for ever.
+"""Factorizations of stacks of matrices that cannot deadlock on a CPU.
 
-XLA's batched routines on a CPU (LU, QR, Cholesky, triangular solves, eigendecompositions) share out
-a large stack over the thread pool that their caller runs on, and wait. Two such calls at once on
-two cores never end (jaxlib 0.10.2). One matrix a call is not shared out: a CPU takes one at a time.
+XLA's batched routines on a CPU (LU, QR, Cholesky, triangular solves, eigendecompositions) spread a
+large stack over the thread pool that their caller runs on, and wait for it. Two such calls at once
+on two cores wait for each other and never end (jaxlib 0.10.2). A call with a single matrix is not
+spread, so that a CPU is given one matrix at a time here.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from jaxtyping import Array, Float
 
 
 def stacked(routine: Callable[..., Any], *operands: Array) -> Any:
-    """`routine` of every matrix of stacks of the same leading dimensions.
+    """Apply `routine` to every matrix of stacks that have the same leading dimensions.
 
     Args:
-      routine: from matrices to a tree of arrays; on a CPU it is given single matrices.
+      routine: takes matrices, gives a tree of arrays; on a CPU it is called with single matrices.
       operands: its arguments, [..., m, n].
     """
     batch = operands[0].ndim - 2
@@ -65,7 +66,7 @@ def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def eigh(a: Float[Array, "*b n n"]) -> tuple[Float[Array, "*b n"], Float[Array, "*b n n"]]:
-    """`jnp.linalg.eigh` of stacks: eigenvalues from the least on, and eigenvectors as columns."""
+    """`jnp.linalg.eigh` of stacks: eigenvalues in ascending order, eigenvectors as columns."""
     return stacked(lambda matrix: tuple(jnp.linalg.eigh(matrix)), a)
 
 

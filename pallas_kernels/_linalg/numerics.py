@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 
 class Form(NamedTuple):
-    """How a chunk is written down: the same numbers, as XLA or as a TPU kernel likes them.
+    """How a chunk's mathematics is written down: the same numbers, for XLA or for a TPU kernel.
 
     Attributes:
-      dense: whole matrices under masks, no slices and no turned rows: as a kernel likes it.
+      dense: work on whole matrices under masks, without slices and without transposed rows, which
+        cost a kernel more than the products that they save.
       rounded: round the operands of products to bfloat16; sums stay in float32. This is what the
         default precision of float32 products does on TPUs up to v5; later ones take more passes.
     """
@@ -19,7 +20,7 @@ class Form(NamedTuple):
     rounded: bool = False
 
     def operand(self, array):
-        """An array as the products take it."""
+        """The array in the dtype in which products take it."""
         return array.astype(jnp.bfloat16) if self.rounded else array
 
 
@@ -27,7 +28,7 @@ PLAIN = Form()
 
 
 def dot(a, b, contract: tuple[int, int], form: Form):
-    """A stack of products over one axis of each matrix (0: its rows, 1: its columns).
+    """A stack of products that contract one axis of each matrix (0: its rows, 1: its columns).
 
     Args:
       a: [..., m, n], leading axes as those of b.
@@ -48,7 +49,7 @@ def dot(a, b, contract: tuple[int, int], form: Form):
 
 
 def accumulation_dtype(*arrays):
-    """float64 if any of the arrays is, else float32: never less for a state, decay or solve.
+    """float64 if any of the arrays has it, else float32: states, decays and solves take no less.
 
     `jnp.promote_types` would do, but raises under `numpy_dtype_promotion=strict`.
     """

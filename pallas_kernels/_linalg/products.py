@@ -1,8 +1,8 @@
 """Batched matrix products whose gradients are products in the same layout.
 
-JAX's own rule for the second operand of a product gives its transpose and then a copy; the copies
-cost as much as the products when the matrices are small. Here each gradient is written down in the
-layout of what it belongs to. Reverse mode only, of any order.
+JAX's own rule computes the gradient of a product's second operand transposed, and then copies it
+into place; for small matrices the copies cost as much as the products. Here each gradient is one
+product that comes out in the layout of its operand. Reverse mode only, of any order.
 """
 
 from functools import partial
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from pallas_kernels._linalg.numerics import PLAIN, Form, dot
 from pallas_kernels._linalg.triangular import invert_unit_lower, masked
 
-# Names the inverses in `solve_unit_lower` for checkpoint policies: what is dear to recompute.
+# The name of the inverses in `solve_unit_lower` for checkpoint policies: they are expensive to
+# recompute and small to store.
 INVERSE = "invert_unit_lower"
 
 
@@ -28,7 +29,7 @@ _nn, _nt, _tn = _product((1, 0)), _product((1, 1)), _product((0, 0))
 
 
 def _keep(form_of_product):
-    """What goes in is what the gradient needs, as the product takes it."""
+    """The forward rule: keep both operands, rounded if the product rounds them."""
 
     def forward(a, b, form):
         a, b = form.operand(a), form.operand(b)
@@ -80,6 +81,8 @@ def _scaled_fwd(a, b, scale, form):
 
 def _scaled_bwd(form, kept, g):
     a, b, scale = kept
+    # One product serves two gradients: scaled it is that of b, and its overlap with b, which is
+    # sum_i g_in (a b)_in for column n, is that of the scale. The product a b is not needed again.
     back = _tn(a, g, form)
     of_scale = jnp.sum(b.astype(back.dtype) * back, axis=-2)
     return _nt(scale[..., None, :] * g, b, form), scale[..., None, :] * back, of_scale
@@ -94,14 +97,14 @@ def scaled_nn(
     scale: Float[Array, "*s n"],
     form: Form = PLAIN,
 ) -> Float[Array, "*c m n"]:
-    """a b with its columns scaled; the gradient of the scale needs no product kept or redone."""
+    """a b with column n scaled by `scale[n]`."""
     a, b = _same_batch(a, b)
     return _scaled(a, b, jnp.broadcast_to(scale, (*a.shape[:-2], scale.shape[-1])), form)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gram(x: Float[Array, "*b k n"], form: Form = PLAIN) -> Float[Array, "*b n n"]:
-    """x^T x; its gradient is one product, x (g + g^T), not two."""
+    """x^T x; its gradient is one product, x (g + g^T), where autodiff would take two."""
     return dot(x, x, (0, 0), form)
 
 
@@ -114,7 +117,7 @@ gram.defvjp(_gram_fwd, lambda form, x, g: (_nn(x, g + jnp.swapaxes(g, -1, -2), f
 
 
 def _inverses(lowers, form: Form):
-    """Of each; in a kernel those of the same size at once, so that their products run abreast."""
+    """The inverse of each. A kernel inverts all at once: small products in turn would wait."""
     if not form.dense or len(lowers) == 1:
         return [invert_unit_lower(lower, form) for lower in lowers]
     size = lowers[0].shape[-1]
@@ -132,7 +135,7 @@ def _solve(lowers, rights, named, form):
 
 def _solve_fwd(lowers, rights, named, form):
     inverses = [form.operand(inverse) for inverse in _inverses(lowers, form)]
-    # named here: it is this value, not a copy of it, that the gradient needs
+    # the name is given here, since it is this value, and no copy of it, that the gradient needs
     inverses = [
         checkpoint_name(inverse, INVERSE) if name else inverse
         for inverse, name in zip(inverses, named, strict=True)
@@ -143,6 +146,8 @@ def _solve_fwd(lowers, rights, named, form):
 
 
 def _solve_bwd(named, form, kept, gradients):
+    # X = right T^T with T = (I + L)^-1. So right gets g T, and with dT = -T dL T the matrix L gets
+    # -(g T)^T X: two products, and none of them forms dT.
     of_lowers, of_rights = [], []
     for inverse, solution, g in zip(*kept, gradients, strict=True):
         of_rights.append(_nn(g, inverse, form))
@@ -161,14 +166,14 @@ def solve_unit_lower(
     named: bool = True,
     form: Form = PLAIN,
 ) -> Float[Array, "*c m n"]:
-    """X with X (I + L)^T = right, L the strict lower triangle of `lower`: rows are right sides.
+    """X with X (I + L)^T = right, L the strict lower triangle of `lower`; a right side is a row.
 
-    `named` says whether policies that save `INVERSE` save the one behind this.
+    `named` says whether checkpoint policies that save `INVERSE` save this inverse.
     """
     return solve_unit_lowers([(lower, right)], named=(named,), form=form)[0]
 
 
 def solve_unit_lowers(systems, *, named: tuple[bool, ...], form: Form = PLAIN):
-    """`solve_unit_lower` of each (lower, right), all of as many tokens."""
+    """`solve_unit_lower` of each pair (lower, right); all have the same number of tokens."""
     lowers, rights = zip(*(_same_batch(*system) for system in systems), strict=True)
     return _solve(lowers, rights, named, form)

@@ -1,4 +1,11 @@
-"""The inverse of unit-lower-triangular matrices by products alone: no serial substitution."""
+"""The inverse of unit-lower-triangular matrices by products alone, without serial substitution.
+
+Two neighbouring blocks A and B of the diagonal, with C below A, are merged by
+
+    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]],
+
+so that every level of the recursion doubles the size of the inverted blocks with two products.
+"""
 
 from functools import partial
 
@@ -8,16 +15,16 @@ from jaxtyping import Array, Float
 
 from pallas_kernels._linalg.numerics import PLAIN, Form, dot
 
-BLOCK = 16  # inverted under masks; larger matrices are merged from such blocks
-_SUBLANES = 8  # rows of a register: a kernel takes such blocks of rows apart for nothing
+BLOCK = 16  # inverted as a whole, under masks; larger matrices are merged from such blocks
+_SUBLANES = 8  # rows of a register: a kernel splits a matrix at multiples of them without moving it
 
 
 def masked(matrix, keep, *, other: float = 0.0):
     """`matrix` where `keep(row, column)`, else `other`; `keep` takes arrays of indices.
 
-    The indices have the rank of the matrix from the start: a mask that is reshaped or broadcast
-    over more than axes of size one does not compile in a TPU kernel. Nor is a mask kept for the
-    gradient, which makes its own.
+    The indices have the rank of the matrix from the start, since a TPU kernel does not compile a
+    mask that is reshaped, or broadcast over more than axes of size one. The gradient makes its own
+    mask: keeping this one for it would cost a matrix of memory.
     """
     return _masked(matrix, keep, other)
 
@@ -46,16 +53,22 @@ def _matmul(a, b, form: Form):
 
 
 def _invert_small(lower, form: Form):
-    """(I + L)^-1 of one block: fours in closed form, then pairs merged under masks."""
+    """(I + L)^-1 of one block: blocks of four in closed form, then pairs merged under masks.
+
+    With X the block-diagonal inverse so far and C what lies below its pairs, X - X C X has both
+    diagonal blocks of the merged inverse and its corner -B^-1 C A^-1: the mask of C takes the place
+    of slicing, which would move data for less work than a product of 16 x 16.
+    """
     matmul = partial(_matmul, form=form)
     fours = masked(lower, lambda i, j: (i > j) & (i >> 2 == j >> 2))
-    # I - N + N^2 - N^3, since N^4 = 0
+    # (I + N)^-1 = I - N + N^2 - N^3 = (I - N)(I + N^2), since N^4 = 0 for a block of four
     inverse = matmul(_identity_minus(fours), _identity_minus(-matmul(fours, fours)))
     bits, n = 2, lower.shape[-1]
     while 1 << bits < n:
         corner = masked(lower, partial(_between, bits=bits))
         size = 1 << bits
-        if form.dense and size >= _SUBLANES and n % (2 * size) == 0:  # only every other block moves
+        if form.dense and size >= _SUBLANES and n % (2 * size) == 0:
+            # X C X changes the rows of the lower block of each pair only: half of both products
             rows = _every_other(inverse, size)
             moved = rows[1] - matmul(matmul(rows[1], corner), inverse)
             inverse = _in_turn(rows[0], moved, size)
@@ -96,9 +109,10 @@ def _diagonal_blocks(matrix, size):
 def invert_unit_lower(lower: Float[Array, "*b n n"], form: Form = PLAIN) -> Float[Array, "*b n n"]:
     """(I + L)^-1, L the strict lower triangle of `lower`, by products alone.
 
-    Fours in closed form, then merged: doubling over a whole chunk overflows for correlated keys.
-    A dense `form` merges whole matrices under masks, without a slice: more products, as a kernel
-    likes it.
+    The product form (I - N)(I + N^2)(I + N^4)... over a whole chunk is shorter, but its powers
+    overflow when keys are correlated. Merging inverses of blocks never forms a power beyond N^3.
+    With a dense `form` whole matrices are merged under masks, without slices: more arithmetic, but
+    nothing that a TPU kernel would have to move.
     """
     n = lower.shape[-1]
     if n <= BLOCK or form.dense:

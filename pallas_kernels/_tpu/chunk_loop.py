@@ -7,9 +7,10 @@ one after another. What is stored is one state for k chunks, and nothing for a t
 run the kernel keeps in VMEM either what the pullbacks need, or only the chunks' starts, and then
 runs each chunk a third time.
 
-What a kernel carries from chunk to chunk lies in the block of its last result, which stays the same
+What a kernel carries from chunk to chunk lies in the block of its last result, which stays resident
 over all chunks of a sequence: it costs no memory of its own and is written out once. A grid step
-takes several sequences, each with code of its own: one's products fill the pauses of another's.
+takes several sequences, whose instructions alternate: while a product of one is in flight, those of
+the others are issued.
 """
 
 from collections.abc import Callable
@@ -35,9 +36,11 @@ class Options(NamedTuple):
       vmem_limit: bytes of VMEM it may use.
       interpret: run on the CPU, for tests.
       name: of the kernel, in profiles and lowered text.
-      save_every: k, chunks between two states that the forward pass stores; divides the chunks.
-      sequences: that a grid step takes, forward and backward; the last step takes what is left.
-      residuals: keep what the pullbacks of k chunks need in VMEM; else each chunk runs once more.
+      save_every: k, chunks between two states that the forward pass stores; divides the number of
+        chunks.
+      sequences: how many a grid step takes, forward and backward; the last step takes the rest.
+      residuals: whether what the pullbacks of k chunks need is kept in VMEM; if not, each chunk
+        runs once more.
     """
 
     vmem_limit: int
@@ -55,7 +58,7 @@ def chunk_loop(
     """Run `chunk` over the chunks of a stack of sequences.
 
     Args:
-      chunk: a hashable function of arrays with a leading axis of size one; it captures no arrays.
+      chunk: a hashable function of arrays with a leading axis of size one; it closes over none.
       options: see `Options`.
       constants: a tree of [S, ..., m, n], the same for every chunk of a sequence; None for none.
       state: a tree of [S, ..., m, n] at the start.
@@ -85,7 +88,7 @@ class _Blocks(NamedTuple):
         return pl.BlockSpec(shape, lambda s, c: (s, *rest), **options)
 
     def of_start(self, leaf):
-        """A state that is read once a sequence: waited for, not fetched ahead, to save VMEM."""
+        """A state that is read once a sequence: one buffer, not two, to save VMEM."""
         return self.of_state(leaf, pipeline_mode=pl.Buffered(1))
 
     def of_chunks(self, leaf, count=1):

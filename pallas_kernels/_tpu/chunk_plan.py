@@ -13,7 +13,7 @@ _BETWEEN = 1.25
 
 
 class _Bytes(NamedTuple):
-    """VMEM of one sequence, or of one of its chunks: constants, state, tokens and their results."""
+    """Bytes of VMEM: of constants and state of a sequence, of tokens and results of a chunk."""
 
     constants: int
     state: int
@@ -22,12 +22,12 @@ class _Bytes(NamedTuple):
     kept: int
 
     def forward(self, every: int) -> float:
-        """Blocks of one sequence are there once where they stay, else twice."""
+        """Of the forward kernel; resident blocks are single-buffered, streamed ones double."""
         moving = 2 * every * (self.tokens + self.outputs)
         return self.constants + 5 * self.state + moving + _BETWEEN * self.kept
 
     def backward(self, every: int, kept: bool) -> float:
-        """With what the pullbacks of `every` chunks keep, or the chunks' starts."""
+        """Of the backward kernel, which keeps residuals of `every` chunks, or only their starts."""
         moving = 2 * every * (2 * self.tokens + self.outputs)
         inside = every * self.state + (every * self.kept if kept else 0)
         return 3 * self.constants + 6 * self.state + moving + inside + _BETWEEN * self.kept
@@ -51,18 +51,20 @@ def plan(
     sequences: int | None = None,
     interpret: bool = False,
 ) -> Options:
-    """How the kernels of `chunk_loop(chunk, ..., constants, state, tokens)` are to be compiled.
+    """Choose how the kernels of `chunk_loop(chunk, ..., constants, state, tokens)` are compiled.
 
-    What the pullbacks need is kept in VMEM where that of so many chunks fits that the stored
-    states take no more than `vmem.STORED` bytes of HBM; else only the chunks' starts are.
+    With more chunks between two stored states, these take less HBM, but the residuals of all those
+    chunks have to fit in VMEM. The plan keeps residuals if it finds a number of chunks for which
+    they fit while the stored states take at most `vmem.STORED` bytes of HBM. If there is none, it
+    keeps only the chunks' starts.
 
     Args:
       chunk, constants, state, tokens: see `chunk_loop`.
       name: of the kernels.
       vmem_limit: bytes.
-      abreast: sequences of a step that fill the matrix units; fewer where VMEM does not hold them.
-      every: chunks between two stored states; None chooses.
-      sequences: of a step, in place of what fits.
+      abreast: how many sequences in one step fill the matrix units; fewer where VMEM is short.
+      every: chunks between two stored states; None to choose.
+      sequences: how many a step takes; None to choose.
       interpret: run on the CPU, for tests.
     """
     shapes = arguments_of_one(constants, state, tokens)

@@ -1,8 +1,8 @@
-"""The same function of several sequences, in step: a kernel's products then run side by side.
+"""One function of several sequences, with their instructions interleaved.
 
 A kernel's instructions are scheduled not far from where they are written. A product of two small
-matrices occupies one of a core's matrix units, and the next one of the same sequence waits for it;
-written down in turn, the products of several sequences fill all units.
+matrices occupies one of a core's matrix units, and the next product of the same sequence waits for
+it. With the products of several sequences written in turn, all units have work.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 class Window(NamedTuple):
-    """A part of a kernel's memory: read where it is used, every time, and not held until then."""
+    """A part of a kernel's memory, read anew at every use, so that no register holds it between."""
 
     ref: Any
     index: Any
@@ -37,14 +37,15 @@ def lockstep(
     arguments: list[list[Any]],
     kept: list[list[Window | None]] | None = None,
 ) -> list[Any]:
-    """`[function(*a) for a in arguments]`, traced once and written down in turn.
+    """`[function(*a) for a in arguments]`, traced once, its equations emitted in turn.
 
     Args:
-      function: of trees of arrays; it captures none.
+      function: takes trees of arrays, and closes over none.
       shapes: of its arguments.
-      arguments: of each sequence, a window or an array for every leaf.
-      kept: for each sequence and leaf of the result a window that it is written to as soon as it is
-        there, and read from again where it is used; or None. No argument may lie there.
+      arguments: for each sequence a window or an array for every leaf.
+      kept: for each sequence and each leaf of the result a window, or None. The leaf is written
+        there as soon as it is computed, and read from there where it is used. No argument may
+        overlap with it.
     """
     closed, tree = _flat(function, shapes)
     variables = closed.jaxpr.outvars
@@ -65,12 +66,12 @@ def lockstep(
 
 
 def value_of(value):
-    """The array, of a window too."""
+    """The array itself, or the array in a window."""
     return value.load() if isinstance(value, Window) else value
 
 
 def _flat(function, shapes):
-    """The function as equations of one level, and the tree of its results."""
+    """The function as equations without nested calls, and the tree of its results."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*shapes)
     leaves = jax.tree.leaves(shapes)
     return jax.make_jaxpr(lambda *values: _opened(closed, values))(*leaves), jax.tree.structure(
@@ -79,7 +80,7 @@ def _flat(function, shapes):
 
 
 def _opened(closed: ClosedJaxpr, given) -> list[Any]:
-    """The results, with calls written out."""
+    """The results, with every nested call inlined."""
     jaxpr = closed.jaxpr
     known = dict(zip([*jaxpr.invars, *jaxpr.constvars], [*given, *closed.consts], strict=True))
     for equation in jaxpr.eqns:
@@ -95,7 +96,7 @@ def _opened(closed: ClosedJaxpr, given) -> list[Any]:
 
 
 def _run(closed: ClosedJaxpr, given: list[list[Any]], early: list[dict]) -> list[list[Any]]:
-    """The results of each sequence: arrays, or windows where those are kept."""
+    """The results of each sequence: arrays, or the windows that they were written to."""
     jaxpr = closed.jaxpr
     known: list[dict] = []
     for values in given:

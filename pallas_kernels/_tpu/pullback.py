@@ -1,7 +1,7 @@
-"""The pullback of a function, split where a kernel can leave what it needs in memory of its own.
+"""The pullback of a function with its residuals as a list, so that a kernel can store them itself.
 
-`jax.vjp` gives a closure; here what it closes over is a list of arrays with known shapes, less
-those that are arguments of the function, which a kernel still has.
+`jax.vjp` gives a closure. Here what it closes over is a list of arrays of known shapes, without the
+arguments of the function, which a kernel still has.
 """
 
 import math
@@ -12,22 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-# What moves numbers, or makes them of none.
+# Primitives that only move numbers, or make them from none.
 _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "iota", "copy", "slice"}
 _MOVES |= {"concatenate", "split"}
 _MOVES |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "shift_right_arithmetic"}
-# What may be made again where all it is made of is at hand.
+# Primitives that are cheap enough to run again where their operands are at hand.
 _ELEMENTWISE = {"neg", "mul", "add", "sub", "max", "min", "select_n", "convert_element_type"}
 _ELEMENTWISE |= {"add_any", "integer_pow", "square"}
 
 
 class Pullback(NamedTuple):
-    """Of a function of a tuple of trees that gives (carried, others).
+    """The pullback of a function that returns `(carried, others)`, in two parts.
 
     Attributes:
-      run: `run(*arguments) -> (carried, kept)`, forward; `kept` is a list of arrays.
+      run: `run(*arguments) -> (carried, kept)`, forward; `kept` is the list of residuals.
       back: `back(arguments, kept, cotangents) -> cotangents of the arguments`.
-      kept: shapes of the arrays; numbers only, of rank two or more.
+      kept: shapes of the residuals; floating-point arrays of rank two or more.
     """
 
     run: Callable[..., tuple[Any, list[Any]]]
@@ -36,10 +36,11 @@ class Pullback(NamedTuple):
 
 
 def split_pullback(function: Callable[..., Any], arguments: tuple) -> Pullback:
-    """The pullback of `function(*arguments)`, arguments given as shapes.
+    """The pullback of `function(*arguments)`; the arguments are given as shapes.
 
     Raises:
-      NotImplementedError: it keeps truth values or single numbers, which no VMEM array holds.
+      NotImplementedError: a residual is of booleans or integers, or a scalar or vector: a kernel
+        has no array in VMEM for it.
     """
     trees: dict[str, Any] = {}
 
@@ -74,7 +75,7 @@ def split_pullback(function: Callable[..., Any], arguments: tuple) -> Pullback:
 
 
 def _makers(jaxpr):
-    """The equation that makes a variable, where it may be made again."""
+    """For each variable that may be computed again, the equation that does it."""
     names = _MOVES | _ELEMENTWISE
     return {e.outvars[0]: e for e in jaxpr.eqns if e.primitive.name in names}
 
@@ -84,10 +85,10 @@ def _size(var) -> int:
 
 
 def _sources(jaxpr, needed) -> list[Any]:
-    """What to keep, so that all that is needed can be made of it and the arguments.
+    """What to keep, so that everything needed can be computed from it and the arguments.
 
-    In the order of the program: what can be made of what is there already, and of rows that are
-    far smaller than itself, is made again; the rest is kept.
+    In the order of the program: a value is computed again if that takes, besides what is kept
+    already, only arrays that are far smaller than itself; otherwise it is kept.
     """
     makers, order = _makers(jaxpr), dict[Any, int]()
     for i, equation in enumerate(jaxpr.eqns):
@@ -110,7 +111,7 @@ def _keepable(var) -> bool:
 
 
 def _leaves(var, makers, ready) -> dict[Any, None]:
-    """What a variable is made of, as far back as can be made again."""
+    """What a variable is computed from, going back as far as equations may run again."""
     found: dict[Any, None] = {}
     todo, seen = [var], set()
     while todo:

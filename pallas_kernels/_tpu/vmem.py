@@ -1,4 +1,4 @@
-"""What a kernel may take of a TPU core: its vector memory, its products."""
+"""How much vector memory a kernel may use on each TPU, and whether it rounds its products."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ MOST = 8  # chunks between two stored states
 
 
 def vmem_limit_of(kind: str | None = None) -> int:
-    """Bytes of VMEM that a kernel may use on a kind of device; of an unknown one the least."""
+    """Bytes of VMEM that a kernel may use on a kind of device; the least for an unknown kind."""
     return VMEM.get(kind or device_kind(), min(VMEM.values())) * 7 // 8
 
 
@@ -34,7 +34,7 @@ def rounds_products(kind: str | None = None) -> bool:
 
 
 def device_kind() -> str:
-    """Of the devices that are compiled for: of the abstract mesh, if it says so, or this one's."""
+    """The kind of device that is compiled for: the abstract mesh's, if there is one, or ours."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
@@ -52,7 +52,7 @@ def save_every(state: Any, chunks: int, spare: int) -> int:
 
 
 def least_every(state: Any, chunks: int) -> int:
-    """The fewest chunks between two stored states with which these take at most `STORED` bytes."""
+    """The fewest chunks between two stored states for which these fit in `STORED` bytes."""
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     allowed = [k for k in range(1, chunks + 1) if chunks % k == 0 and chunks // k * one <= STORED]
     return allowed[0] if allowed else chunks

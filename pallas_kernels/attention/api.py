@@ -47,9 +47,9 @@ def attention(
       keys: [B, S, G, K], S >= T; G divides H, and each key head serves H / G query heads in a row.
       values: as the keys.
       causal: no token sees a later one.
-      window: tokens seen, itself included; without `causal` as many to the other side.
-      prefix: leading tokens of the S that all see, also beyond the window and, among themselves,
-        forwards; an int, or an integer array [B], which "pallas_tpu" does not take.
+      window: tokens that each token sees, itself included; without `causal` as many after it.
+      prefix: number of leading keys that every token sees, whatever the window, and that see each
+        other both ways; an int, or an integer array [B], which "pallas_tpu" does not take.
       documents: number of each token's document, integers [B, T]; a pair of [B, T] and [B, S]
         where they differ (needed if S > T).
       scale: of the scores; None: 1 / sqrt(K).

@@ -14,7 +14,7 @@ class Masks(NamedTuple):
 
     Attributes:
       causal: no key after the query.
-      window: tokens seen, itself included; without `causal` as many to the other side.
+      window: tokens that a query sees, itself included; without `causal` as many after it.
       prefix: leading keys that are seen from everywhere in the document; one for each sequence
         where it is an array.
       documents: of queries and of keys; other documents' keys are not seen.
@@ -67,7 +67,7 @@ def visible(masks: Masks, length: int, total: int) -> Bool[Array, "b 1 T S"] | N
 
 
 def without_blanks(outputs: Array, masks: Masks, total: int) -> Array:
-    """Zeros where a query sees no key: there a softmax would make the mean of all values."""
+    """Zeros where a query sees no key: a softmax would give it the mean of all values."""
     if not masks.blanks:
         return outputs
     seen = visible(masks, outputs.shape[1], total)

@@ -17,8 +17,8 @@ _BLOCKS = (512, 256, LANES)
 class _Reach(splash.Mask):
     """The mask of `in_reach`, computed inside the kernel from positions.
 
-    A query that fills up a block may see nothing. There is a real one in its block, so that its
-    softmax is over something, and no gradient comes back from it.
+    A query that only pads a block may see no key. Its outputs are dropped, so that no gradient
+    comes back from it. Its block also holds a real query, which keeps the softmax finite.
     """
 
     def __init__(self, masks: Masks, lengths: tuple[int, int], padded: tuple[int, int]):
@@ -66,7 +66,7 @@ def attention_pallas_tpu(
     """As the reference; queries are scaled in their own dtype before the kernel.
 
     Args:
-      queries: filled up with zeros to whole blocks, and so are keys and values.
+      queries: padded with zeros to whole blocks, as are keys and values.
       block: tokens of a block, a multiple of 128; None: the largest that divides the length.
       interpret: run on the CPU, for tests.
 

@@ -1,4 +1,4 @@
-"""What surrounds the delta rule's kernels: they run the whole chunks, XLA the tokens beyond."""
+"""What surrounds the delta rule's kernels: they run the whole chunks, XLA the remaining tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +19,10 @@ Kernel = Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], Any]]
 
 
 def around(operands: Operands, kernel: Kernel, *, read: str, chunk_size: int) -> DeltaOutput:
-    """Run the whole chunks of a call with a kernel, the tokens beyond them in XLA.
+    """Run the whole chunks of a call with a kernel, and the remaining tokens in XLA.
 
-    Operands with leading axes of size one are repeated in memory first: a kernel sees one leading
-    axis, that of sequences. Reads at "anchor", the anchor of the whole call, are made here.
+    A kernel has one leading axis, that of sequences, so operands that broadcast are repeated in
+    memory first. Reads at "anchor" mean the anchor of the whole call; they are computed here.
 
     Args:
       operands: see `Operands`; float32.

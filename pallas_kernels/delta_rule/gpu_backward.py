@@ -29,7 +29,7 @@ from pallas_kernels.delta_rule.gpu_forward import (
 
 
 def _pull_outputs(spec: Spec, sizes: Sizes):
-    """The gradients, those of what all rows of a memory share by block of rows."""
+    """Shapes of the gradients; what all rows of a memory share has one for each block of rows."""
     blocks, shape, given = sizes.m // ROWS, jax.ShapeDtypeStruct, given_dtype(spec)
     shared = (blocks, sizes.sequences, sizes.chunks, ROWS, sizes.n)
     made = {
@@ -134,7 +134,7 @@ def backward(spec: Spec, tokens: dict[str, Any], starts: Any, of_final: Any) -> 
 
 
 def _give(spec, vectors, outs, smem, here, name, value):
-    """Write a matrix of gradients at once: registers are scarce; add vectors up.
+    """Write a matrix of gradients out at once, since registers are scarce; add up vectors.
 
     `here` is (sequence, block of rows, chunk).
     """

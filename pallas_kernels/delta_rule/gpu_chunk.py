@@ -6,7 +6,7 @@ erased and the written together are
     Z = T (erase g X W^T + eta E),   W' = g_C W - (tail Z)^T X,   O = g Q W^T - (decay Q X^T) Z.
 
 Decays are exponentials of differences of log sums; see `VECTORS`. Values are loaded where they are
-used, not before: registers are what there is least of.
+used and not before, since registers are the scarcest resource.
 """
 
 from collections.abc import Callable
@@ -150,7 +150,7 @@ def until(chunk):
 def pull(chunk: Chunk, held: Carried, back, give: Callable):
     """One chunk backward: gives its tokens' gradients and returns that of the memory before it.
 
-    `held.back` is free from the moment that "x" is given.
+    `held.back` is free to be overwritten once "x" is given.
 
     Args:
       chunk: tokens.
@@ -250,7 +250,8 @@ def _pull_solve(chunk: Chunk, held: Carried, of_total, give):
 def pull_pairs(on: Warpgroup, pairs, work, *, read):
     """Of the logs of decay: the sums over pairs (i, t) with i < j < t (j <= t for "running").
 
-    One product and no differences of sums: a decay of 1e-4 multiplies what they would lose.
+    As one product, not as differences of running sums: those would cancel, and the gradient by a
+    decay of 1e-4 divides by it, which would magnify what they lose.
     """
     on.put(work, pairs)
     earlier = on.masked(on.full(1.0, ROWS), lambda j, i: i < j)

@@ -38,7 +38,7 @@ class Spec(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of the arrays of a call: sequences S, chunks N, the memory's m x n."""
+    """Sizes of the arrays of a call: sequences S, chunks N, the memory's m x n."""
 
     sequences: int
     chunks: int
@@ -90,7 +90,7 @@ def given_dtype(spec):
 def fetch_chunk(spec, refs, smem, arrived, where, at, slot, names):
     """Start copying a chunk's tokens; `where` is (sequence, block).
 
-    One thread asks for the copies: all are to be done with what the tiles held before.
+    One thread issues the copies, so all threads must be done with what the tiles held before.
     """
     plgpu.commit_smem()
     sequence, block = where
@@ -204,7 +204,7 @@ def forward(spec: Spec, tokens: dict[str, Any], start: Any, *, slots: int, keep_
 
 
 def output_tile(spec, columns):
-    """Shared memory for [64, columns] on their way out."""
+    """Shared memory for an output [64, columns] before it is copied to global memory."""
     dtype = given_dtype(spec)
     width = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))

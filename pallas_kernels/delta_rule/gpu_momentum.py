@@ -1,10 +1,10 @@
-"""One chunk of the delta rule with momentum, forward and backward; `gpu_chunk` is without.
+"""One chunk of the delta rule with momentum, forward and backward; see `gpu_chunk` without it.
 
     S_t = mom_t S_{t-1} - eta_t e_t x_t^T,   W_t = W_{t-1} (decay_t I - erase_t x_t x_t^T) + S_t
 
-With Gam and The the products of decay and of momentum between two tokens, kap = Gam The is what is
-left of a write, c what has reached the memory of the momentum at the start. P = eta E is written
-and Y erased:
+Gam and The are the products of decay and of momentum between two tokens, kap = Gam The is what is
+left of a write, and c how much of the momentum at the start has reached the memory. The chunk
+writes P = eta E and erases Y:
 
     Y = T erase (g X W^T + c X S^T - (kap X X^T) P),
     O = g Q W^T + c Q S^T - (kap Q X^T) P - (Gam Q X^T) Y,
@@ -78,7 +78,7 @@ def solve(chunk: Chunk, state, work, *, inverse=None):
 
 
 def _seen(chunk: Chunk, state):
-    """What every key sees but for what is erased in the chunk."""
+    """What every key would read if nothing were erased in the chunk."""
     on = chunk.on
     seen = _started(chunk, chunk.x, state, "before", "carried_before")
     left = _left(chunk, None) * _overlaps(chunk)

@@ -1,6 +1,7 @@
 """The numbers of a chunk's tokens that the GPU kernels take, and the gradients that come back.
 
-Decays travel as log sums of `decay`: the kernels take exponentials of their differences.
+Decays are handed over as running sums of their logarithms, of whose differences the kernels take
+exponentials.
 """
 
 import jax
@@ -55,7 +56,7 @@ def _recurrence(factor, term, *, reverse):
 
 
 def stacked(made, names=VECTORS):
-    """A dict of vectors [S, N, 64] as [S, N, names, 64], zeros for those it lacks."""
+    """A dict of vectors [S, N, 64] as [S, N, names, 64]; zeros for names that it lacks."""
     return jnp.stack([made.get(n, jnp.zeros_like(made["learning_rate"])) for n in names], axis=-2)
 
 

@@ -26,7 +26,8 @@ def delta_rule_pallas_tpu(
 ) -> DeltaOutput:
     """As `delta_rule_xla`, with the memory in VMEM across all chunks.
 
-    A state is stored `every` so many chunks; None: see `chunk_plan`. For the rest see `around`.
+    `every` is the number of chunks between two stored states; None: see `chunk_plan`. For the
+    other arguments see `around`.
 
     Raises:
       NotImplementedError: numbers of 64 bits.

@@ -1,4 +1,16 @@
-"""The delta rule chunk by chunk in plain jnp: matrix products and one triangular inverse (C6.8)."""
+"""The delta rule chunk by chunk in plain jnp: matrix products and one triangular inverse (C6.8).
+
+What token t erases depends on `R_t = W_{t-1} x_t`, what its key reads from the memory that all
+tokens before it have written. In a chunk these form the unit-lower-triangular system
+
+    R_t + sum_{i<t} Gam_{i,t-1} erase_i (x_i . x_t) R_i = B_t,
+
+where B_t is what key t would read if nothing were erased in the chunk: a known sum over the states
+at the chunk's start and the writes before t. Solved once, it gives every read and the final state
+by products. Gam_{i,t}, The_{i,t} are the products of decay and of momentum over the tokens i+1..t;
+kap_{i,t} = sum_{i<=s<=t} The_{i,s} Gam_{s,t} is what is left at t of a write that momentum has
+spread over the tokens from i on.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +27,7 @@ from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 
 
 class Tables(NamedTuple):
-    """Decay products of one chunk (row t, column i; tokens count from 1, 0 is the anchor).
+    """Decay products of one chunk: row t, column i; tokens count from 1, and 0 is the anchor.
 
     Attributes:
       decay: Gam_{i,t} for i <= t, else 0; all ones below the diagonal without a decay gate.
@@ -44,7 +56,7 @@ def _logs(gate):
 
 
 def _turned(row):
-    """A row [..., 1, C] as a column, by sums alone: a kernel turns no rows."""
+    """A row [..., 1, C] as a column by masked sums: a TPU kernel cannot transpose a row."""
     square = jnp.broadcast_to(row, (*row.shape[:-2], row.shape[-1], row.shape[-1]))
     return jnp.sum(masked(square, lambda i, j: i == j), axis=-1, keepdims=True)
 
@@ -58,7 +70,8 @@ def _log_sums(gate, form: Form):
         row_of_sums = jnp.sum(masked(column, lambda i, j: i <= j), axis=-2, keepdims=True)
         row = masked(jnp.broadcast_to(row, square), lambda i, j: i >= j)
         return row_of_sums, jnp.sum(row, axis=-1, keepdims=True)
-    # a running sum as a product: `cumsum` is a window of all tokens for every token on a CPU
+    # A running sum as a product: on a CPU `cumsum` becomes a window over all tokens, C^2 steps too,
+    # but without the speed of a product. In the highest precision, since exp magnifies its error.
     earlier = masked(jnp.ones((gate.shape[-1],) * 2, gate.dtype), lambda i, j: i <= j)
     sums = jnp.matmul(row[..., 0, :], earlier, precision="highest")
     return sums[..., None, :], sums[..., :, None]
@@ -98,6 +111,8 @@ def chunk_tables(learning_rate, decay, momentum, form: Form = PLAIN) -> Tables:
     if momentum is None:
         return Tables(products, before, products, before, decay_start, None, None, None)
     row, column = _log_sums(momentum, form)
+    # kap = Gam The as matrices [t, i]: every path of write i through the momentum (The_{i,s}) into
+    # the memory at token s, and from there on through its decay (Gam_{s,t})
     write = nn(products, _products(row, column), form)
     row = row[..., 0, :]
     momentum_start = jnp.exp(row)
@@ -114,7 +129,7 @@ def chunk_tables(learning_rate, decay, momentum, form: Form = PLAIN) -> Tables:
 
 
 class Solved(NamedTuple):
-    """A chunk whose writes are known: what reads and the final state are made of.
+    """A solved chunk: what its reads and its final state are computed from.
 
     Attributes:
       tables: decay products.
@@ -123,7 +138,7 @@ class Solved(NamedTuple):
       initial_momentum: S_0, [..., m, n], or None.
       written: learning_rate_i error_i, [..., m, C].
       erased: erase_i W_{i-1} x_i, [..., m, C], or None without erasure.
-      form: how its products are made.
+      form: see `Form`.
     """
 
     tables: Tables
@@ -136,7 +151,7 @@ class Solved(NamedTuple):
 
 
 def _from_start(rows, anchored, solved: Solved, *, before: bool):
-    """What the states at the chunk's start contribute to W_t @ rows_t (to W_{t-1} if before)."""
+    """What memory and momentum at the chunk's start add to W_t @ rows_t (to W_{t-1} if before)."""
     tables = solved.tables
     scale = tables.decay_start
     if scale is not None and before:
@@ -157,19 +172,20 @@ def _from_start(rows, anchored, solved: Solved, *, before: bool):
 def solve_chunk(
     operands: Operands, tables: Tables, *, named: bool = True, form: Form = PLAIN
 ) -> Solved:
-    """Find what every token of a chunk erases: one unit-lower-triangular inverse (spec C6.8).
+    """Find what every token of a chunk erases, by one unit-lower-triangular inverse (spec C6.8).
 
-    Tokens are the last axis: then no product needs a transpose, and memories that share keys stack
-    along the rows of one tall matrix. `named`: see `solve_unit_lower`; `form`: see `Form`.
+    Tokens are the last axis, so that no product needs a transpose, and so that memories which share
+    keys stack along the rows of one tall matrix with a single inverse. `named`: see
+    `solve_unit_lower`; `form`: see `Form`.
     """
     return solve_chunks([(operands, tables, named)], form)[0]
 
 
 def solve_chunks(given: list[tuple[Operands, Tables, bool]], form: Form = PLAIN) -> list[Solved]:
-    """`solve_chunk` of several memories: a kernel inverts their matrices abreast.
+    """`solve_chunk` of several memories, whose matrices a kernel inverts side by side.
 
     Args:
-      given: operands, decay products, and whether policies save the inverse, of each.
+      given: for each its operands, decay products, and whether policies save the inverse.
       form: see `Form`.
     """
     starts, systems = [], []
@@ -180,6 +196,7 @@ def solve_chunks(given: list[tuple[Operands, Tables, bool]], form: Form = PLAIN)
         if operands.erase is None:
             continue
         overlap = gram(x, form)
+        # `right` is B. The solution's row i is R_i; times erase_i it is what token i erases.
         right = _from_start(x, operands.anchored, start, before=True)
         right = right - nt(written, tables.write_before * overlap, form)
         systems.append((tables.decay_before * overlap * operands.erase[..., None, :], right))
@@ -211,6 +228,8 @@ def read_chunk(solved: Solved, queries, *, read: str, anchored=None) -> Float[Ar
     write = tables.write_before if before else tables.write
     if solved.erased is None:
         return out - nt(solved.written, write * scores, form)
+    # Without momentum both decay alike and share one product. With it only writes go through the
+    # momentum (kap); what is erased is erased from the memory itself (Gam).
     if tables.carried is None:
         return out - nt(solved.written + solved.erased, write * scores, form)
     decay = tables.decay_before if before else tables.decay

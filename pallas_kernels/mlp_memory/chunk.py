@@ -1,9 +1,9 @@
 """One chunk of residual two-layer memories M(z) = z + U s(V z) that share keys.
 
 A group holds n memories per head that see the same keys, values and gates, so that their first
-layers are one tall matrix: its Gram matrix and its triangular inverse are done once for all.
-Tokens are columns ([features, C]): then every product below is of matrices as they lie in memory,
-and the tall matrix splits into the memories for free. Heads are the first axis.
+layers are one tall matrix, whose Gram matrix and triangular inverse are computed once for all of
+them. Tokens are columns ([features, C]): then every product below takes its matrices as they lie in
+memory, and splitting the tall matrix into the memories moves nothing. Heads are the first axis.
 """
 
 import math
@@ -23,7 +23,7 @@ _BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 def _gelu(z):
-    """GELU in the tanh form, its slope and its curvature; what is not used costs nothing."""
+    """GELU in the tanh form, its slope and its curvature; what is unused is never computed."""
     squared = z * z
     bent = jnp.tanh(z * (_BEND + _BEND * _CUBIC * squared))
     inside = _BEND + 3.0 * _BEND * _CUBIC * squared
@@ -36,11 +36,11 @@ def _gelu(z):
 
 @jax.custom_vjp
 def activation(z):
-    """GELU (the paper leaves sigma open); the tanh form, whose slope is cheap."""
+    """GELU, as the paper leaves sigma open; in the tanh form, whose slope is cheap."""
     return _gelu(z)[0]
 
 
-# Gradients that keep no more than they need: what autodiff keeps would fill a kernel's memory.
+# Written by hand so that only the slope is kept: what autodiff keeps would fill a kernel's memory.
 activation.defvjp(lambda z: _gelu(z)[:2], lambda slope, g: (g * slope,))
 
 
@@ -93,6 +93,8 @@ def write_chunk(
     anchor = _at_anchor(weights, chunk, rule, form)
     heads, n, f, d = weights.inner.shape
     tall = (heads, n * f, d)
+    # A token's gradient by a matrix is the outer product E x^T, whose norm is |E| |x|. The clip
+    # therefore needs the two norms, and never the gradient itself.
     size, wide = jnp.sum(chunk.keys**2, axis=-2), jnp.sum(anchor.h**2, axis=-2)
     inner_error = tn(weights.outer, anchor.error, form) * anchor.slope
     inner_error = _clipped(inner_error, size[:, None], rule)
@@ -118,7 +120,8 @@ def write_chunk(
         anchored=anchor.out,
     )
     outer_tables = jax.tree.map(lambda table: table[:, None], tables)
-    # Not named: one small factor for all memories, cheaper to solve again than to keep.
+    # The inverse of V is not named for the checkpoint policy: it is one small matrix for all
+    # memories, cheaper to compute again than to store. U has one for each memory.
     both = [(of_inner, tables, False), (of_outer, outer_tables, not form.dense)]
     inner, outer = delta_rule.solve_chunks(both, form)
     read = None if reads is None else _read_last(inner, outer, reads, f, rule.read)
@@ -131,7 +134,7 @@ def write_chunk(
 
 
 def _read_last(inner, outer, reads: Reads, f: int, read: str) -> Float[Array, "H d C"]:
-    """Read the last memory of a group whose writes are solved: first V, then U."""
+    """Read the last memory of a group whose chunk is solved: V by the queries, then U by s(V q)."""
     if read == "anchor":
         return reads.out[:, -1]
     rows = ("initial", "initial_momentum", "written", "erased")
@@ -147,7 +150,7 @@ def _read_last(inner, outer, reads: Reads, f: int, read: str) -> Float[Array, "H
 
 
 class _Anchor(NamedTuple):
-    """A chunk's keys through the memories as they were at its start, each [H, n, features, C].
+    """A chunk's keys passed through the memories as of its start, each [H, n, features, C].
 
     Attributes:
       before: V k.
@@ -165,7 +168,7 @@ class _Anchor(NamedTuple):
 
 
 def _at_anchor(weights: FastWeights, chunk: Written, rule: Rule, form: Form) -> _Anchor:
-    """Keys, and values where they are a memory's own, in one product with each matrix."""
+    """Pass the keys, and with "self" the values, through the memories: one product a matrix."""
     keys, values = chunk.keys[:, None], chunk.values[:, None]
     if rule.values == "self":
         both = jnp.concatenate([chunk.keys, chunk.values], axis=-1)
@@ -189,7 +192,7 @@ def _at_anchor(weights: FastWeights, chunk: Written, rule: Rule, form: Form) -> 
 
 
 def _clipped(error, squared_norm, rule: Rule):
-    """`error` with its norm times that of the layer's input at most `inner_clip`."""
+    """`error`, scaled so that its norm times that of the layer's input is at most `inner_clip`."""
     if rule.inner_clip is None:
         return error
     norm = jnp.sqrt(jnp.sum(error**2, axis=-2) * squared_norm + 1e-12)
@@ -207,7 +210,7 @@ def _shaped(array, shape):
 
 
 def _erase(rule, layer, eta, squared_norm):
-    """beta of spec C6.5: the erasure along a layer's input, kept non-expansive."""
+    """beta of spec C6.5: how strongly a layer's input is erased, never so that the memory grows."""
     if rule.dgd == "layerwise" or (rule.dgd == "input_only" and layer == "inner"):
         if rule.erase == "implicit":
             return eta / (1.0 + eta * squared_norm)
@@ -259,7 +262,7 @@ def generate(
 
 
 def restarted(weights: FastWeights, begins, inner, outer) -> FastWeights:
-    """`weights`, or those at a document's start where it `begins` (bool, as wide as they are)."""
+    """`weights`, or where `begins` holds those at a document's start; it broadcasts to them."""
     at_start = (inner, outer, *(None if a is None else jnp.zeros_like(a) for a in weights[2:]))
     return jax.tree.map(
         lambda new, old: jnp.where(begins, new, old), FastWeights(*at_start), weights

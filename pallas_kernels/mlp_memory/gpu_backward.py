@@ -2,8 +2,8 @@
 
 A block goes through its memory's chunks from the last to the first with the cotangents of V and U
 in registers; it runs each chunk again from the stored start, then pulls back through the outer
-delta rule, the inner one and the errors of both. Shared memory is short: a tile holds one thing
-after another, and tokens are copied again where they are needed again.
+delta rule, the inner one and the errors of both. Shared memory is scarce: tiles are reused, and
+tokens are copied again where they are needed again.
 """
 
 from typing import Any, NamedTuple

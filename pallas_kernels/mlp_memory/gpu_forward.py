@@ -23,7 +23,7 @@ _WORK = ("work0", "work1", "work2", "work3")
 _MORE_WORK = tuple(f"work{i}" for i in range(4, gpu_momentum.WORK))
 _TOKENS = ("keys", "values", "vectors", "queries")
 _FORWARD = ("keys", "values", "queries", "inner", "outer", "error", "steep", "hidden", "out")
-# Where a tile holds one thing after another, the backward pass says so.
+# Tiles are reused: what each holds, one after another, is said in `gpu_backward.pull`.
 _BACKWARD = (
     *("keys", "inner", "outer", "error"),
     *("first", "second", "third", "fourth", "fifth", "of_error"),
@@ -107,7 +107,7 @@ def shared_bytes(spec: Spec, *, backward: bool) -> int:
 def fetch(spec: Spec, refs, smem, here, names: dict[str, str], barrier) -> None:
     """Start copying matrices by name into tiles by name; `here` is (sequence, memory, chunk).
 
-    One thread asks for the copies: all are to be done with what the tiles held before.
+    One thread issues the copies, so all threads must be done with what the tiles held before.
     """
     plgpu.commit_smem()
     sequence, memory, at = here

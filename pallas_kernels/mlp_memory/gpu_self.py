@@ -39,7 +39,7 @@ from pallas_kernels.mlp_memory.gpu_forward import (
 
 
 def scratch(spec: Spec, *, backward: bool) -> dict[str, Any]:
-    """As that of a single memory, and a vector more."""
+    """The scratch of a single memory's kernel, and one vector more."""
     made = gpu_forward.scratch(spec, backward=backward)
     return made | {"vectors": plgpu.SMEM((len(spec.vectors) + 1, ROWS), jnp.float32)}
 
@@ -52,7 +52,7 @@ def _context(spec: Spec, on, smem, refs, sequence, begin, values):
 
 
 def _each(memories: int, function) -> None:
-    """`function(memory)` for one memory after another, in a loop: unrolled it takes registers."""
+    """`function(memory)` for each memory in a loop: unrolled it would take more registers."""
 
     def one(memory, nothing):
         function(memory)

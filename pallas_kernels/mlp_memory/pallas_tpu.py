@@ -33,9 +33,9 @@ def mlp_memory_pallas_tpu(
     """As `mlp_memory_xla`, with the fast weights in VMEM across all chunks.
 
     Tokens are read in the dtype they come in; the reads have that of the keys. Tokens beyond the
-    last whole chunk run in XLA. A state is stored `every` so many chunks, a step takes so many
-    `sequences`: see `chunk_plan`. Operands of products are `rounded` to bfloat16; None: see
-    `vmem.rounds_products`.
+    last whole chunk run in XLA. `every` is the number of chunks between two stored states, and a
+    step takes `sequences` sequences; None for either: see `chunk_plan`. `rounded` says whether the
+    operands of products are rounded to bfloat16; None: see `vmem.rounds_products`.
 
     Raises:
       NotImplementedError: numbers of 64 bits; memories too large for the VMEM.
@@ -95,7 +95,7 @@ def _loop(chunk, start, parts, readout, documents, options):
 
 
 def _as_rows(readout: Readout) -> Readout:
-    """Every array with two trailing axes, as blocks of a kernel like them."""
+    """Every array with two trailing axes, which the blocks of a kernel must have."""
     weights = (readout.learning_rate[..., None], readout.decay[..., None])
     return Readout(
         *weights, readout.learning_rate_bias[:, None, None], readout.decay_bias[:, None, None]

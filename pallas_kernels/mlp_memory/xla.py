@@ -12,7 +12,7 @@ from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rul
 
 
 def recomputed(chunk):
-    """`chunk`, recomputed in the backward pass from its first state, all but the named solve."""
+    """`chunk`, recomputed from its first state in the backward pass, but for the named inverses."""
     return jax.checkpoint(chunk, policy=jax.checkpoint_policies.save_only_these_names(INVERSE))
 
 
@@ -25,7 +25,7 @@ def mlp_memory_xla(
     rule: Rule,
     chunk_size: int,
 ) -> tuple[Float[Array, "H d T"] | None, FastWeights]:
-    """A scan over chunks, each recomputed in the backward pass; one leading axis.
+    """A scan over chunks, each recomputed in the backward pass; operands have one leading axis.
 
     The tokens beyond the last whole chunk run as a shorter chunk of their own.
     """

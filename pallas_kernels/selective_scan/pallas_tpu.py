@@ -39,7 +39,7 @@ def selective_scan_pallas_tpu(
     vmem_limit: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "*b T D"], Float[Array, "*b D N"]]:
-    """As the reference. Lengths and channels are filled up with zeros, which change nothing.
+    """As the reference; lengths and channels are padded with zeros, which change nothing.
 
     Args:
       chunk_size: tokens between two stored states; a chunk's states are in VMEM going back.

@@ -1,5 +1,8 @@
-"""Chunk by chunk, with one state kept between; each chunk is redone in the backward pass, so that
-what is stored grows with the number of chunks and not of tokens."""
+"""The scan chunk by chunk, with one state stored for each chunk.
+
+A chunk is computed again in the backward pass, so that storage grows with the number of chunks and
+not with that of tokens.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ def selective_scan_xla(
     chunk_size: int,
     sequential: bool = False,
 ) -> tuple[Float[Array, "*b T D"], Float[Array, "*b D N"]]:
-    """As the reference. A last chunk is filled up with steps of zero, which change nothing.
+    """As the reference; the last chunk is padded with steps of zero, which change nothing.
 
     Args:
       chunk_size: tokens between two stored states.
