@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestedjax import configs, models, runs
-from nestedjax.data import ByteVocabulary, DataError, text_dataset
+from nestedjax.data import ByteTokenizer, DataError, text_dataset
 from nestedjax.training import LoopConfig, init_state, train
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "novels"
@@ -72,7 +72,7 @@ def fit(config, heldout, *, folder: Path) -> dict:
     tx, _ = runs.optimizer(config)
     dataset = text_dataset(
         folder / "train",
-        ByteVocabulary(),
+        ByteTokenizer(),
         length=config.data.length,
         batch=config.data.batch,
         seed=config.seed,
@@ -111,7 +111,7 @@ def heldout_reader(scale: Scale, length: int, folder: Path):
 
     def read(align: int):
         dataset = text_dataset(
-            folder / "heldout", ByteVocabulary(), length=length, batch=8, align=align, order="once"
+            folder / "heldout", ByteTokenizer(), length=length, batch=8, align=align, order="once"
         )
         # spread over all four novels
         steps = np.linspace(0, len(dataset) - 1, scale.heldout_batches).astype(int)

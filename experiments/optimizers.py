@@ -31,7 +31,7 @@ import optax
 import optimizer_toys
 
 from nestedjax import configs, models, optim, runs
-from nestedjax.data import ByteVocabulary
+from nestedjax.data import ByteTokenizer
 from nestedjax.optim.matrices import labels
 
 matplotlib.use("Agg")
@@ -205,11 +205,11 @@ def text(scale: Scale) -> Problem:
     def batches(seed, first, count):
         if seed not in data:
             seeded = dataclasses.replace(config, seed=seed)
-            data[seed] = runs.datasets(seeded, ByteVocabulary())[0]
+            data[seed] = runs.datasets(seeded, ByteTokenizer())[0]
         rows = [data[seed][step] for step in range(first, first + count)]
         return jax.tree.map(lambda *a: np.stack(a), *rows)
 
-    held = runs.datasets(config, ByteVocabulary())[1]
+    held = runs.datasets(config, ByteTokenizer())[1]
     heldout = jax.tree.map(lambda *a: np.concatenate(a), *held[:16])
     axes = models.matrix_axes(model)
     return Problem(init, lambda p, b: language(p, b, None)[0], batches, heldout, axes)
