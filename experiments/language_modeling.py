@@ -4,28 +4,30 @@ Claim under test: at equal parameters and equal training tokens HOPE's held-out 
 than Transformer++'s (paper: better at 760M parameters and 30B tokens; here four orders of magnitude
 smaller, so only the order of the models and its spread over seeds mean anything).
 
-Command:   python experiments/language_modeling.py --scale cpu
+Command:   python -m experiments.language_modeling --scale cpu
 Data:      ../shared/data/novels: 41 training novels, 4 held-out ones that no run has seen
 Protocol:  each model at the same byte budget; the peak learning rate of each is the best of the
            same three on seed 0 at a third of the steps; then all seeds at that rate
 Hardware:  2 CPU cores; --scale gpu is meant for one H100 or H200
-Output:    a table, `lm.json`, `lm.png` in --out; what was found is in LOG.md
+Output:    a table, `lm.json`, `lm.png` and a folder for each run in --out (started again, each of
+           them continues); what was found is in LOG.md
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import resource
 import statistics
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nestedjax import configs, models, runs
-from nestedjax.data import ByteVocabulary, DataError, text_dataset
-from nestedjax.training import LoopConfig, init_state, train
+import nestedjax as nj
+from nestedjax.data import ByteTokenizer, DataError, text_dataset
+from nestedjax.run.plots import figure
+from nestedjax.training import read_metrics
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "novels"
 COLORS = {"hope": "#2f5d9e", "hope_attention": "#5a9e6f", "transformer": "#d1602a"}
@@ -36,7 +38,8 @@ class Scale:
     """How large a comparison is."""
 
     size: str  # of the presets
-    settings: tuple[str, ...]  # as --set
+    model: dict[str, Any]  # settings of each model
+    run: dict[str, Any]  # settings of each run
     steps: int
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -44,99 +47,73 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale("nano", ("layers=1", "length=64", "batch=4"), 6, (3e-3,), (0,), 2),
-    "cpu": Scale("nano", ("length=256", "batch=8"), 200, (2e-3, 4e-3, 8e-3), (0, 1, 2), 40),
-    "gpu": Scale("micro", ("length=1024", "batch=32"), 4000, (5e-4, 1e-3, 2e-3), (0, 1, 2), 100),
+    "smoke": Scale("nano", {"layers": 1}, {"length": 64, "batch": 4}, 6, (3e-3,), (0,), 2),
+    "cpu": Scale("nano", {}, {"length": 256, "batch": 8}, 200, (2e-3, 4e-3, 8e-3), (0, 1, 2), 40),
+    "gpu": Scale(
+        "micro", {}, {"length": 1024, "batch": 32}, 4000, (5e-4, 1e-3, 2e-3), (0, 1, 2), 100
+    ),
 }
 
 
-def run_config(model: str, scale: Scale, *, steps: int, rate: float, seed: int):
+def run_of(name: str, scale: Scale, *, steps: int, rate: float, seed: int):
     """The run of one model: its preset with the settings that all models share, on bytes."""
-    config = configs.run_preset(f"{model}_{scale.size}")
-    shared = (*scale.settings, f"steps={steps}", f"warmup={max(steps // 20, 1)}")
-    shared += ("context_rows=none",)  # every row a fresh context, for both
-    config = configs.change(config, [*shared, f"learning_rate={rate}", f"seed={seed}"])
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=256))
-    return configs.check(config)
+    return nj.run_preset(
+        f"{name}_{scale.size}",
+        {"vocab": ByteTokenizer.size, **scale.model},
+        **scale.run,
+        steps=steps,
+        warmup=max(steps // 20, 1),
+        learning_rate=rate,
+        seed=seed,
+        validate_every=steps,
+        checkpoint_every=steps,
+        steps_per_dispatch=min(steps, 10),
+        validation_batches=None,
+    )
 
 
-def fit(config, heldout, *, folder: Path) -> dict:
-    """Train one model and measure it on the held-out novels.
+def fit(name: str, scale: Scale, *, data: Path, out: Path, steps: int, rate: float, seed: int):
+    """Train one model and measure it on the held-out novels; goes on where its folder stands.
 
     Returns:
-      `parameters`, `tokens`, `seconds` (of CPU), `loss` (held-out, nats per byte) and `curve`
-      ([step, training loss]).
+      `parameters`, `tokens`, `cpu_seconds` (of this process), `loss` (held-out, nats per byte) and
+      `curve` ([step, training loss]).
     """
-    model = runs.abstract_model(config)
-    definition, _ = models.split(model)
-    tx, _ = runs.optimizer(config)
-    dataset = text_dataset(
-        folder / "train",
-        ByteVocabulary(),
-        length=config.data.length,
-        batch=config.data.batch,
-        seed=config.seed,
-        align=config.model.period,
+    run = run_of(name, scale, steps=steps, rate=rate, seed=seed)
+    options = {"length": run.data.length, "align": run.model.period}
+    novels = text_dataset(
+        data / "train", ByteTokenizer(), batch=run.data.batch, seed=seed, **options
     )
-    curve: list[tuple[int, float]] = []
+    heldout = text_dataset(data / "heldout", ByteTokenizer(), batch=8, order="once", **options)
+    # The same text for every model, spread over all four novels, each row a fresh context.
+    places = np.linspace(0, len(heldout) - 1, scale.heldout_batches).astype(int)
+    folder = out / f"{name}-{steps}-{rate:g}-{seed}"
     before = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    weights = jax.jit(lambda: models.weights(runs.new_model(config)))()
-    loop = LoopConfig(config.loop.steps, config.loop.steps, config.loop.steps, 10)
-    result = train(
-        runs.language_loss(definition),
-        init_state(weights, tx, seed=config.seed),
-        tx=tx,
-        dataset=dataset,
-        config=loop,
-        valid=heldout(config.model.period),
-        on_event=lambda event: _record(event, curve),
-    )
+    result = nj.train(run, folder, data=novels, valid_data=[heldout[int(p)] for p in places])
     return {
-        "parameters": models.parameter_count(model),
-        "tokens": config.step_tokens * config.loop.steps,
+        "parameters": nj.models.parameter_count(result.trained.model),
+        "tokens": run.step_tokens * steps,
         "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - before, 1),
         "loss": result.record["val_loss"],
-        "curve": curve,
+        "curve": [[r["step"], r["loss"]] for r in read_metrics(folder)],
     }
 
 
-def _record(event, curve):
-    record = getattr(event, "record", None)
-    if isinstance(record, dict):
-        curve.append((record["step"], record["loss"]))
-
-
-def heldout_reader(scale: Scale, length: int, folder: Path):
-    """`read(align)`: the same held-out text for every model, in batches of fresh contexts."""
-
-    def read(align: int):
-        dataset = text_dataset(
-            folder / "heldout", ByteVocabulary(), length=length, batch=8, align=align, order="once"
-        )
-        # spread over all four novels
-        steps = np.linspace(0, len(dataset) - 1, scale.heldout_batches).astype(int)
-        return [dataset[int(step)] for step in steps]
-
-    return read
-
-
-def compare(scale: Scale, folder: Path, names: list[str]) -> list[dict]:
+def compare(scale: Scale, names: list[str], *, data: Path, out: Path) -> list[dict]:
     """Tune the rate of each model on seed 0, then run all seeds."""
     rows = []
     for name in names:
-        base = run_config(name, scale, steps=scale.steps, rate=scale.rates[0], seed=0)
-        heldout = heldout_reader(scale, base.data.length, folder)
         tuned = {}
         for rate in scale.rates if len(scale.rates) > 1 else ():
             short = max(scale.steps // 3, 1)
-            config = run_config(name, scale, steps=short, rate=rate, seed=0)
-            tuned[rate] = fit(config, heldout, folder=folder)["loss"]
+            found = fit(name, scale, data=data, out=out, steps=short, rate=rate, seed=0)
+            tuned[rate] = found["loss"]
             print(f"{name}: learning rate {rate:g}, {short} steps: {tuned[rate]:.4f}", flush=True)
         rate = min(tuned, key=tuned.__getitem__) if tuned else scale.rates[0]
         for seed in scale.seeds:
-            config = run_config(name, scale, steps=scale.steps, rate=rate, seed=seed)
+            found = fit(name, scale, data=data, out=out, steps=scale.steps, rate=rate, seed=seed)
             row = {"model": name, "seed": seed, "learning_rate": rate}
-            rows.append(row | fit(config, heldout, folder=folder) | {"tuning": tuned})
+            rows.append(row | found | {"tuning": tuned})
             print(f"{name}: seed {seed}: {rows[-1]['loss']:.4f} nats per byte", flush=True)
     return rows
 
@@ -147,7 +124,7 @@ def report(rows: list[dict]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
-        bits = [row["loss"] / float(jnp.log(2.0)) for row in own]
+        bits = [row["loss"] / math.log(2) for row in own]
         mean, seconds = statistics.mean(bits), statistics.mean(r["cpu_seconds"] for r in own)
         lines.append(
             f"| {name} | {own[0]['parameters']:,} | {own[0]['tokens']:,} "
@@ -159,12 +136,7 @@ def report(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Training loss by step, a line a seed, and the held-out loss of each at the end."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    picture, axes = figure(7.2, 4.2)
     seen = set()
     for row in rows:
         name, curve = row["model"], np.array(row["curve"])
@@ -178,7 +150,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.grid(True, color="#e8e8e8", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    picture.savefig(path)
 
 
 def main() -> None:
@@ -190,8 +162,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.data / "heldout").is_dir():
         raise DataError(f"no novels in {arguments.data}: give a folder with train/ and heldout/")
-    rows = compare(SCALES[arguments.scale], arguments.data, arguments.models)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    names, scale = arguments.models, SCALES[arguments.scale]
+    rows = compare(scale, names, data=arguments.data, out=arguments.out)
     (arguments.out / "lm.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, arguments.out / "lm.png")
     print(report(rows))

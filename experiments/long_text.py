@@ -1,7 +1,7 @@
 """The loss by position of a trained run over a text far longer than its training rows.
 
 Claim:     the loss of a text of 65,536 bytes is flat or falls with the position (issue 2, line d)
-Command:   python experiments/long_text.py runs/hope_nano
+Command:   python -m experiments.long_text runs/hope_nano
 Data:      the last 65,536 bytes of the text that ships with the package, turned eight times by an
            eighth: from position 8,192 on every row of the table is of the same text
 Hardware:  2 CPU cores, 2 minutes
@@ -11,11 +11,11 @@ Before:    rows of 256 bytes with a fresh memory each: 1.75 below 256, 1.755, 1.
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-from nestedjax import cli, data
+import nestedjax as nj
+from nestedjax import data
 
 LENGTH, TURNS = 65_536, 8
 
@@ -26,7 +26,7 @@ def turned(text: str) -> list[str]:
     return [text[start:] + text[:start] for start in starts]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="run folder of a byte model")
     given = parser.parse_args()
@@ -34,8 +34,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "turned.jsonl"
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in turned(text)))
-        return cli.main(["eval", given.run, "--data", str(path)])
+        found = nj.evaluate(nj.load(given.run), path)
+    for (first, stop), totals in found.all.by_position.items():
+        place = f"{first:,}-{stop - 1:,}"
+        print(f"{place:16} {totals.tokens:>9,} bytes  {totals.loss:.4f} nats a byte")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,7 @@
 
 Claim:     |W_t| / |W_0| stays within [0.2, 5] over 16,384 tokens for every memory of every layer
            and head, on text and on random tokens; so do the two matrices of each by themselves
-Command:   python experiments/memory_norms.py
+Command:   python -m experiments.memory_norms
 Data:      the text that ships with the package; bytes drawn uniformly
 Hardware:  1 CPU core, half a minute
 Expected:  hope_nano: text [0.92, 1.6], random [0.76, 1.4]; single matrices [0.56, 4.3]
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import nestedjax as nj
 from nestedjax import data, models
 from nestedjax.layers import MEMORIES
 from pallas_kernels.mlp_memory import FastWeights
@@ -27,7 +28,7 @@ PIECE = 512  # tokens between two looks
 
 def squared_norms(state):
     """|V|^2 and |U|^2 of every memory, [layers, batch, heads, memories, 2]."""
-    pairs, held = [], state["memory"].state
+    pairs, held = [], state[0]["mixer"]["memory"].state
     # One group with a common chunk size; else the projections, then the one that is queried.
     for fast in [held] if isinstance(held, FastWeights) else [part.state for part in held]:
         pairs.append(jnp.stack([jnp.sum(w**2, (-2, -1)) for w in (fast.inner, fast.outer)], -1))
@@ -36,7 +37,8 @@ def squared_norms(state):
 
 def measure(preset, length, seed):
     """Least and largest ratio of every memory: {memory: {"whole" or "matrix": [low, high]}}."""
-    model = models.create(preset, seed=seed)
+    run = nj.run_preset(preset, seed=seed)
+    model = models.create(run.model, seed=run.seed)
     text = np.frombuffer(b"\n".join(data.read_documents(data.bundled())), np.uint8)[:length]
     noise = np.random.default_rng(seed).integers(0, model.config.vocab, length)
     tokens = jnp.asarray(np.stack([text, noise]), jnp.int32)

@@ -6,7 +6,7 @@ Claims under test:
   tasks   momentum carries stale directions into the next task and forgets more than plain GD
   adam    with b1 = b2 Adam is the optimal elementwise memory, otherwise not
 
-Command:   python experiments/optimizer_toys.py
+Command:   python -m experiments.optimizer_toys
 Protocol:  valley, tasks: for each method the best of a grid of rates (fewest steps; lowest loss on
            task 1 before task 2); tasks: three seeds
 Hardware:  2 CPU cores, about a minute
@@ -22,14 +22,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 
 from nestedjax import optim
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from nestedjax.run.plots import figure
 
 AXES = optim.MatrixAxes(-2, -1)
 
@@ -90,7 +87,7 @@ def _plot_valley(found: dict, psi: Callable, path: Path) -> None:
     """The first 400 steps of each on the map, and psi by step until it is below 1e-4."""
     r, theta = np.meshgrid(np.linspace(-11, 2, 300), np.linspace(-10, 4, 300))
     height = np.asarray(jax.vmap(psi, 1)(jnp.asarray(np.stack([r.ravel(), theta.ravel()]))))
-    figure, (map_axis, axis) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    picture, (map_axis, axis) = figure(12, 5, columns=2)
     map_axis.contourf(r, theta, np.log10(height.reshape(r.shape) + 1e-4), levels=20, cmap="Greys")
     for name, row in found.items():
         if row["path"] is None:
@@ -103,8 +100,7 @@ def _plot_valley(found: dict, psi: Callable, path: Path) -> None:
     map_axis.set(xlabel="r", ylabel="theta", title="the valley (light), first 400 steps")
     axis.set(xlabel="step", ylabel="psi", title="until psi < 1e-4, best rate of each: steps")
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    picture.savefig(path, dpi=120)
 
 
 # ---- (ii) one task after another
@@ -155,7 +151,7 @@ def tasks(out: Path) -> dict:
         return jax.jit(run)
 
     found = {}
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    picture, axes = figure(10, 7, rows=2, columns=2)
     for row_axes, steps in zip(axes, (15, 200), strict=True):
         functions = {name: compiled(make, steps) for name, make in methods.items()}
         for axis, cosine in zip(row_axes, (0.0, 0.3), strict=True):
@@ -171,8 +167,7 @@ def tasks(out: Path) -> dict:
                 )
             axis.set(xlabel="step", title=f"loss on task 1; task 2 from step {steps}, cos {cosine}")
     axes[0, 0].legend(fontsize=7)
-    figure.savefig(out / "tasks.png", dpi=120)
-    plt.close(figure)
+    picture.savefig(out / "tasks.png", dpi=120)
     return found
 
 

@@ -5,7 +5,7 @@ Claims under test:
   study   M3 has the lowest loss of AdamW, Muon, AdaMuon, M3 at equal steps; a step of it costs
           about one of AdaMuon (paper: ViT on ImageNet-21K; here gratings of 8x8 pixels and bytes)
 
-Command:   python experiments/optimizers.py --scale cpu   (parts alone: --parts valley tasks)
+Command:   python -m experiments.optimizers --scale cpu   (parts alone: --parts valley tasks)
 Data:      generated; the text that ships with the package
 Protocol:  study: the rate of each optimizer is the best of the same five on seed 0; then three
            seeds at that rate, at equal steps, and again at the CPU-seconds that AdamW took
@@ -15,27 +15,25 @@ Output:    tables, `optimizers.json` and a PNG for each part in --out; what was 
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-import optimizer_toys
 
-from nestedjax import configs, models, optim, runs
-from nestedjax.data import ByteVocabulary
+import nestedjax as nj
+from experiments import optimizer_toys
+from nestedjax import models, optim, run, training
 from nestedjax.optim.matrices import labels
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from nestedjax.run.plots import figure
 
 AXES = optim.MatrixAxes(-2, -1)
 CHUNK = 25  # steps in one call
@@ -55,13 +53,16 @@ class Scale:
     layers: int
     batch: int
     preset: str
-    text: tuple[str, ...]  # as --set
+    model: dict[str, Any]  # settings of the language model
+    run: dict[str, Any]  # and of its run
     period: int = 20
     b2: float = 0.98
 
 
 SCALES = {
-    "smoke": Scale(50, (3e-3,), (0,), 8, 4, 16, 1, 8, "nano", ("length=32", "batch=2", "layers=1")),
+    "smoke": Scale(
+        50, (3e-3,), (0,), 8, 4, 16, 1, 8, "nano", {"layers": 1}, {"length": 32, "batch": 2}
+    ),
     "cpu": Scale(
         400,
         (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -72,7 +73,8 @@ SCALES = {
         2,
         64,
         "nano",
-        ("length=128", "batch=4", "width=64", "hidden=160"),
+        {"width": 64, "hidden": 160},
+        {"length": 128, "batch": 4},
     ),
     "gpu": Scale(
         3000,
@@ -84,7 +86,8 @@ SCALES = {
         6,
         256,
         "micro",
-        ("length=512", "batch=32", "vocab=256"),
+        {},
+        {"length": 512, "batch": 32},
         period=100,
         b2=0.999,
     ),
@@ -122,7 +125,7 @@ class Problem:
 
     init: Callable[[int], Any]  # seed -> parameters
     loss: Callable[[Any, Any], jax.Array]  # parameters, batch -> mean loss
-    batches: Callable[[int, int, int], Any]  # seed, first step, count -> stacked batches
+    data: Callable[[int], training.Dataset]  # seed -> batches by step
     heldout: Any
     axes: Any
 
@@ -180,81 +183,107 @@ def gratings(scale: Scale) -> Problem:
         logits = norm(x, 1.0).mean(1) @ p["head"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    def batches(seed, first, count):
-        rng = np.random.default_rng((seed, first))
-        many = images(rng, count * scale.batch)
-        return jax.tree.map(lambda a: a.reshape(count, scale.batch, *a.shape[1:]), many)
+    class Gratings:
+        """Batches by step, drawn a chunk at a time."""
+
+        def __init__(self, seed: int):
+            self.fingerprint = {"gratings": seed}
+            draw = lambda first: images(np.random.default_rng((seed, first)), CHUNK * scale.batch)  # noqa: E731
+            self._chunk = functools.lru_cache(maxsize=1)(draw)
+
+        def __getitem__(self, step: int):
+            at = step % CHUNK * scale.batch
+            chunk = self._chunk(step - step % CHUNK)
+            return jax.tree.map(lambda a: a[at : at + scale.batch], chunk)
+
+        def iterate(self, start: int):
+            return (self[step] for step in range(start, 2**31))
 
     blocks = {"qkv": AXES, "out": AXES, "up": AXES, "down": AXES, "scales": None}
     axes = {"patches": None, "places": None, "blocks": blocks, "head": None}
-    return Problem(init, loss, batches, images(np.random.default_rng(10**6), 2048), axes)
+    return Problem(init, loss, Gratings, images(np.random.default_rng(10**6), 2048), axes)
 
 
 def text(scale: Scale) -> Problem:
     """A Transformer++ on bytes of the text that ships with the package."""
-    config = configs.run_preset(f"transformer_{scale.preset}")
-    config = configs.change(config, ["vocab=256", *scale.text])
-    model = models.create(config.model)
-    definition, _ = models.split(model)
-    language = runs.language_loss(definition)
-    data = {}
+    shared = {"vocab": 256, **scale.model}
+    config = nj.run_preset(f"transformer_{scale.preset}", shared, **scale.run)
+    built, tokenizer = run.build(config), run.tokenizer_of(config)
+    language = run.language_loss(built.definition)
 
     def init(seed: int):
         return models.weights(models.create(config.model, seed=seed))
 
-    def batches(seed, first, count):
-        if seed not in data:
-            seeded = dataclasses.replace(config, seed=seed)
-            data[seed] = runs.datasets(seeded, ByteVocabulary())[0]
-        rows = [data[seed][step] for step in range(first, first + count)]
-        return jax.tree.map(lambda *a: np.stack(a), *rows)
+    def data(seed: int):
+        return run.text_of(run.replaced(config, {"seed": seed}), tokenizer)[0]
 
-    held = runs.datasets(config, ByteVocabulary())[1]
+    _, held = run.text_of(config, tokenizer)
     heldout = jax.tree.map(lambda *a: np.concatenate(a), *held[:16])
-    axes = models.matrix_axes(model)
-    return Problem(init, lambda p, b: language(p, b, None)[0], batches, heldout, axes)
+    axes = models.matrix_axes(built.model)
+    return Problem(init, lambda p, b: language(p, b, None)[0], data, heldout, axes)
 
 
-def trainer(problem: Problem, tx: optax.GradientTransformation):
-    """Compiled functions: `CHUNK` steps, and the held-out loss."""
+class Rate(NamedTuple):
+    """The learning rate's schedule as a state: all rates and lengths are then one program."""
 
-    @jax.jit
-    def chunk(params, state, batches, first, total, peak):
-        def body(held, given):
-            params, state = held
-            batch, step = given
-            warm = jnp.minimum(1.0, (step + 1) / (0.05 * total))
-            rate = peak * warm * (0.55 + 0.45 * jnp.cos(jnp.pi * step / total))
-            loss, grads = jax.value_and_grad(problem.loss)(params, batch)
-            grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
-            updates, state = tx.update(grads, state, params)
-            params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-            return (params, state), loss
-
-        steps = first + jnp.arange(CHUNK)
-        (params, state), losses = jax.lax.scan(body, (params, state), (batches, steps))
-        return params, state, losses
-
-    return jax.jit(tx.init), chunk, jax.jit(problem.loss)
+    step: jax.Array  # shape=(), dtype=int32
+    peak: jax.Array  # shape=()
+    total: jax.Array  # shape=(), in steps
 
 
-def fit(problem: Problem, compiled: tuple, *, rate: float, steps: int, seed: int) -> dict:
+def scheduled(peak: float, total: int) -> optax.GradientTransformation:
+    """Updates times a rate: up to `peak` over 5% of the steps, then a cosine down to a tenth."""
+
+    def init(params):
+        return Rate(jnp.zeros((), jnp.int32), jnp.float32(peak), jnp.float32(total))
+
+    def update(updates, state, params=None):
+        warm = jnp.minimum(1.0, (state.step + 1) / (0.05 * state.total))
+        rate = state.peak * warm * (0.55 + 0.45 * jnp.cos(jnp.pi * state.step / state.total))
+        updates = jax.tree.map(lambda u: rate * u, updates)
+        return updates, state._replace(step=state.step + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def fit(
+    problem: Problem,
+    tx: optax.GradientTransformation,
+    *,
+    rate: float,
+    steps: int,
+    seed: int,
+) -> dict:
     """One run: its training curve, held-out loss and CPU-seconds a step (on an accelerator:
-    seconds), compilation excluded."""
-    begin, chunk, heldout = compiled
-    params = problem.init(seed)
-    state = begin(params)
+    seconds), compilation excluded. A run that diverges has an infinite loss."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), tx, scheduled(rate, steps))
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    losses, seconds = [], []
-    for first in range(0, steps, CHUNK):
-        batches = jax.device_put(problem.batches(seed, first, CHUNK))
-        start = clock()
-        params, state, part = chunk(params, state, batches, first, float(steps), rate)
-        losses += np.asarray(part).tolist()
-        seconds.append((clock() - start) / CHUNK)
-    usual = statistics.median(seconds[1:] or seconds)  # the first call compiles
-    value = float(heldout(params, jax.device_put(problem.heldout)))
-    return {"heldout": value, "curve": losses, "seconds": usual, "steps": steps, "rate": rate}
+    losses, times = [], [clock()]
+
+    def watch(event: training.Event) -> None:
+        if isinstance(event, training.Stepped):
+            losses.append(event.record["loss"])
+            if event.step % CHUNK == 0:
+                times.append(clock())
+
+    row = {"heldout": math.inf, "curve": losses, "steps": steps, "rate": rate}
+    try:
+        result = training.train(
+            training.stateless(lambda params, batch: (problem.loss(params, batch), {})),
+            jax.jit(lambda: training.init_state(problem.init(seed), tx))(),
+            tx=tx,
+            dataset=problem.data(seed),
+            config=training.LoopConfig(steps, steps, steps, steps_per_dispatch=CHUNK),
+            valid=[problem.heldout],
+            on_event=watch,
+        )
+        row["heldout"] = result.record["val_loss"]
+    except training.TrainingError as error:
+        print(f"study   {error}")
+    seconds = np.diff(times)
+    if seconds.size > 2:  # the first one compiles, the last one validates
+        seconds = seconds[1:-1]
+    return row | {"seconds": float(np.median(seconds)) / CHUNK if seconds.size else math.inf}
 
 
 def study(out: Path, scale: Scale) -> dict:
@@ -262,28 +291,28 @@ def study(out: Path, scale: Scale) -> dict:
     found: dict[str, Any] = {}
     for name, make in (("gratings", gratings), ("text", text)):
         problem, rows = make(scale), {}
-        compiled = {n: trainer(problem, tx) for n, tx in optimizers(scale, problem.axes).items()}
-        for method, functions in compiled.items():
+        methods = optimizers(scale, problem.axes)
+        for method, tx in methods.items():
             grid = [
-                fit(problem, functions, rate=r, steps=scale.steps, seed=scale.seeds[0])
+                fit(problem, tx, rate=r, steps=scale.steps, seed=scale.seeds[0])
                 for r in scale.rates
             ]
-            best = min(grid, key=lambda row: _worst_if_nan(row["heldout"]))
+            best = min(grid, key=lambda row: row["heldout"])
             others = [
-                fit(problem, functions, rate=best["rate"], steps=scale.steps, seed=seed)
+                fit(problem, tx, rate=best["rate"], steps=scale.steps, seed=seed)
                 for seed in scale.seeds[1:]
             ]
             tried = {row["rate"]: row["heldout"] for row in grid}
             rows[method] = {"grid": tried, "equal steps": [best, *others]}
         budget = rows["adamw"]["equal steps"][0]["seconds"] * scale.steps
-        for method, functions in compiled.items():
+        for method, tx in methods.items():
             first = rows[method]["equal steps"][0]
             steps = max(int(budget / first["seconds"]) // CHUNK, 1) * CHUNK
             rows[method]["equal seconds"] = (
                 rows[method]["equal steps"]
                 if method == "adamw"
                 else [
-                    fit(problem, functions, rate=first["rate"], steps=steps, seed=seed)
+                    fit(problem, tx, rate=first["rate"], steps=steps, seed=seed)
                     for seed in scale.seeds
                 ]
             )
@@ -291,10 +320,6 @@ def study(out: Path, scale: Scale) -> dict:
         found[name] = rows
     _plot_study(found, out / "study.png")
     return found
-
-
-def _worst_if_nan(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def _print_row(problem: str, method: str, row: dict) -> None:
@@ -310,7 +335,7 @@ def _print_row(problem: str, method: str, row: dict) -> None:
 
 
 def _plot_study(found: dict, path: Path) -> None:
-    figure, axes = plt.subplots(2, len(found), figsize=(11, 7), squeeze=False)
+    picture, axes = figure(11, 7, rows=2, columns=len(found), squeeze=False)
     for column, (problem, rows) in enumerate(found.items()):
         for method, row in rows.items():
             for kind, axis in zip(("equal steps", "equal seconds"), axes[:, column], strict=True):
@@ -324,9 +349,7 @@ def _plot_study(found: dict, path: Path) -> None:
                 axis.set(title=f"{problem}, {kind}", ylabel="training loss")
                 axis.set_xlabel("seconds" if kind == "equal seconds" else "step")
     axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    picture.savefig(path, dpi=120)
 
 
 PARTS = {
@@ -345,6 +368,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/optimizers"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    # Every rate and seed of an optimizer is the same program.
+    jax.config.update("jax_compilation_cache_dir", str(given.out / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     path = given.out / "optimizers.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for part in given.parts:

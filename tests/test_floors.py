@@ -1,9 +1,17 @@
-"""The floors of the tree, read from the imports: nothing imports from its own height or above."""
+"""The floors of the tree: nothing imports from its own height or above, no configuration climbs.
+
+The first half reads the imports. The second follows a run: from the command line to the models a
+configuration is handed down, never up; and it counts the files that a batch passes.
+"""
 
 import ast
 from pathlib import Path
 
 import pytest
+
+from tests import path as followed
+from tests.cli.tiny import HOPE, RUN, flags
+from tests.run import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,3 +146,53 @@ def test_what_is_allowed():
     assert not list(violations("nestedjax.memory.product", fine))
     assert not list(violations("nestedjax.models.hope", "from flax import nnx"))
     assert not list(violations("nestedjax.cli", "import cyclopts\nprint(1)"))
+
+
+# ---- The second half: from the command line to the models
+
+CONFIGURATIONS = ("RunConfig", "DataConfig", "OptimizerConfig")
+FILES = 42  # that a batch passes from `data[step]` to the updated state; `python -m tests.path`
+
+
+def climbs(handed):
+    """The calls that hand a configuration to a higher floor."""
+    return [
+        f"{caller} hands a {kind} up to {callee}"
+        for caller, callee, kind in handed
+        if FLOORS[home(callee)] > FLOORS[home(caller)]
+    ]
+
+
+def test_only_the_run_layer_and_what_calls_it_know_a_run():
+    for module, path in modules():
+        names = {
+            getattr(n, "id", getattr(n, "attr", None))
+            for n in ast.walk(ast.parse(path.read_text()))
+        }
+        if names & {*CONFIGURATIONS}:
+            assert FLOORS[home(module)] >= FLOORS["nestedjax.run"], module
+
+
+@pytest.mark.slow
+def test_a_configuration_goes_down_only(tmp_path):
+    from nestedjax import models, run
+
+    handed = followed.of_a_run(*flags(*HOPE, *RUN, "--steps", "2"))
+    assert climbs(handed) == []
+    kinds = {(home(callee), kind) for _, callee, kind in handed}
+    assert {("nestedjax.run", "RunConfig"), ("nestedjax.models", "HopeConfig")} <= kinds
+    follower = followed.Followed()
+    config = run.run_preset("transformer_nano")
+    # A lower floor that calls back: as `models.abstract(lambda: new_model(config))` once did.
+    follower.follow(
+        lambda: models.abstract(lambda: run.build(config) and models.create(config.model))
+    )
+    modules_of = [(followed.module_of(a), followed.module_of(b), k) for a, b, k in follower.handed]
+    assert any("hands a RunConfig up to nestedjax.run" in line for line in climbs(modules_of))
+
+
+@pytest.mark.slow
+def test_the_files_that_a_batch_passes():
+    files = followed.of_a_step(tiny.HOPE, **tiny.RUN | {"optimizer": "m3"})
+    assert {"nestedjax.data.dataset", "nestedjax.training.step", "nestedjax.optim.m3"} <= {*files}
+    assert len(files) <= FILES, "\n".join(files)

@@ -5,8 +5,9 @@ from math import log2
 
 from nestedjax.levels import Box
 from nestedjax.run import NestedSystem
+from nestedjax.run.plots import INK, figure
 
-INK, FAINT, BAND = "#222222", "#8a8a8a", "#f4f5f7"
+FAINT, BAND = "#8a8a8a", "#f4f5f7"
 SLOW, CONTEXT, MEMORY, NONPARAMETRIC = "#2f5d9e", "#d1602a", "#7a9a3a", "#8e63a9"
 KINDS = {
     "slow weights": SLOW,
@@ -28,13 +29,9 @@ def plot(system: NestedSystem, path: str | os.PathLike, *, title: str) -> None:
       path: of the picture.
       title: what it is.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
     boxes = system.boxes
-    figure = Figure(figsize=(15, 1.5 + ROW * len(boxes)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, text = figure.subplots(1, 2, sharey=True, width_ratios=(5, 9))
+    height = 1.5 + ROW * len(boxes)
+    picture, (axes, text) = figure(15, height, columns=2, sharey=True, width_ratios=(5, 9))
     places, ticks = _places(boxes)
     for side in (axes, text):
         _bands(side, boxes)
@@ -57,9 +54,9 @@ def plot(system: NestedSystem, path: str | os.PathLike, *, title: str) -> None:
     for kind, color in KINDS.items():
         if kind in present:
             axes.scatter([], [], s=60, color=color, label=kind)
-    figure.legend(loc="outside lower right", ncols=4, frameon=False, labelcolor=INK)
-    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13)
-    figure.savefig(os.fspath(path))
+    picture.legend(loc="outside lower right", ncols=4, frameon=False, labelcolor=INK)
+    picture.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13)
+    picture.savefig(os.fspath(path))
 
 
 def _kind(box: Box, system: NestedSystem) -> str:

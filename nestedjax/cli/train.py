@@ -93,8 +93,8 @@ def _train(config: Any, folder: str, own: dict[str, Any]) -> int:
     from nestedjax import models, run
     from nestedjax.cli.printing import printable
     from nestedjax.cli.progress import Progress
+    from nestedjax.run.plots import plot_losses
     from nestedjax.sharding import make_mesh
-    from nestedjax.training import plot_losses
 
     mesh = None if own.get("mesh") is None else make_mesh(own["mesh"])
     with Progress(folder) as progress:

@@ -1,17 +1,17 @@
-"""Text data: vocabularies, documents, packing, and data sets indexed by step (the only Grain)."""
+"""Text data: tokenizers, documents, packing, and data sets indexed by step (the only Grain)."""
 
 from nestedjax.data.dataset import Batch, TextDataset, require_fingerprint, text_dataset
 from nestedjax.data.documents import bundled, expand, read_documents, take_split
 from nestedjax.data.errors import DataError
-from nestedjax.data.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from nestedjax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 __all__ = [
     "Batch",
-    "ByteVocabulary",
+    "ByteTokenizer",
     "DataError",
-    "SentencePieceVocabulary",
+    "SentencePieceTokenizer",
     "TextDataset",
-    "Vocabulary",
+    "Tokenizer",
     "bundled",
     "expand",
     "read_documents",

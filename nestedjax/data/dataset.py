@@ -13,7 +13,7 @@ import numpy as np
 from nestedjax.data import packing
 from nestedjax.data.documents import Files, read_documents, take_split
 from nestedjax.data.errors import DataError
-from nestedjax.data.vocabulary import Vocabulary
+from nestedjax.data.tokenizer import Tokenizer
 
 ORDERS = ("shuffled", "contiguous", "once")
 Batch = dict[str, np.ndarray]
@@ -155,7 +155,7 @@ class TextDataset:
 
 def text_dataset(
     files: Files,
-    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
     *,
     length: int,
     batch: int,
@@ -175,7 +175,7 @@ def text_dataset(
 
     Args:
       files: one path or several, of files or folders (see `read_documents`).
-      vocabulary: encodes the text.
+      tokenizer: encodes the text.
       length: tokens of a row.
       batch: rows of a step, over all processes.
       seed: of the order of the text and of the cuts, in the two endless orders.
@@ -199,8 +199,8 @@ def text_dataset(
       DataError: what the caller can fix, in one line.
 
     Example:
-      >>> from nestedjax.data import ByteVocabulary, bundled
-      >>> dataset = text_dataset(bundled(), ByteVocabulary(), length=64, batch=4, split="train")
+      >>> from nestedjax.data import ByteTokenizer, bundled
+      >>> dataset = text_dataset(bundled(), ByteTokenizer(), length=64, batch=4, split="train")
       >>> dataset[1000]["tokens"].shape
       (4, 64)
     """
@@ -209,7 +209,7 @@ def text_dataset(
     if batch % process[1]:
         raise DataError(f"batch={batch} does not divide over {process[1]} processes; change batch")
     texts = take_split(read_documents(files), split)
-    documents = [tokens for text in texts if (tokens := _encode(vocabulary, text)).size]
+    documents = [tokens for text in texts if (tokens := _encode(tokenizer, text)).size]
     total, needed = sum(document.size for document in documents), 2 if order == "once" else length
     if total < max(needed, 2):
         raise DataError(
@@ -219,7 +219,7 @@ def text_dataset(
     fingerprint: Fingerprint = {
         "format": FORMAT,
         "text": _digest(texts),
-        "vocabulary": vocabulary.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
         "length": length,
         "batch": batch,
         "seed": seed,
@@ -289,10 +289,10 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
     return index, count
 
 
-def _encode(vocabulary: Vocabulary, text: bytes) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
     # The narrowest type that holds every id: a gigabyte of bytes stays a gigabyte.
-    kept = np.uint8 if vocabulary.size <= 2**8 else np.uint16 if vocabulary.size <= 2**16 else None
-    tokens = vocabulary.encode(text)
+    kept = np.uint8 if tokenizer.size <= 2**8 else np.uint16 if tokenizer.size <= 2**16 else None
+    tokens = tokenizer.encode(text)
     return tokens.astype(kept) if kept else tokens
 
 

@@ -108,7 +108,7 @@ def take_split(documents: list[bytes], split: str) -> list[bytes]:
 
     `train` is the first 90 % of the bytes, `valid` the next 5 %, `test` the last 5 %. A boundary
     inside a document cuts it in two, never inside a UTF-8 character. Positions are bytes, not
-    tokens, so that every vocabulary sees the same text.
+    tokens, so that every tokenizer sees the same text.
 
     Raises:
       DataError: an unknown split.

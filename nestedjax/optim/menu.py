@@ -130,29 +130,6 @@ def has_rest(name: str) -> bool:
     return "rest" in inspect.signature(_named(name)).parameters
 
 
-def parse(name: str, argument: str, text: str) -> Any:
-    """The value of an argument from text.
-
-    Args:
-      name: of the optimizer.
-      argument: one of `arguments(name)`.
-      text: such as `3`, `5,20`, `1e-3`, `true`, `none`, or a word.
-
-    Raises:
-      ValueError: the text is of another type.
-
-    Example:
-      >>> from nestedjax.optim import menu
-      >>> menu.parse("m3", "period", "5,20"), menu.parse("m3", "b1", "0.9")
-      ((5, 20), 0.9)
-    """
-    kind = arguments(name)[argument].type
-    try:
-        return _read(kind, text.strip())
-    except ValueError:
-        raise ValueError(f"{argument}={text} is not {_words(kind)}") from None
-
-
 def _named(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
     if name not in OPTIMIZERS:
         raise ValueError(f"no optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
@@ -188,28 +165,6 @@ def _fits(kind: Any, value: Any) -> bool:
         wanted = int if kind is int else int | float
         return isinstance(value, wanted) and not isinstance(value, bool)
     return isinstance(value, kind)
-
-
-def _read(kind: Any, text: str) -> Any:
-    """A value of a type that `_plain` returns, from text."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, UnionType):
-        for part in parts:
-            try:
-                return _read(part, text)
-            except ValueError:
-                continue
-        raise ValueError
-    if origin is tuple:
-        return tuple(_read(parts[0], part) for part in text.split(","))
-    if kind in (int, float):
-        return kind(text)
-    words = {"none": None} if kind is NoneType else {"true": True, "false": False}
-    if origin is Literal:
-        words = dict(zip(parts, parts, strict=True))
-    if text.lower() not in words:
-        raise ValueError
-    return words[text.lower()]
 
 
 def _words(kind: Any) -> str:

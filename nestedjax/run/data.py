@@ -7,11 +7,11 @@ import numpy as np
 
 from nestedjax.data import (
     Batch,
-    ByteVocabulary,
+    ByteTokenizer,
     DataError,
-    SentencePieceVocabulary,
+    SentencePieceTokenizer,
     TextDataset,
-    Vocabulary,
+    Tokenizer,
     bundled,
     text_dataset,
 )
@@ -41,13 +41,13 @@ class Batches(Protocol):
         """
 
 
-def tokenizer_of(config: RunConfig) -> Vocabulary:
+def tokenizer_of(config: RunConfig) -> Tokenizer:
     """The tokenizer of a run: bytes, or its SentencePiece model."""
     path = config.data.tokenizer
-    return ByteVocabulary() if path is None else SentencePieceVocabulary(path)
+    return ByteTokenizer() if path is None else SentencePieceTokenizer(path)
 
 
-def text_of(config: RunConfig, tokenizer: Vocabulary) -> tuple[TextDataset, list[Batch]]:
+def text_of(config: RunConfig, tokenizer: Tokenizer) -> tuple[TextDataset, list[Batch]]:
     """The training text of a run, and the batches of a validation pass.
 
     Raises:

@@ -12,7 +12,7 @@ from etils import epath
 
 from nestedjax import models
 from nestedjax.checkpoint import CheckpointError, Checkpoints
-from nestedjax.data import DataError, Vocabulary, bundled, expand, read_documents, take_split
+from nestedjax.data import DataError, Tokenizer, bundled, expand, read_documents, take_split
 from nestedjax.errors import ConfigError, at_least, one_line
 from nestedjax.evaluation import Losses, Totals, stream_losses
 from nestedjax.run.assemble import build, on_one_device
@@ -36,7 +36,7 @@ class Trained(NamedTuple):
     """
 
     model: models.Model
-    tokenizer: Vocabulary
+    tokenizer: Tokenizer
     run: RunConfig
     step: int
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from nestedjax import models, sharding, training
 from nestedjax.checkpoint import Checkpoints
-from nestedjax.data import Vocabulary
+from nestedjax.data import Tokenizer
 from nestedjax.run.assemble import build, new_state, optimizer
 from nestedjax.run.config import RunConfig, check
 from nestedjax.run.data import Batches, OwnData, own_batches, text_of, tokenizer_of
@@ -168,7 +168,7 @@ def _with_given(run: RunConfig, data: Any, loss: Any) -> RunConfig:
 
 
 def _data(
-    run: RunConfig, tokenizer: Vocabulary, data: Any, valid_data: Any
+    run: RunConfig, tokenizer: Tokenizer, data: Any, valid_data: Any
 ) -> tuple[training.Dataset, list[Any] | None]:
     """The batches to train on, and those of a validation pass."""
     vocab, valid = run.model.vocab, None
@@ -196,7 +196,7 @@ def _batches(run: RunConfig, mesh: Mesh | None) -> NamedSharding | None:
 def _sampling(
     run: RunConfig,
     definition: models.Definition,
-    tokenizer: Vocabulary,
+    tokenizer: Tokenizer,
     tell: Callable[[Event], None],
 ) -> Hook:
     """Draw text now and then; it depends on the run's seed and step alone."""

@@ -8,6 +8,7 @@ from nestedjax.sharding.activations import (
     lookup,
     over_batch,
 )
+from nestedjax.sharding.batches import batch_placer, group_placer, mesh_of, on_mesh
 from nestedjax.sharding.errors import MeshError
 from nestedjax.sharding.mesh import AXES, make_mesh
 from nestedjax.sharding.placement import (
@@ -24,15 +25,19 @@ __all__ = [
     "AXES",
     "RULES",
     "MeshError",
+    "batch_placer",
     "batch_sharding",
     "check_fits",
     "constrain",
     "contract",
     "each_device",
     "gathered",
+    "group_placer",
     "like_params",
     "lookup",
     "make_mesh",
+    "mesh_of",
+    "on_mesh",
     "over_batch",
     "place",
     "replicated",

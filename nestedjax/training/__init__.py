@@ -4,9 +4,7 @@ from nestedjax.training.events import Event, Saved, Started, Stepped, Validated
 from nestedjax.training.loop import Dataset, Hook, LoopConfig, Result, train
 from nestedjax.training.metrics import MetricsWriter, read_metrics
 from nestedjax.training.nonfinite import Nonfinite, TrainingError, locate_nonfinite
-from nestedjax.training.placement import state_shardings
-from nestedjax.training.plots import plot_losses
-from nestedjax.training.state import TrainState, init_state
+from nestedjax.training.state import TrainState, init_state, state_shardings
 from nestedjax.training.step import LossFn, make_dispatch, make_evaluate, stateless
 
 __all__ = [
@@ -28,7 +26,6 @@ __all__ = [
     "locate_nonfinite",
     "make_dispatch",
     "make_evaluate",
-    "plot_losses",
     "read_metrics",
     "state_shardings",
     "stateless",

@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding
 
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import require_fingerprint
+from nestedjax.sharding import batch_placer, group_placer, mesh_of, on_mesh
 from nestedjax.training.events import Event, Meter, Saved, Started, Stepped, Validated
 from nestedjax.training.metrics import MetricsWriter, Record
 from nestedjax.training.nonfinite import TrainingError, locate_nonfinite
-from nestedjax.training.placement import batch_placer, group_placer, mesh_of, on_mesh
 from nestedjax.training.state import PyTree, TrainState
 from nestedjax.training.step import (
     Batch,

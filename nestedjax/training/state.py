@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+
+from nestedjax.sharding import like_params, replicated, shardings_of
 
 PyTree = Any
 
@@ -45,4 +48,27 @@ def init_state(
         opt_state=tx.init(params),
         key=jax.random.key(seed),
         carry=carry,
+    )
+
+
+def state_shardings(
+    state: TrainState, axes: PyTree, mesh: Mesh, *, carry: PyTree = None
+) -> TrainState:
+    """Where the whole state of a run lies: weights by the rule table, the optimizer's like them.
+
+    Args:
+      state: arrays or shapes (`jax.eval_shape`).
+      axes: logical names of the parameters' dimensions, such as `models.logical_axes(params)`.
+      mesh: from `sharding.make_mesh`.
+      carry: logical names for the carry; default every device holds the whole of it.
+
+    Raises:
+      MeshError: a weight does not divide over the mesh.
+    """
+    everywhere = jax.tree.map(lambda leaf: replicated(mesh), state)
+    params = shardings_of(state.params, axes, mesh)
+    return everywhere._replace(
+        params=params,
+        opt_state=like_params(state.opt_state, state.params, params, mesh),
+        carry=everywhere.carry if carry is None else shardings_of(state.carry, carry, mesh),
     )

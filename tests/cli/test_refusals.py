@@ -37,7 +37,7 @@ def tree(folder):
         (["train", "hope_nano", "--data", "no.txt"], "file not found: {here}/no.txt"),
         (["train", "hope_nano", "--data", "empty.txt"], "file is empty: {here}/empty.txt"),
         (["train", "hope_nano", "--data", "folder"], "no text in folder {here}/folder"),
-        (["train", "hope_nano", "--tokenizer", "no.model"], "vocabulary file not found"),
+        (["train", "hope_nano", "--tokenizer", "no.model"], "tokenizer file not found"),
         (["train", "hope_nano", "--run", "empty.txt"], "is a file, not a run folder"),
         (["train", "hope_nano", "--run", "empty.txt/run"], "cannot"),
         (["train", "hope_nano", "--run", "folder"], "holds photo.jpg but no run"),

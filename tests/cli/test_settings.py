@@ -71,20 +71,28 @@ def test_switches_and_lists(tmp_path, capsys):
         _, changes = cli_flags.read("a b", lambda: None, found, config, about="", example="")
         return changes
 
-    assert read("--literal", "--memory.no-momentum") == {
-        "literal": True,
-        "memory.momentum": False,
-    }
-    assert read("--optimizer.period", "5", "20") == {"optimizer.period": (5, 20)}
-    assert read("--optimizer.period", "5") == {"optimizer.period": 5}
-    assert read("--clip", "none", "--optimizer.rms-rescale", "none") == {
-        "clip": None,
-        "optimizer.rms_rescale": None,
-    }
-    assert read("--optimizer", "soap", "--optimizer.refresh=3") == {
-        "optimizer": "soap",
-        "optimizer.refresh": 3,
-    }
+    for given, changes in (
+        ("--literal --memory.no-momentum", {"literal": True, "memory.momentum": False}),
+        ("--cms.periods 2048 none", {"cms.periods": (2048, None)}),
+        ("--clip none --learning-rate 1e-3", {"clip": None, "learning_rate": 1e-3}),
+        ("--steps 1_000", {"steps": 1000}),
+        ("--dtype bfloat16", {"dtype": "bfloat16"}),
+    ):
+        assert read(*given.split()) == changes
+    for name, argument, text, value in (
+        ("m3", "period", "5 20", (5, 20)),
+        ("m3", "period", "5", 5),
+        ("m3", "slow-weight", "0.5 1", (0.5, 1.0)),
+        ("m3", "b1", "1", 1.0),
+        ("m3", "bias-correction", "none", "none"),
+        ("shampoo", "b2", "none", None),
+        ("deep_momentum", "width", "64", 64),
+    ):
+        changes = read("--optimizer", name, f"--optimizer.{argument}", *text.split())
+        found = changes.pop(f"optimizer.{argument.replace('-', '_')}")
+        assert found == value and type(found) is type(value)
+        assert changes == {"optimizer": name}
+    assert read("--optimizer", "m3", "--optimizer.no-cache")["optimizer.cache"] is False
 
 
 def test_a_new_run_from_anothers_settings(trained, text, tmp_path, capsys):

@@ -45,8 +45,8 @@ def make(tmp_path):
         for i, size in enumerate(sizes):
             paths.append(tmp_path / f"{i}.txt")
             paths[-1].write_bytes(b"x" * size)
-        vocabulary = Numbers()
-        return text_dataset(paths, vocabulary, **kwargs), vocabulary.documents
+        tokenizer = Numbers()
+        return text_dataset(paths, tokenizer, **kwargs), tokenizer.documents
 
     return make
 

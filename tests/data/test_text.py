@@ -1,4 +1,4 @@
-"""Files, vocabularies, splits, fingerprints and the errors of the data pipeline."""
+"""Files, tokenizers, splits, fingerprints and the errors of the data pipeline."""
 
 import gzip
 import json
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nestedjax.data import (
-    ByteVocabulary,
+    ByteTokenizer,
     DataError,
-    SentencePieceVocabulary,
+    SentencePieceTokenizer,
     bundled,
     read_documents,
     require_fingerprint,
@@ -87,13 +87,13 @@ def test_splits_are_consecutive_whole_characters_and_of_the_right_size(documents
         take_split(documents, "dev")
 
 
-def test_byte_vocabulary():
-    vocabulary = ByteVocabulary()
+def test_byte_tokenizer():
+    tokenizer = ByteTokenizer()
     data = bytes(range(256))
-    assert vocabulary.size == 256
-    assert vocabulary.encode(data).tolist() == list(range(256))
-    assert vocabulary.encode(data).dtype == np.int32
-    assert vocabulary.decode(np.array([0xFF, 65])) == "\ufffdA"
+    assert tokenizer.size == 256
+    assert tokenizer.encode(data).tolist() == list(range(256))
+    assert tokenizer.encode(data).dtype == np.int32
+    assert tokenizer.decode(np.array([0xFF, 65])) == "\ufffdA"
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def trained(tmp_path_factory):
     """A small SentencePiece model made here, so that the tests need no file from outside."""
     import sentencepiece
 
-    prefix = tmp_path_factory.mktemp("vocabulary") / "small"
+    prefix = tmp_path_factory.mktemp("tokenizer") / "small"
     sentencepiece.SentencePieceTrainer.Train(
         input=str(bundled()), model_prefix=str(prefix), vocab_size=300, model_type="bpe",
         byte_fallback=False, input_sentence_size=2000, shuffle_input_sentence=False,
@@ -110,41 +110,41 @@ def trained(tmp_path_factory):
     return prefix.with_suffix(".model")
 
 
-def test_sentencepiece_vocabulary(trained, tmp_path):
-    vocabulary = SentencePieceVocabulary(trained)
+def test_sentencepiece_tokenizer(trained, tmp_path):
+    tokenizer = SentencePieceTokenizer(trained)
     text = "We are accounted poor citizens, the patricians good."
-    tokens = vocabulary.encode(text)
-    assert vocabulary.size == 300 and tokens.dtype == np.int32 and tokens.max() < 300
-    assert vocabulary.decode(tokens) == text
-    np.testing.assert_array_equal(vocabulary.encode(text.encode()), tokens)
-    assert vocabulary.fingerprint == SentencePieceVocabulary(str(trained)).fingerprint
+    tokens = tokenizer.encode(text)
+    assert tokenizer.size == 300 and tokens.dtype == np.int32 and tokens.max() < 300
+    assert tokenizer.decode(tokens) == text
+    np.testing.assert_array_equal(tokenizer.encode(text.encode()), tokens)
+    assert tokenizer.fingerprint == SentencePieceTokenizer(str(trained)).fingerprint
     with pytest.raises(DataError, match="not UTF-8 at byte 2"):
-        vocabulary.encode(b"ab\xff")
-    with pytest.raises(DataError, match="vocabulary file not found"):
-        SentencePieceVocabulary(tmp_path / "no.model")
+        tokenizer.encode(b"ab\xff")
+    with pytest.raises(DataError, match="tokenizer file not found"):
+        SentencePieceTokenizer(tmp_path / "no.model")
     with pytest.raises(DataError, match="not a SentencePiece model"):
-        SentencePieceVocabulary(write(tmp_path / "bad.model", b"hello"))
+        SentencePieceTokenizer(write(tmp_path / "bad.model", b"hello"))
 
 
 @pytest.mark.parametrize("name", ["mistral_v1_32k.model", "maxtext_default.model"])
-def test_published_vocabularies(name):
+def test_published_tokenizers(name):
     if not (TOKENIZERS / name).exists():
         pytest.skip(f"no {name}; set NESTEDJAX_TEST_DATA to a folder with tokenizers/{name}")
-    vocabulary = SentencePieceVocabulary(TOKENIZERS / name)
+    tokenizer = SentencePieceTokenizer(TOKENIZERS / name)
     text = "To be, or not to be: that is the question."
-    assert vocabulary.size in (32000, 32768)
-    assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert tokenizer.size in (32000, 32768)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_subword_data_set_counts_bytes_and_tokens(trained):
-    vocabulary = SentencePieceVocabulary(trained)
-    dataset = text_dataset(bundled(), vocabulary, length=32, batch=2, split="test", order="once")
+    tokenizer = SentencePieceTokenizer(trained)
+    dataset = text_dataset(bundled(), tokenizer, length=32, batch=2, split="test", order="once")
     raw = bundled().read_bytes()
     text = raw[len(raw) * 95 // 100 :]
     assert dataset.bytes == len(text)
-    assert dataset.tokens == vocabulary.encode(text).size
+    assert dataset.tokens == tokenizer.encode(text).size
     seen = np.concatenate([b["tokens"].reshape(-1) for b in dataset])[: dataset.tokens]
-    np.testing.assert_array_equal(seen, vocabulary.encode(text))
+    np.testing.assert_array_equal(seen, tokenizer.encode(text))
 
 
 @pytest.mark.parametrize(
@@ -164,25 +164,25 @@ def test_subword_data_set_counts_bytes_and_tokens(trained):
 def test_arguments_that_do_not_fit(tmp_path, arguments, message):
     file = write(tmp_path / "a.txt", b"x" * 100)
     with pytest.raises(DataError, match=message) as caught:
-        text_dataset(file, ByteVocabulary(), **arguments)
+        text_dataset(file, ByteTokenizer(), **arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_the_fingerprint_sees_every_change(tmp_path):
-    def fingerprint(data=b"x" * 200, vocabulary=None, **changes):
+    def fingerprint(data=b"x" * 200, tokenizer=None, **changes):
         file = write(tmp_path / "a.txt", data)
         arguments = dict(length=16, batch=2, seed=1, align=4, split="train", order="shuffled")
-        vocabulary = vocabulary or ByteVocabulary()
-        return text_dataset(file, vocabulary, **(arguments | changes)).fingerprint
+        tokenizer = tokenizer or ByteTokenizer()
+        return text_dataset(file, tokenizer, **(arguments | changes)).fingerprint
 
     saved = fingerprint()
     assert json.loads(json.dumps(saved)) == saved
     require_fingerprint(saved, fingerprint())
-    other = ByteVocabulary()
+    other = ByteTokenizer()
     other.fingerprint = "other"
     changes = [
         dict(data=b"x" * 199 + b"y", split="all"),
-        dict(vocabulary=other),
+        dict(tokenizer=other),
         dict(length=32),
         dict(batch=4),
         dict(seed=2),

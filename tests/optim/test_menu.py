@@ -22,10 +22,6 @@ def test_an_argument_is_documented_and_its_default_is_of_its_type(name, argument
     assert argument.doc.endswith(".") and len(argument.doc) > 10, argument.doc
     optimizer = menu.make(name, 1e-3, given={argument.name: argument.default})
     assert callable(optimizer.update)
-    text = argument.default
-    text = ",".join(map(str, text)) if isinstance(text, tuple) else str(text)
-    again = menu.parse(name, argument.name, text)
-    assert again == argument.default and type(again) is type(argument.default)
 
 
 @every_argument
@@ -33,8 +29,6 @@ def test_a_value_of_another_type_is_refused(name, argument):
     for value in ("nonsense", object(), [1.0]):
         with pytest.raises(ValueError, match=f"{argument.name}=.* is not "):
             menu.make(name, 1e-3, given={argument.name: value})
-    with pytest.raises(ValueError, match=f"{argument.name}=nonsense is not "):
-        menu.parse(name, argument.name, "nonsense")
 
 
 def test_types_are_what_a_command_line_can_read():
@@ -66,20 +60,6 @@ def test_public_signatures_say_their_types(function):
     hints = typing.get_type_hints(function)
     missing = [n for n in inspect.signature(function).parameters if hints.get(n, Any) is Any]
     assert not missing and "return" in hints
-
-
-def test_text_of_every_kind():
-    for name, argument, text, value in (
-        ("m3", "period", "5, 20", (5, 20)),
-        ("m3", "slow_weight", "0.5,1", (0.5, 1.0)),
-        ("m3", "b1", "1", 1.0),
-        ("m3", "cache", "False", False),
-        ("m3", "bias_correction", "none", "none"),
-        ("shampoo", "b2", "none", None),
-        ("deep_momentum", "width", "64", 64),
-    ):
-        found = menu.parse(name, argument, text)
-        assert found == value and type(found) is type(value)
 
 
 def test_mistakes_are_named():

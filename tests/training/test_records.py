@@ -1,4 +1,4 @@
-"""What a run leaves behind: lines, events, a picture; and the meter and the search for a nan."""
+"""What a run leaves behind: lines and events; and the meter and the search for a nan."""
 
 import json
 
@@ -52,23 +52,6 @@ def test_tensorboard_events_are_written(tmp_path):
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(ValueError, match="no metrics.jsonl.*run folder"):
         read_metrics(tmp_path)
-
-
-@pytest.mark.parametrize("validated", [False, True])
-def test_the_plot_is_a_png(tmp_path, validated):
-    path = tmp_path / "loss.png"
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        for step in range(1, 30):
-            writer.write(record(step) | ({"val_loss": 0.5} if validated else {}), {})
-    training.plot_losses(tmp_path, path, title="toy")
-    picture = path.read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
-
-
-def test_a_plot_of_nothing_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no recorded step yet"):
-        training.plot_losses(tmp_path, tmp_path / "loss.png", title="toy")
 
 
 def test_the_meter_measures_training_alone():

@@ -1,4 +1,4 @@
-"""Putting state and batches on the devices of a run."""
+"""Batches and state on the devices of a mesh, or on one device where there is none."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,31 +10,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nestedjax.sharding import check_fits, like_params, replicated, shardings_of
-from nestedjax.training.state import PyTree, TrainState
+from nestedjax.sharding.placement import check_fits
 
-
-def state_shardings(
-    state: TrainState, axes: PyTree, mesh: Mesh, *, carry: PyTree = None
-) -> TrainState:
-    """Where the whole state of a run lies: weights by the rule table, the optimizer's like them.
-
-    Args:
-      state: arrays or shapes (`jax.eval_shape`).
-      axes: logical names of the parameters' dimensions, such as `models.logical_axes(params)`.
-      mesh: from `sharding.make_mesh`.
-      carry: logical names for the carry; default every device holds the whole of it.
-
-    Raises:
-      MeshError: a weight does not divide over the mesh.
-    """
-    everywhere = jax.tree.map(lambda leaf: replicated(mesh), state)
-    params = shardings_of(state.params, axes, mesh)
-    return everywhere._replace(
-        params=params,
-        opt_state=like_params(state.opt_state, state.params, params, mesh),
-        carry=everywhere.carry if carry is None else shardings_of(state.carry, carry, mesh),
-    )
+PyTree = Any
 
 
 def mesh_of(batch: NamedSharding | None) -> AbstractContextManager:

@@ -1,4 +1,4 @@
-"""Vocabularies: text to token ids and back."""
+"""Tokenizers: text to token ids and back."""
 
 import hashlib
 import os
@@ -11,12 +11,12 @@ from nestedjax.data.errors import DataError
 
 
 @runtime_checkable
-class Vocabulary(Protocol):
-    """What the pipeline needs of a vocabulary.
+class Tokenizer(Protocol):
+    """What the pipeline needs of a tokenizer.
 
     Attributes:
       size: number of token ids; every id is in [0, size).
-      fingerprint: identifies the mapping; two vocabularies with equal fingerprints encode alike.
+      fingerprint: identifies the mapping; two tokenizers with equal fingerprints encode alike.
     """
 
     size: int
@@ -29,14 +29,14 @@ class Vocabulary(Protocol):
         """The text of token ids."""
 
 
-class ByteVocabulary:
+class ByteTokenizer:
     """The 256 byte values; no special tokens, because documents are separated by resets.
 
     Example:
-      >>> vocabulary = ByteVocabulary()
-      >>> vocabulary.encode("né").tolist()
+      >>> tokenizer = ByteTokenizer()
+      >>> tokenizer.encode("né").tolist()
       [110, 195, 169]
-      >>> vocabulary.decode(vocabulary.encode("né"))
+      >>> tokenizer.decode(tokenizer.encode("né"))
       'né'
     """
 
@@ -53,7 +53,7 @@ class ByteVocabulary:
         return np.asarray(tokens).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
-class SentencePieceVocabulary:
+class SentencePieceTokenizer:
     """A SentencePiece model file (BPE or unigram).
 
     No begin or end token is added: documents are separated by resets.
@@ -71,7 +71,7 @@ class SentencePieceVocabulary:
 
         file = epath.Path(path)
         if not file.is_file():
-            raise DataError(f"vocabulary file not found: {file}; give the path of a .model file")
+            raise DataError(f"tokenizer file not found: {file}; give the path of a .model file")
         model = file.read_bytes()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:

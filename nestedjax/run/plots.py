@@ -1,10 +1,36 @@
-"""The loss curve of a run as a picture."""
+"""Pictures: where matplotlib is set up, and the loss curve of a run."""
 
 import os
+from typing import Any
 
-from nestedjax.training.metrics import read_metrics
+from nestedjax.training import read_metrics
 
-INK, TRAIN, SMOOTH, VALID = "#222222", "#b9cbe4", "#2f5d9e", "#d1602a"
+INK, GRID = "#222222", "#e8e8e8"
+TRAIN, SMOOTH, VALID = "#b9cbe4", "#2f5d9e", "#d1602a"
+
+
+def figure(
+    width: float | int, height: float | int, *, rows: int = 1, columns: int = 1, **options: Any
+) -> Any:
+    """An empty picture, drawn without a screen and without matplotlib's global state.
+
+    Args:
+      width: in inches.
+      height: in inches.
+      rows: of axes.
+      columns: of axes.
+      **options: of `matplotlib.figure.Figure.subplots`, such as `sharey` or `width_ratios`.
+
+    Returns:
+      The figure and its axes (one, or an array [rows, columns] without axes of length 1); save it
+      with `figure.savefig(path)`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    empty = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(empty)
+    return empty, empty.subplots(rows, columns, **options)
 
 
 def plot_losses(
@@ -21,18 +47,13 @@ def plot_losses(
     Raises:
       ValueError: the run has recorded nothing yet.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
     records = read_metrics(folder)
     if not records:
         raise ValueError(f"{os.fspath(folder)} has no recorded step yet; train first")
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     valid = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    picture, axes = figure(7.2, 4.2)
     axes.plot(steps, losses, color=TRAIN, linewidth=0.8, label="training, each step")
     axes.plot(steps, _smooth(losses), color=SMOOTH, linewidth=1.6, label="training, smoothed")
     final = losses[-1]
@@ -51,10 +72,10 @@ def plot_losses(
     axes.set_title(f"{title}: {kind} loss {final:.3f}", color=INK, loc="left")
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel(f"loss ({unit})", color=INK)
-    axes.grid(True, color="#e8e8e8", linewidth=0.6)
+    axes.grid(True, color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(os.fspath(path))
+    picture.savefig(os.fspath(path))
 
 
 def _smooth(losses: list[float]) -> list[float]:

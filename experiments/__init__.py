@@ -1,0 +1,1 @@
+"""One file a claim; `python -m experiments.NAME` from the repository's root."""
