@@ -21,7 +21,7 @@ def generate(
     temperature: float | int = 1.0,
     top_k: int | None = None,
 ) -> tuple[Int[Array, "B N"], PyTree]:
-    """Continue a prompt: one call over the prompt, then one scan over the new tokens.
+    """Continue a prompt: one call over all of it but its last token, then one scan over tokens.
 
     Meant to be called inside `jax.jit`; memory does not grow with the number of tokens.
 
@@ -53,23 +53,29 @@ def generate(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1")
 
-    def pick(logits, key):
+    def pick(logits, draw):
         if temperature == 0:
             return logits.argmax(-1).astype(jnp.int32)
         if top_k is not None and top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, top_k)[0][..., -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
-        scaled = logits / jnp.asarray(temperature, logits.dtype)
-        return jax.random.categorical(key, scaled).astype(jnp.int32)
+        # Where one uniform number falls: one for each token of the vocabulary (as `categorical`
+        # draws them) would cost as much as a small model does.
+        shares = jax.nn.softmax(logits / jnp.asarray(temperature, logits.dtype))
+        ends = jnp.cumsum(shares, axis=-1)
+        reached = draw.astype(ends.dtype)[:, None] * ends[:, -1:]
+        return jnp.sum(ends < reached, axis=-1, dtype=jnp.int32)
 
-    def body(carried, key):
+    def body(carried, draw):
         token, state = carried
         logits, state = step(token[:, None], state)
-        return (pick(logits[:, -1], key), state), token
+        token = pick(logits[:, -1], draw)
+        return (token, state), token
 
-    keys = jax.random.split(key, tokens)
-    logits, state = step(prompt, state)
-    start = pick(logits[:, -1], keys[0])
-    # The scan yields the token it consumes: N tokens need N - 1 further calls of the model.
-    (last, state), drawn = jax.lax.scan(body, (start, state), keys[1:])
-    return jnp.concatenate([drawn, last[None]]).swapaxes(0, 1), state
+    # The prompt's last token goes through the scan, too: one token is one program, compiled once.
+    if prompt.shape[1] > 1:
+        _, state = step(prompt[:, :-1], state)
+    start = prompt[:, -1].astype(jnp.int32), state
+    draws = 1.0 - jax.random.uniform(key, (tokens, prompt.shape[0]), jnp.float32)  # in (0, 1]
+    (_, state), drawn = jax.lax.scan(body, start, draws)
+    return drawn.swapaxes(0, 1), state

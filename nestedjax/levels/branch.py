@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 from nestedjax.levels.level import PyTree
 
@@ -26,7 +27,7 @@ def when(condition: jax.Array, change: Callable[[PyTree], PyTree], held: PyTree)
     return jax.lax.cond(_of_any(condition), changed, lambda held: held, held)
 
 
-@jax.custom_batching.custom_vmap
+@custom_vmap
 def _of_any(condition: jax.Array) -> jax.Array:
     """The condition; under `vmap` whether it holds for any of the batch, which is not batched."""
     return condition

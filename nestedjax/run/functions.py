@@ -15,7 +15,7 @@ from nestedjax.training import LossFn
 PyTree = Any
 Loss = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
 
-PIECE = 256  # tokens of a prompt read at once
+PIECE = 256  # tokens of a prompt read at once, rounded up to whole chunks
 
 
 def language_loss(definition: models.Definition, loss: Loss | None = None) -> LossFn:
@@ -90,7 +90,10 @@ def sampler(
         return models.merge(definition, params).init_state(1)
 
     def read(params, state, piece):
-        return models.merge(definition, params)(piece[None], state)[1]
+        model = models.merge(definition, params)
+        if not isinstance(model, models.InContextModel):  # whose last write waits for what follows
+            state = levels.at_boundary(state)  # so that whole chunks take the fast path
+        return model(piece[None], state)[1]
 
     def go_on(params, state, prompt, key):
         model = models.merge(definition, params)
@@ -104,8 +107,10 @@ def sampler(
 
     def draw(params, prompt, key):
         state, prompt = start(params), jnp.asarray(prompt, jnp.int32)
-        for first in range(0, prompt.size - 1, PIECE):
-            state = read(params, state, prompt[first : min(first + PIECE, prompt.size - 1)])
+        period = models.merge(definition, params).config.period
+        size = -(-PIECE // period) * period  # every piece begins where a chunk does
+        for first in range(0, prompt.size - 1, size):
+            state = read(params, state, prompt[first : min(first + size, prompt.size - 1)])
         return np.asarray(go_on(params, state, prompt[-1:], key))
 
     return draw

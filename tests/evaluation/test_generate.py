@@ -49,3 +49,29 @@ def test_mistakes():
         draw(fixed, None, tokens=0)
     with pytest.raises(ValueError, match="top_k=0"):
         draw(fixed, None, tokens=1, top_k=0)
+
+
+def test_what_is_excluded_is_never_drawn():
+    logits = jnp.asarray([-jnp.inf, 0.0, -jnp.inf, 2.0, 1.0, -jnp.inf])
+
+    def step(tokens, state):
+        return jnp.broadcast_to(logits, (*tokens.shape, 6)), state
+
+    drawn = np.asarray(draw(step, None, tokens=3000)[0])
+    assert set(np.unique(drawn)) == {1, 3, 4}
+    assert set(np.unique(np.asarray(draw(step, None, tokens=3000, top_k=2)[0]))) == {3, 4}
+
+
+def test_a_prompt_is_read_at_once_but_for_its_last_token():
+    lengths = []
+
+    def step(tokens, state):
+        lengths.append(tokens.shape[1])
+        return fixed(tokens, state)
+
+    prompt = jnp.zeros((2, 9), jnp.int32)
+    assert generate(step, None, prompt, tokens=5, key=jax.random.key(0))[0].shape == (2, 5)
+    assert lengths == [8, 1]  # each traced once
+    lengths.clear()
+    generate(step, None, prompt[:, :1], tokens=5, key=jax.random.key(0))
+    assert lengths == [1]
