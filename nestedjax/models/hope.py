@@ -81,5 +81,6 @@ def _literal(size: Size) -> HopeConfig:
     return dataclasses.replace(_preset(size), memory=memory, literal=True)
 
 
-presets("hope", _preset)
+# Contexts of 1,024 bytes in rows of 256: so its memories stay useful in a text of any length.
+presets("hope", _preset, runs={"nano": {"context_rows": 4}})
 PRESETS.add("hope_nano_literal", lambda: _literal(SIZES["nano"]))

@@ -75,9 +75,17 @@ class Presets(Mapping[str, ModelConfig]):
 
     def __init__(self):
         self._makers: dict[str, Callable[[], ModelConfig]] = {}
+        self._runs: dict[str, Mapping[str, Any]] = {}
 
-    def add(self, name: str, make: Callable[[], ModelConfig]) -> None:
+    def add(
+        self, name: str, make: Callable[[], ModelConfig], *, run: Mapping[str, Any] | None = None
+    ) -> None:
         """Register a preset.
+
+        Args:
+          name: ends in the name of a size, whose run it is trained with.
+          make: its configuration.
+          run: settings in which its run differs from that of its size, as `nj.run_preset` has them.
 
         Raises:
           ValueError: the name is taken.
@@ -85,6 +93,11 @@ class Presets(Mapping[str, ModelConfig]):
         if name in self._makers:
             raise ValueError(f"there is a preset {name!r} already; give another name")
         self._makers[name] = functools.cache(make)
+        self._runs[name] = run or {}
+
+    def run(self, name: str) -> Mapping[str, Any]:
+        """Settings in which a preset's run differs from that of its size."""
+        return self._runs[name]
 
     def __getitem__(self, name: str) -> ModelConfig:
         return self._makers[name]()
@@ -103,15 +116,22 @@ PRESETS = Presets()
 Config = TypeVar("Config", bound=ModelConfig)
 
 
-def presets(family: str, make: Callable[[Size], ModelConfig]) -> None:
+def presets(
+    family: str,
+    make: Callable[[Size], ModelConfig],
+    *,
+    runs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Register `FAMILY_SIZE` for every size.
 
     Args:
       family: first part of the names.
       make: the configuration of a size.
+      runs: for a size's name, see `run` of `Presets.add`.
     """
     for name, size in SIZES.items():
-        PRESETS.add(f"{family}_{name}", functools.partial(make, size))
+        run = (runs or {}).get(name)
+        PRESETS.add(f"{family}_{name}", functools.partial(make, size), run=run)
 
 
 def size_of(preset: str) -> str:

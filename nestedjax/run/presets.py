@@ -72,7 +72,7 @@ def _start(preset: str | ModelConfig | RunConfig) -> RunConfig:
         raise ConfigError(f"no preset {preset!r}; {near(preset, models.PRESETS)}")
     size = next((part for part in preset.split("_") if part in SIZES), None)
     run = RunConfig(preset=preset, model=models.PRESETS[preset], **SIZES.get(size, {}))
-    return replaced(run, MORE.get(preset, {}))
+    return replaced(run, models.PRESETS.run(preset))
 
 
 def _size(
@@ -116,6 +116,3 @@ SIZES: dict[str | None, dict[str, Any]] = {
     "760m": _size(57_200, length=4096, batch=128, learning_rate=2.5e-4, every=500),
     "1p3b": _size(190_700, length=4096, batch=128, learning_rate=2e-4, every=1000),
 }
-
-# Contexts of 1,024 bytes in rows of 256: so its memories stay useful in a text of any length.
-MORE: dict[str, dict[str, Any]] = {"hope_nano": {"context_rows": 4}}
