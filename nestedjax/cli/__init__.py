@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         print(f"nestedjax: no command {name!r}; {hint}", file=sys.stderr)
         return 2
+    if argv is None:  # a program of its own, and not a call from one
+        _prepare(name)
     module = importlib.import_module(COMMANDS[name][0])
 
     from nestedjax.cli.command import UsageError
@@ -49,6 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"nestedjax {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _prepare(name: str) -> None:
+    """What has to be set before JAX is imported by a command that computes."""
+    if name in ("train", "eval", "generate", "bench"):
+        from nestedjax.cli.allocator import keep_pages
+
+        keep_pages()
+    if name in ("train", "eval", "generate"):  # a benchmark says what compiling costs
+        from nestedjax.cli.compile_cache import use_compile_cache
+
+        use_compile_cache()
 
 
 def _overview() -> str:
