@@ -38,6 +38,26 @@ class _Functions:
     boxes: Callable[[PyTree], list[Box]] | None
 
 
+def _check(config: Sizes, level: Level, shape: gates.Heads, projected, out: bool) -> None:
+    """Refuse what would be ignored, or fail far from its cause."""
+    if config.implementation != "xla" and level.whole is None:
+        raise ValueError(
+            f"implementation={config.implementation!r}, but the level {level.name!r} has no kernel:"
+            " make it with implementation=config.implementation, or use implementation='xla'"
+        )
+    unknown = sorted({*projected} - {*STREAMS})
+    if unknown:
+        raise ValueError(f"projected names {unknown[0]!r}; the streams are {', '.join(STREAMS)}")
+    for name, wide in (("key_dim", shape.key_dim), ("value_dim", shape.value_dim)):
+        streams = [n for n in STREAMS if (n == "values") == (name == "value_dim")]
+        cut = [n for n in streams if n not in projected]
+        if (cut or (name == "value_dim" and not out)) and shape.heads * wide != config.width:
+            raise ValueError(
+                f"heads={shape.heads} of {name}={wide} are not width={config.width}: without a"
+                " projection the mixer's input and output are cut into heads as they are"
+            )
+
+
 class MemoryMixer(Layer):
     """Projections, a memory that is written at every token and read by queries, output projection.
 
@@ -68,6 +88,10 @@ class MemoryMixer(Layer):
       boxes: `boxes(carry) -> boxes` of the memory itself, given the `Carry` of one sequence (arrays
         or shapes); None: what `levels.describe` says of the level, for every head.
       rngs: where the weights are drawn.
+
+    Raises:
+      ValueError: `config.implementation` is a kernel and the level has none; an unknown stream;
+        heads that do not make up the width where there is no projection.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,6 +136,7 @@ class MemoryMixer(Layer):
         rngs: nnx.Rngs,
     ):
         shape = gates.Heads(heads, key_dim, value_dim or key_dim)
+        _check(config, level, shape, projected, out)
         self.heads, self.dtype, self.remat = shape, config.dtype, config.remat
         self.width, self.implementation = config.width, config.implementation
         self.rotary_base = rotary_base
@@ -139,19 +164,7 @@ class MemoryMixer(Layer):
         self.gates = nnx.data(made)
         self.start = start(config, shape, rngs=rngs)
         self.output = output(config, shape, rngs=rngs)
-        inner = heads * shape.value_dim
-        self.out = (
-            Linear(
-                (heads, shape.value_dim),
-                (config.width,),
-                ("heads", "head_dim", "embed"),
-                dtype=config.dtype,
-                rngs=rngs,
-                scale=residual_scale(config.layers) * gates.fan_in(inner),
-            )
-            if out
-            else nnx.data(None)
-        )
+        self.out = self._out(config, rngs) if out else nnx.data(None)
 
     def _size(self, stream: str) -> tuple[int, int]:
         """Heads and features of a stream."""
@@ -167,6 +180,17 @@ class MemoryMixer(Layer):
             dtype=config.dtype,
             rngs=rngs,
             scale=gates.fan_in(config.width),
+        )
+
+    def _out(self, config: Sizes, rngs: nnx.Rngs) -> Linear:
+        inner = self._size("values")
+        return Linear(
+            inner,
+            (config.width,),
+            ("heads", "head_dim", "embed"),
+            dtype=config.dtype,
+            rngs=rngs,
+            scale=residual_scale(config.layers) * gates.fan_in(inner[0] * inner[1]),
         )
 
     def _convolution(self, width: int, stream: str) -> CausalConv:

@@ -1,6 +1,7 @@
 """The product of the menus: an associative memory as a level."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -14,7 +15,7 @@ from nestedjax.memory.retention import Retention
 from nestedjax.memory.rules import Rule
 from nestedjax.memory.sequential import reference_step, running_token, sequential_step
 from nestedjax.memory.state import Memory, MemoryState, Tokens, initial_state, prepare
-from nestedjax.memory.whole import KERNELS, kernel_for
+from nestedjax.memory.whole import KERNELS, Kernel, kernel_for
 
 _READS = ("running_prev", "running", "anchor")
 _IMPLEMENTATIONS = ("xla", "reference", *KERNELS)
@@ -183,51 +184,68 @@ def associative_memory(
         params: Weights, state: MemoryState, x: Tokens
     ) -> tuple[MemoryState, Float[Array, "T dv"]]:
         del params  # the initial weights live on in the state
-        _check_tokens(memory, x)
-        tokens = prepare(memory, x, state.weights[0].dtype)
-        _check_widths(memory, tokens)
-        state, reads = execute(memory, state, tokens)
+        state, reads = execute(memory, state, _prepared(memory, state, x))
         return state, reads.astype(x.queries.dtype)
 
-    def token(
-        params: Weights, state: MemoryState, pending: Tokens, x: Tokens
-    ) -> Float[Array, " dv"]:
-        del params, pending  # an anchored read sees nothing of the chunk
-        one = jax.tree.map(lambda leaf: leaf[None], x)
-        _check_tokens(memory, one)
-        query = prepare(memory, one, state.weights[0].dtype).queries[0]
-        read_at = memory.link(state.weights)
-        return architecture.apply(read_at, query).astype(x.queries.dtype)
-
-    default = ".".join((architecture.name, objective.name, retention.name, rule.name))
     whole = None
     if implementation in KERNELS:
-        kernel = kernel_for(memory, implementation, chunk_size)
-
-        def whole(
-            params: Weights, state: MemoryState, x: Tokens, begins: Array | None
-        ) -> tuple[MemoryState, Array]:
-            _check_tokens(memory, x)
-            tokens = prepare(memory, x, state.weights[0].dtype)
-            _check_widths(memory, tokens)
-            dtype = x.queries.dtype  # a kernel multiplies tokens as they are
-            state, reads = kernel(init(params), state, tokens, begins, dtype)
-            return state, reads.astype(x.queries.dtype)
-
+        whole = _whole(memory, kernel_for(memory, implementation, chunk_size), init)
+    default = ".".join((architecture.name, objective.name, retention.name, rule.name))
     about = {"objective": objective.name, "rule": rule.name, "transfer": "param"}
     level = Level(name or default, chunk_size, init, step, whole=whole, about=about)
     if read == "anchor":
-        return level._replace(token=token)
+        return level._replace(token=_anchored(memory))
+    return incremental(level, start=lambda params, state: state, token=_running(memory))
 
-    def running(
+
+def _prepared(memory: Memory, state: MemoryState, x: Tokens) -> Tokens:
+    """The tokens as the executions take them, if they are what the memory needs."""
+    _check_tokens(memory, x)
+    tokens = prepare(memory, x, state.weights[0].dtype)
+    _check_widths(memory, tokens)
+    return tokens
+
+
+def _one(x: Tokens) -> Tokens:
+    """A single token with a token axis."""
+    return jax.tree.map(lambda leaf: leaf[None], x)
+
+
+def _anchored(memory: Memory) -> Callable[..., Array]:
+    """`Level.token` of a memory that reads the chunk's start, and so nothing of the chunk."""
+
+    def token(params: Weights, state: MemoryState, pending: Tokens, x: Tokens) -> Array:
+        del params, pending
+        query = _prepared(memory, state, _one(x)).queries[0]
+        return memory.architecture.apply(memory.link(state.weights), query).astype(x.queries.dtype)
+
+    return token
+
+
+def _running(memory: Memory) -> Callable[..., tuple[MemoryState, Array]]:
+    """What `levels.incremental` asks: the weights of the moment with one more token written."""
+
+    def token(
         params: Weights, state: MemoryState, notes: MemoryState, x: Tokens
     ) -> tuple[MemoryState, Array]:
         del params
-        tokens = prepare(memory, jax.tree.map(lambda leaf: leaf[None], x), state.weights[0].dtype)
-        notes, reads = running_token(memory, state, notes, tokens)
+        notes, reads = running_token(memory, state, notes, _prepared(memory, state, _one(x)))
         return notes, reads[0].astype(x.queries.dtype)
 
-    return incremental(level, start=lambda params, state: state, token=running)
+    return token
+
+
+def _whole(memory: Memory, kernel: Kernel, init: Callable[..., MemoryState]) -> Callable[..., Any]:
+    """`Level.whole`: all whole chunks of a call in one kernel, which takes tokens as they are."""
+
+    def whole(
+        params: Weights, state: MemoryState, x: Tokens, begins: Array | None
+    ) -> tuple[MemoryState, Array]:
+        tokens, dtype = _prepared(memory, state, x), x.queries.dtype
+        state, reads = kernel(init(params), state, tokens, begins, dtype)
+        return state, reads.astype(dtype)
+
+    return whole
 
 
 def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:

@@ -49,6 +49,11 @@ class ModelConfig:
             raise ValueError(
                 f"layers={self.layers} is not a multiple of the pattern of {self.pattern} blocks"
             )
+        if self.implementation != "xla" and not self.chunks:
+            raise ValueError(
+                f"implementation={self.implementation!r} is how memories run, and a"
+                f" {type(self).__name__} has none; leave it out"
+            )
         choose("dtype", self.dtype, ("float32", "bfloat16", "float64"))
         choose("remat", self.remat, ("none", "tokens", "full", "dots"))
         choose("implementation", self.implementation, ("xla", "pallas_tpu", "pallas_gpu"))

@@ -158,3 +158,18 @@ def test_a_start_that_a_kernel_would_lose_is_not_finite(interpreted):
     for start, finite in ((jnp.zeros((4, 4)), True), (jnp.ones((4, 4)), False)):
         reads = level.whole((start,), level.init((start,)), x, begins)[1]
         assert bool(jnp.all(jnp.isfinite(reads))) == finite
+
+
+def test_an_implementation_that_nothing_would_use_is_refused():
+    with pytest.raises(ValueError, match="is how memories run, and a TransformerConfig has none"):
+        attention = models.AttentionConfig(heads=2, context=8)
+        models.TransformerConfig(8, 8, 1, 8, attention, implementation="pallas_tpu")
+    config = models.DeltaNetConfig(8, 8, 1, 8, 2, 4, implementation="pallas_tpu")
+    level = memory.delta_net(4, 4, chunk_size=4)  # made without it
+    with pytest.raises(ValueError, match="'delta_net' has no kernel: make it with implementation="):
+        MemoryMixer(config, level, heads=2, key_dim=4, rngs=nnx.Rngs(0))
+    config = dataclasses.replace(config, implementation="xla")
+    with pytest.raises(ValueError, match="projected names 'query'; the streams are queries, keys"):
+        MemoryMixer(config, level, heads=2, key_dim=4, projected=("query",), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="heads=3 of value_dim=4 are not width=8"):
+        MemoryMixer(config, level, heads=3, key_dim=4, out=False, rngs=nnx.Rngs(0))
