@@ -60,10 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     module.add_arguments(parser)
     args = parser.parse_args(arguments[1:])
+    _prepare(name)
 
     from nestedjax.cli.errors import guarded
 
     return guarded(name, lambda: module.run(args))
+
+
+def _prepare(name: str) -> None:
+    """What has to be set before JAX is imported by a command that computes."""
+    if name in ("train", "eval", "generate", "bench"):
+        from nestedjax.cli.allocator import keep_pages
+
+        keep_pages()
+    if name in ("train", "eval", "generate"):  # a benchmark says what compiling costs
+        from nestedjax.cli.compile_cache import use_compile_cache
+
+        use_compile_cache()
 
 
 def _overview() -> str:
