@@ -16,6 +16,9 @@ if jax.__version_info__ < (0, 11):  # newer ones have no other emitter, and end 
     _FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILE}".strip()
 
+# Commands in processes of their own leave nothing in the home of who runs the tests.
+os.environ.setdefault("NESTEDJAX_CACHE", "off")
+
 install_import_hook(["nestedjax", "pallas_kernels"], "beartype.beartype")
 
 # `JAX_PLATFORMS=cuda,cpu pytest -m gpu` is for a machine with a GPU

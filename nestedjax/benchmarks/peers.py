@@ -138,11 +138,14 @@ def _train_step(workload: Workload, config: Any) -> tuple[Any, Any, int]:
 
 
 def isolated(workload: Workload, *, core: int) -> dict[str, Any]:
-    """`measure` in a fresh process pinned to one core.
+    """`measure` in a fresh process pinned to one core, with the allocator of the command line.
 
     Args:
       workload: what to run.
       core: index of the core.
+
+    Returns:
+      The row of `measure`, and `allocator`: what `nestedjax.cli.allocator.keep_pages` returned.
 
     Raises:
       RuntimeError: with the last lines of the process, if it fails.
@@ -150,7 +153,11 @@ def isolated(workload: Workload, *, core: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
         given = (dataclasses.asdict(workload), core, str(path))
-        code = f"from nestedjax.benchmarks import peers; peers._row(*{given!r})"
+        # It starts as a command does: what is measured is what `nestedjax train` runs.
+        code = (
+            "from nestedjax.cli.allocator import keep_pages; allocator = keep_pages();"
+            f" from nestedjax.benchmarks import peers; peers._row(*{given!r}, allocator)"
+        )
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -160,7 +167,8 @@ def isolated(workload: Workload, *, core: int) -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-def _row(workload: dict[str, Any], core: int, path: str) -> None:
+def _row(workload: dict[str, Any], core: int, path: str, allocator: str) -> None:
     """The whole of a row's process."""
     os.sched_setaffinity(0, {core})  # before JAX sizes its thread pools
-    Path(path).write_text(json.dumps(measure(Workload(**workload))))
+    row = measure(Workload(**workload)) | {"allocator": allocator}
+    Path(path).write_text(json.dumps(row))

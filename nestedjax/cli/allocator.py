@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 
 # mallopt(3). Freed memory is neither mapped anew for each large array (MMAP_MAX), nor given back to
 # the system (TRIM_THRESHOLD), nor kept apart for each thread (ARENA_MAX).
@@ -13,13 +14,14 @@ def keep_pages() -> str:
     """Let malloc keep what is freed, for the rest of this process; before JAX is imported.
 
     For the command line only: a library does not change its host's allocator. It does nothing where
-    the C library is not glibc, where the user's own settings are found (`GLIBC_TUNABLES` for malloc
-    or a preloaded library), or with `NESTEDJAX_ALLOCATOR=system` in the environment.
+    JAX is imported already, where the C library is not glibc, where the user's own settings are
+    found (`GLIBC_TUNABLES` for malloc or a preloaded library), or with `NESTEDJAX_ALLOCATOR=system`
+    in the environment.
 
     Returns:
       "kept", or why it did nothing: "system", "user" or "not glibc".
     """
-    if os.environ.get("NESTEDJAX_ALLOCATOR") == "system":
+    if os.environ.get("NESTEDJAX_ALLOCATOR") == "system" or "jax" in sys.modules:
         return "system"
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or os.environ.get("LD_PRELOAD"):
         return "user"

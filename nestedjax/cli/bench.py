@@ -25,8 +25,9 @@ EXAMPLE = """  nestedjax bench peers --json peers.json
   nestedjax bench kernels --tpu-estimates v5e v5p v6e --json estimates.json
   nestedjax bench memory --lengths 4096 16384
 
-A row of peers has model, length, batch, parameters, tokens_per_cpu_second (of the median step) and
-peak_rss_mb (of the whole process, compilation included).
+A row of peers has model, length, batch, parameters, tokens_per_cpu_second (of the median step),
+peak_rss_mb (of the whole process, compilation included) and allocator (whether freed memory is
+"kept", as in training; NESTEDJAX_ALLOCATOR=system leaves the allocator as it is).
 """
 
 HEAD = f"{'model':18}{'length':>8}{'batch':>7}{'parameters':>12}{'tokens/CPU-s':>14}{'peak MB':>9}"

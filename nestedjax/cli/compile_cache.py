@@ -1,4 +1,4 @@
-"""Compiled programs are kept in the user's cache folder: a second start compiles nothing."""
+"""Compiled programs stay in the user's cache folder, so that a second start compiles nothing."""
 
 import hashlib
 import os
