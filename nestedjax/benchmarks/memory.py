@@ -38,7 +38,7 @@ def measure(
         changed = dataclasses.replace(config, remat=remat)
         make = lambda c=changed: models.create(c)  # noqa: E731
         definition, weights = models.split(models.abstract(make))
-        state = jax.eval_shape(lambda make=make: make().init_state(1)["memory"].state)
+        state = jax.eval_shape(lambda make=make: make().init_state(1)[0]["mixer"]["memory"].state)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         temporaries = [_temporaries(definition, weights, length) for length in lengths]
         chunks = (lengths[1] - lengths[0]) / config.memory.chunk_size
