@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from nestedjax import models, sharding, training
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import Tokenizer
-from nestedjax.run.assemble import build, new_state, optimizer
+from nestedjax.run.assemble import Built, build, new_state, optimizer
 from nestedjax.run.config import RunConfig, check
 from nestedjax.run.data import Batches, OwnData, own_batches, text_of, tokenizer_of
 from nestedjax.run.folder import load_config, require_free, require_same, save_config
@@ -46,6 +46,7 @@ class Sampled(NamedTuple):
 
 
 Event = training.Event | Began | Sampled
+Watch = Callable[[Event], None]
 
 
 class Result(NamedTuple):
@@ -73,7 +74,7 @@ def train(
     data: Batches | None = None,
     valid_data: Sequence[Any] | None = None,
     loss: Loss | None = None,
-    on_event: Callable[[Event], None] | None = None,
+    on_event: Watch | None = None,
 ) -> Result:
     """Train a run in its folder, from its newest checkpoint if there is one.
 
@@ -114,7 +115,6 @@ def train(
         require_free(folder)
     else:
         require_same(saved, run)
-    tell = on_event or (lambda event: None)
     tokenizer = tokenizer_of(run)
     dataset, valid = _data(run, tokenizer, data, valid_data)
     built = build(run)
@@ -124,14 +124,6 @@ def train(
     # What is there stays until the loop has found that data and checkpoint belong to it.
     save_config(folder, saved or run)
 
-    def watch(event: Event) -> None:
-        if isinstance(event, Started):
-            save_config(folder, run)
-            count = sum(leaf.size for leaf in jax.tree.leaves(built.shapes))
-            tell(Began(run, count, getattr(dataset, "tokens", None)))
-        tell(event)
-
-    sample = on_event is not None and run.sample_every is not None and data is None
     with (
         Checkpoints(epath.Path(folder) / "checkpoints") as saves,
         MetricsWriter(folder) as metrics,
@@ -146,8 +138,8 @@ def train(
             valid=valid,
             checkpoints=saves,
             metrics=metrics,
-            hooks=[_sampling(run, built.definition, tokenizer, tell)] if sample else [],
-            on_event=watch,
+            hooks=_sampling(run, built.definition, tokenizer, on_event) if data is None else [],
+            on_event=_watcher(run, folder, built, dataset, on_event),
             probe=probe(built.definition),
             learning_rate=schedule,
             sharding=batches,
@@ -156,6 +148,26 @@ def train(
     model = models.merge(built.definition, result.state.params)
     trained = Trained(model, tokenizer, run, int(result.state.step))
     return Result(trained, result.record, result.stopped_by, result.state)
+
+
+def _watcher(
+    run: RunConfig,
+    folder: str | os.PathLike,
+    built: Built,
+    dataset: training.Dataset,
+    on_event: Watch | None,
+) -> Watch:
+    """Save the configuration once the loop has begun, and pass every event on."""
+    tell = on_event or (lambda event: None)
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Started):
+            save_config(folder, run)
+            count = sum(leaf.size for leaf in jax.tree.leaves(built.shapes))
+            tell(Began(run, count, getattr(dataset, "tokens", None)))
+        tell(event)
+
+    return watch
 
 
 def _with_given(run: RunConfig, data: Any, loss: Any) -> RunConfig:
@@ -194,17 +206,15 @@ def _batches(run: RunConfig, mesh: Mesh | None) -> NamedSharding | None:
 
 
 def _sampling(
-    run: RunConfig,
-    definition: models.Definition,
-    tokenizer: Tokenizer,
-    tell: Callable[[Event], None],
-) -> Hook:
-    """Draw text now and then; it depends on the run's seed and step alone."""
-    assert run.sample_every is not None
+    run: RunConfig, definition: models.Definition, tokenizer: Tokenizer, tell: Watch | None
+) -> list[Hook]:
+    """Draw text now and then, if anybody watches; it depends on the run's seed and step alone."""
+    if tell is None or run.sample_every is None:
+        return []
     draw, prompt = cached_sampler(definition, SAMPLE), tokenizer.encode("\n")[-1:]
 
     def sample(state: TrainState) -> None:
         key = jax.random.fold_in(state.key, state.step)
         tell(Sampled(int(state.step), tokenizer.decode(draw(state.params, prompt, key))))
 
-    return Hook(run.sample_every, sample)
+    return [Hook(run.sample_every, sample)]
