@@ -27,7 +27,11 @@ WORDS = {  # how help names the values of a type, where the library forgets that
 SIMPLE = (int, float, bool, str, type(None))
 Modules = Annotated[
     tuple[str, ...],
-    Parameter("--import", help="modules to import, for models that are not of this package"),
+    Parameter(
+        "--import",
+        consume_multiple=False,  # what follows may be the preset
+        help="module to import, for models of your own; may be given several times",
+    ),
 ]
 
 

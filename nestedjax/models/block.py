@@ -106,7 +106,7 @@ def stack(
         made.append(graphdef)
         return state
 
-    # One trace, however many layers.
+    # One trace, however many repetitions.
     stacked = jax.vmap(weights)(jax.random.split(rngs.params(), repetitions))
 
     def layered(weight: nnx.Param) -> nnx.Param:

@@ -49,6 +49,11 @@ class LanguageModel(nnx.Module):
         self.blocks = stack(
             lambda streams: config.block(rngs=streams), config.layers // config.pattern, rngs=rngs
         )
+        if len(self.blocks) != config.pattern:
+            raise ValueError(
+                f"{type(config).__name__}.block returns {len(self.blocks)} blocks and its pattern"
+                f" is {config.pattern}: let pattern return {len(self.blocks)}"
+            )
         self.norm = RMSNorm((config.width,), ("embed",), dtype=config.dtype)
 
     def init_state(self, batch_size: int) -> PyTree:

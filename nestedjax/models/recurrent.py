@@ -23,6 +23,12 @@ class RecurrentConfig(ModelConfig):
     heads: int = 4
     chunk_size: int = 64
 
+    def __post_init__(self):
+        ModelConfig.__post_init__(self)
+        for name in ("hidden", "heads", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
     def mixer(self, wide: int, *, rngs: nnx.Rngs) -> MemoryMixer:
         """The sequence mixer, with heads of `wide` features."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its mixer is built")

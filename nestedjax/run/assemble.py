@@ -56,6 +56,10 @@ def build(config: RunConfig) -> Built:
     Raises:
       ConfigError: its settings do not fit each other.
     """
+    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ConfigError(
+            "dtype=float64 would be computed in float32: set JAX_ENABLE_X64=1, or use dtype=float32"
+        )
     how, device = config.model.implementation, jax.default_backend()
     needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(how, device)
     if device != needed:

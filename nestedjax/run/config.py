@@ -1,6 +1,7 @@
 """The configuration of a run: a model, data, an optimizer and a loop, as frozen dataclasses."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from nestedjax.errors import ConfigError, at_least
@@ -75,8 +76,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _check_optimizer(self)
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive; try 0.001")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay={self.weight_decay} must be 0 or more; try 0.1")
+        if not 0 <= self.final_fraction <= 1:
+            raise ConfigError(f"final_fraction={self.final_fraction} must be from 0 to 1; try 0.1")
         at_least("warmup", self.warmup, 0)
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"clip={self.clip} must be positive; give none not to clip")
@@ -124,6 +129,8 @@ class RunConfig:
 
     def __post_init__(self):
         at_least("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed={self.seed} must be less than 2^63; give a smaller one")
         at_least("sample_every", self.sample_every, 1)
 
     @property

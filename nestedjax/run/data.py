@@ -1,6 +1,7 @@
 """What a run reads: its text files, or batches that the caller made."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -83,24 +84,33 @@ class OwnData:
       batches: see `Batches`.
       vocab: of the model.
       shape: rows and tokens of a batch; the rows of this process.
+      period: of the model, in tokens; documents begin on multiples of it.
 
     Raises:
       DataError: there is no fingerprint; or, when a batch is read, it is not of its form.
     """
 
-    def __init__(self, batches: Any, *, vocab: int, shape: tuple[int, int]):
+    def __init__(self, batches: Any, *, vocab: int, shape: tuple[int, int], period: int = 1):
         given = getattr(batches, "fingerprint", None)
         if not given:
             raise DataError(
                 "the data has no fingerprint; give it one: a string that changes whenever its"
                 " batches do"
             )
-        self.fingerprint = dict(given) if isinstance(given, Mapping) else {"data": str(given)}
-        self._batches, self._vocab, self._shape = batches, vocab, shape
+        if not isinstance(given, Mapping | str):
+            raise DataError(f"the data's fingerprint is {given!r}; give a string or a mapping")
+        try:  # as a checkpoint will hold it
+            self.fingerprint = json.loads(json.dumps({"data": given}, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"the data's fingerprint cannot be JSON ({error}); simplify it"
+            ) from error
+        self._batches, self._vocab, self._shape, self._period = batches, vocab, shape, period
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step."""
-        found = own_batch(self._batches[step], vocab=self._vocab, name=f"batch {step}")
+        name = f"batch {step}"
+        found = own_batch(self._batches[step], vocab=self._vocab, name=name, period=self._period)
         if found["tokens"].shape != self._shape:
             rows, length = found["tokens"].shape
             raise DataError(
@@ -121,19 +131,32 @@ class OwnData:
             step += 1
 
 
-def own_batches(batches: Sequence[Mapping[str, Any]], count: int | None, vocab: int) -> list[Batch]:
-    """The batches of a validation pass out of the caller's: the first `count` of them, or all."""
+def own_batches(
+    batches: Sequence[Mapping[str, Any]], count: int | None, vocab: int, period: int = 1
+) -> list[Batch]:
+    """The batches of a validation pass out of the caller's: the first `count` of them, or all.
+
+    Raises:
+      DataError: it is no sequence, or an empty one.
+    """
+    if isinstance(batches, Mapping) or not isinstance(batches, Sized) or not len(batches):
+        raise DataError(
+            f"valid_data is {type(batches).__name__}: give a list of batches, not empty"
+        )
     total = min(len(batches), count or len(batches))
     names = ((i, f"validation batch {i}") for i in range(total))
-    return [own_batch(batches[i], vocab=vocab, name=name) for i, name in names]
+    return [own_batch(batches[i], vocab=vocab, name=name, period=period) for i, name in names]
 
 
-def own_batch(batch: Mapping[str, Any], *, vocab: int, name: str) -> Batch:
+def own_batch(batch: Mapping[str, Any], *, vocab: int, name: str, period: int = 1) -> Batch:
     """A batch of the caller's with the types that the models read.
 
     Raises:
-      DataError: `tokens` or `targets` are missing, of another shape, or no tokens of the model.
+      DataError: `tokens` or `targets` are missing, of another shape, or no tokens of the model; a
+        mask or resets that are not bool; a reset that is not on a multiple of the period.
     """
+    if not isinstance(batch, Mapping):
+        raise DataError(f"{name} is a {type(batch).__name__}; give a dict of arrays")
     found = {key: np.asarray(value) for key, value in batch.items()}
     for key in ("tokens", "targets"):
         if key not in found:
@@ -147,13 +170,25 @@ def own_batch(batch: Mapping[str, Any], *, vocab: int, name: str) -> Batch:
     for key in BATCH.keys() & found.keys():
         if found[key].shape != shape:
             raise DataError(f"{name}: {key} is {list(found[key].shape)}, tokens {list(shape)}")
-        found[key] = found[key].astype(BATCH[key])
+        if BATCH[key] is np.bool_ and not np.isin(found[key], (0, 1)).all():
+            raise DataError(
+                f"{name}: {key} has values other than 0 and 1; weights belong to the loss"
+            )
+    if period > 1 and "resets" in found:
+        inside = np.flatnonzero(np.asarray(found["resets"], bool).any(axis=0)) % period
+        if inside.any():
+            raise DataError(
+                f"{name}: a reset stands {inside[inside > 0][0]} tokens after a boundary of the"
+                f" model's chunks of {period}; pad documents to whole chunks"
+            )
     # A target that does not count may be anything.
     for key, counts in (("tokens", True), ("targets", found.get("mask", True))):
-        value = np.where(counts, found[key], 0)
+        value = np.where(np.asarray(counts, bool), found[key], found[key].dtype.type(0))
         if value.size and not (value.min() >= 0 and value.max() < vocab):
             raise DataError(
                 f"{name}: {key} are from {value.min()} to {value.max()}, and the model's are from 0"
                 f" to {vocab - 1}; change vocab"
             )
+    for key in BATCH.keys() & found.keys():
+        found[key] = found[key].astype(BATCH[key])
     return found

@@ -68,7 +68,7 @@ def import_modules(modules: Sequence[str]) -> None:
     Raises:
       ConfigError: there is no such module.
     """
-    for name in modules:
+    for name in [modules] if isinstance(modules, str) else modules:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from nestedjax import models, sharding, training
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import Tokenizer
+from nestedjax.errors import ConfigError
 from nestedjax.run.assemble import Built, build, new_state, optimizer
 from nestedjax.run.config import RunConfig, check
 from nestedjax.run.data import Batches, OwnData, own_batches, text_of, tokenizer_of
@@ -109,6 +110,12 @@ def train(
       >>> result.trained.step
       2
     """
+    if not isinstance(run, RunConfig):
+        raise ConfigError(f"run is {type(run).__name__}; make one with run_preset")
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"folder is {folder!r}; give a path")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ConfigError(f"mesh is {mesh!r}; make one with nestedjax.sharding.make_mesh")
     run = check(_with_given(run, data, loss))
     saved = load_config(folder)
     if saved is None:
@@ -185,12 +192,13 @@ def _data(
     """The batches to train on, and those of a validation pass."""
     vocab, valid = run.model.vocab, None
     if valid_data is not None:
-        valid = own_batches(valid_data, run.data.validation_batches, vocab)
+        count = run.data.validation_batches
+        valid = own_batches(valid_data, count, vocab, run.model.period)
     if data is None:
         text, held_out = text_of(run, tokenizer)
         return text, held_out if valid is None else valid
     shape = run.data.batch // jax.process_count(), run.data.length
-    own = OwnData(data, vocab=vocab, shape=shape)
+    own = OwnData(data, vocab=vocab, shape=shape, period=run.model.period)
     own[0]  # refuses batches of another form before anything is written
     return own, valid
 

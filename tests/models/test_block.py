@@ -133,3 +133,11 @@ def test_probes_and_boxes_name_the_halves_of_every_block():
 def test_a_pattern_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="layers=3 is not a multiple of the pattern of 2 blocks"):
         Samba(8, WIDTH, 3)
+
+
+def test_a_pattern_that_is_not_told_is_refused():
+    class Untold(Samba):
+        pattern = 1
+
+    with pytest.raises(ValueError, match="block returns 2 blocks and its pattern is 1"):
+        models.build(Untold(8, WIDTH, 4), rngs=nnx.Rngs(0))

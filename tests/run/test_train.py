@@ -13,6 +13,7 @@ from nestedjax import models, optim, run
 from nestedjax.checkpoint import CheckpointError, Checkpoints
 from nestedjax.data import DataError
 from nestedjax.run import ConfigError
+from nestedjax.run.data import OwnData
 from nestedjax.training import Stepped, read_metrics
 from tests.run.tiny import HOPE, RUN, TRANSFORMER, Counting
 
@@ -121,6 +122,13 @@ def test_what_continues_is_the_same_run(own, tmp_path):
         (Counting(batch=8), "has 8 rows of 16 tokens, and the run takes 4 of 16; give batch=8"),
         (Counting(mask=np.ones((4, 3), bool)), r"mask is \[4, 3\], tokens \[4, 16\]"),
         (Counting(tokens=np.zeros((4, 16))), "tokens is float64.*not integer"),
+        (Counting(mask=0.5 * np.ones((4, 16))), "mask has values other than 0 and 1"),
+        (
+            Counting(tokens=np.full((4, 16), 2**63, np.uint64)),
+            "tokens are from 9223372036854775808",
+        ),
+        (Counting(name={"a": {1}}), "fingerprint cannot be JSON"),
+        (Counting(name=lambda: 0), "give a string or a mapping"),
     ],
 )
 def test_batches_of_another_form_are_refused_before_anything_is_written(data, says, tmp_path):
@@ -128,6 +136,28 @@ def test_batches_of_another_form_are_refused_before_anything_is_written(data, sa
     with pytest.raises(DataError, match=says):
         nj.train(config, tmp_path / "run", data=data)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reset_inside_a_chunk_is_refused(tmp_path):
+    small = {"layers": 1, "width": 16, "hidden": 8, "chunk_size": 8, "vocab": 16}
+    config = nj.run_preset("deltanet_nano", small, **RUN)
+    for place, fine in ((8, True), (5, False)):
+        resets = np.zeros((4, 16), bool)
+        resets[1, place] = True
+        data = OwnData(Counting(resets=resets), vocab=16, shape=(4, 16), period=8)
+        if fine:
+            assert data[0]["resets"][1, place]
+        else:
+            with pytest.raises(DataError, match="a reset stands 5 tokens after a boundary"):
+                nj.train(config, tmp_path / "run", data=Counting(resets=resets))
+
+
+def test_no_validation_data_and_a_dtype_that_is_not_computed_are_refused(tmp_path):
+    config = nj.run_preset("transformer_nano", OWN, **RUN)
+    with pytest.raises(DataError, match="valid_data is list"):
+        nj.train(config, tmp_path / "r", data=Counting(), valid_data=[])
+    with pytest.raises(ConfigError, match="dtype=float64 would be computed in float32"):
+        nj.train(run.replaced(config, {"dtype": "float64"}), tmp_path / "r", data=Counting())
 
 
 def test_a_loss_of_ones_own_weighs_each_target(tmp_path):
