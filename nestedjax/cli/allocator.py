@@ -32,7 +32,8 @@ def keep_pages() -> str:
         os.confstr("CS_GNU_LIBC_VERSION")
     except (AttributeError, ValueError, OSError):
         return "not glibc"
-    mallopt, settings = ctypes.CDLL(None).mallopt, _SETTINGS
+    mallopt = ctypes.CDLL(None).mallopt
+    settings: tuple[tuple[int, int], ...] = _SETTINGS
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         settings += _ONE_DEVICE
     return "kept" if all(mallopt(option, value) for option, value in settings) else "system"
