@@ -146,20 +146,15 @@ class MemoryMixer(Layer):
             maps={"queries": queries, "keys": keys, "values": values},
             boxes=boxes,
         )
-        self.input_conv = (
-            CausalConv(input_conv, (config.width,), ("embed",), dtype=config.dtype)
-            if input_conv
-            else nnx.data(None)
-        )
+        self.input_conv = nnx.data(None)
+        if input_conv:
+            shape_in = (config.width,)
+            self.input_conv = CausalConv(input_conv, shape_in, ("embed",), dtype=config.dtype)
         self.projections = nnx.data({n: self._projection(config, n, rngs) for n in projected})
         convolved = projected if conv else ()
         self.convolutions = nnx.data({n: self._convolution(conv, n) for n in convolved})
-        makers = {
-            "learning_rate": learning_rate,
-            "decay": decay,
-            "momentum": momentum,
-            "threshold": threshold,
-        }
+        names = ("learning_rate", "decay", "momentum", "threshold")
+        makers = dict(zip(names, (learning_rate, decay, momentum, threshold), strict=True))
         made = {n: make(config, shape, rngs=rngs) for n, make in makers.items() if make is not None}
         self.gates = nnx.data(made)
         self.start = start(config, shape, rngs=rngs)

@@ -14,6 +14,9 @@ from nestedjax.models.recurrent import RecurrentConfig
 class DeltaNetConfig(RecurrentConfig):
     """DeltaNet (Yang et al., arXiv 2406.06484): `M <- M (I - b k k^T) + b v k^T`, `o = M q`.
 
+    Departures: (1) convolutions begin as the identity; (2) as many features a head as the sizes
+    of this package have.
+
     Attributes:
       conv: width in tokens of the convolution on queries, keys and values.
     """

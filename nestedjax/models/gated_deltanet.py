@@ -14,6 +14,9 @@ from nestedjax.models.recurrent import RecurrentConfig
 class GatedDeltaNetConfig(RecurrentConfig):
     """Gated DeltaNet (Yang et al., arXiv 2412.06464): `M <- a M (I - b k k^T) + b v k^T`.
 
+    Departures: (1) convolutions begin as the identity; (2) values are as wide as keys (published:
+    twice), heads as wide as the sizes of this package have them.
+
     Attributes:
       conv: width in tokens of the convolution on queries, keys and values.
     """

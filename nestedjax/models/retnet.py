@@ -14,6 +14,9 @@ from nestedjax.models.recurrent import RecurrentConfig
 class RetNetConfig(RecurrentConfig):
     """RetNet (Sun et al., arXiv 2307.08621): `M <- g M + v k^T`, `g = 1 - 2^(-5-h)` in head h.
 
+    Departures: (1) rotary positions without xPos' scale; (2) RMSNorm of each head for GroupNorm;
+    (3) values are as wide as keys (published: twice); (4) a SwiGLU network for a GELU one.
+
     Attributes:
       rotary_base: base of the rotary positions of queries and keys.
     """

@@ -110,12 +110,7 @@ def train(
       >>> result.trained.step
       2
     """
-    if not isinstance(run, RunConfig):
-        raise ConfigError(f"run is {type(run).__name__}; make one with run_preset")
-    if not isinstance(folder, str | os.PathLike):
-        raise ConfigError(f"folder is {folder!r}; give a path")
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise ConfigError(f"mesh is {mesh!r}; make one with nestedjax.sharding.make_mesh")
+    _require_types(run, folder, mesh)
     run = check(_with_given(run, data, loss))
     saved = load_config(folder)
     if saved is None:
@@ -155,6 +150,16 @@ def train(
     model = models.merge(built.definition, result.state.params)
     trained = Trained(model, tokenizer, run, int(result.state.step))
     return Result(trained, result.record, result.stopped_by, result.state)
+
+
+def _require_types(run: Any, folder: Any, mesh: Any) -> None:
+    """Refuse what is no run, folder or mesh, by name."""
+    if not isinstance(run, RunConfig):
+        raise ConfigError(f"run is {type(run).__name__}; make one with run_preset")
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"folder is {folder!r}; give a path")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ConfigError(f"mesh is {mesh!r}; make one with nestedjax.sharding.make_mesh")
 
 
 def _watcher(
