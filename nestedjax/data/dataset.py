@@ -6,6 +6,7 @@ Position in the data is therefore the step and nothing else, and a run continues
 import hashlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,7 +18,7 @@ from nestedjax.data.tokenizer import Tokenizer
 
 ORDERS = ("shuffled", "contiguous", "once")
 Batch = dict[str, np.ndarray]
-Fingerprint = dict[str, str | int]
+Fingerprint = dict[str, Any]  # a JSON object
 
 ENDLESS = 2**53  # steps; Grain wants a length
 FORMAT = 1  # raised when the same arguments begin to give other batches
