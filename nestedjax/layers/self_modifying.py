@@ -181,6 +181,7 @@ def self_modifying(
     queried, others = config.chunk_sizes
     checkpoint = recomputed if remat else lambda step: step
     generating = config.memories[:4] + config.memories[5:]
+    axes = jax.tree.map(lambda n: n + 1, memory.TOKEN_AXES)  # all heads
     if queried == others:
         level = Level(
             "self_modifying",
@@ -188,6 +189,7 @@ def self_modifying(
             lambda params: _start(params, config, (*generating, "memory")),
             checkpoint(lambda params, state, x: _step(params, state, x, config)),
             whole=None if implementation == "xla" else partial(_whole, config, implementation),
+            ndim=axes,
         )
         return _by_token(level, config, partial(_tokens, config=config))
     if implementation != "xla":
@@ -201,6 +203,7 @@ def self_modifying(
         lambda params: _start(params, config, generating),
         checkpoint(lambda params, state, x: _project(params, state, x, config)),
         token=lambda params, state, pending, x: _generate_one(params, state, x, config),
+        ndim=axes,
     )
     queried_memory = Level(
         "memory",

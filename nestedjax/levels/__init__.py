@@ -1,7 +1,7 @@
 """Levels: the update clock of the whole library."""
 
 from nestedjax.levels.adapt import Adaptation, Adapting, adapt, adaptive_level
-from nestedjax.levels.batch import carry_axes, run_batch, takes_turns
+from nestedjax.levels.batch import carry_axes, position_of, run_batch, takes_turns
 from nestedjax.levels.boundary import at_boundary, resumed
 from nestedjax.levels.compose import chain, flow, parallel
 from nestedjax.levels.describe import HasBoxes, describe, table
@@ -10,7 +10,7 @@ from nestedjax.levels.incremental import Unfinished, incremental
 from nestedjax.levels.level import Level, due, read_write
 from nestedjax.levels.nested import nested
 from nestedjax.levels.order import TRANSFERS, Box, order
-from nestedjax.levels.run import Carry, reset, run, start, stream
+from nestedjax.levels.run import Carry, misplaced, reset, run, start, stream
 
 __all__ = [
     "TRANSFERS",
@@ -30,10 +30,12 @@ __all__ = [
     "due",
     "flow",
     "incremental",
+    "misplaced",
     "nested",
     "order",
     "parallel",
     "per_head",
+    "position_of",
     "read_write",
     "reset",
     "resumed",

@@ -209,7 +209,8 @@ def adaptive_level(
         # then takes its sharding from the state.
         return Adapting(fast, optimizer, carry, state.carry, x, state.started | True), y
 
-    level = Level(name, period, init, step)
+    axes = jax.tree.map(lambda like: like.ndim + 1, token)
+    level = Level(name, period, init, step, ndim=axes)
 
     def advance(params, state, x, reset, valid=None):
         if valid is not None:

@@ -1,11 +1,14 @@
 """Running a level over a batch of sequences that share its slow parameters."""
 
+from collections.abc import Sequence
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nestedjax.levels.incremental import Unfinished
 from nestedjax.levels.level import Level, PyTree
-from nestedjax.levels.run import Carry, run
+from nestedjax.levels.run import Carry, flags, misplaced, run
 
 
 def run_batch(
@@ -14,7 +17,7 @@ def run_batch(
     state: PyTree | None,
     x: PyTree,
     *,
-    reset: jax.Array | np.ndarray | None = None,
+    reset: jax.Array | np.ndarray | Sequence[Sequence[bool]] | None = None,
     in_turn: bool | None = None,
 ) -> tuple[PyTree, Carry]:
     """`run` for a batch of sequences, each with a state of its own.
@@ -59,11 +62,34 @@ def run_batch(
         state, x, reset = held
         return run(system, params, system.init(params) if state is None else state, x, reset=reset)
 
+    if reset is not None:  # inside of `vmap` no flag is known any more
+        reset = flags(reset)
+        position = state.position if isinstance(state, Carry) else 0
+        misplaced(f"level {system.name!r}", system.period, first_of_each(position), reset)
     held = (state, x, reset)
     in_turn = takes_turns(x) if in_turn is None else in_turn
     if in_turn and not _on_a_mesh():
         return jax.lax.map(one, held)
     return jax.vmap(one)(held)
+
+
+def first_of_each(position: jax.Array | int) -> jax.Array | int:
+    """The position [B] of each sequence from [B, ...], where all of its memories stand alike."""
+    return position if jnp.ndim(position) == 0 else position.reshape(len(position), -1)[:, 0]
+
+
+def position_of(state: PyTree) -> jax.Array | int:
+    """Where the sequences of a batch stand, from any tree with `Carry`s in it; 0 without one.
+
+    Args:
+      state: arrays [layers, B, ...], such as a model's state.
+
+    Returns:
+      Tokens since the context's start, [B].
+    """
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Carry))
+    found = [leaf.position[0] for leaf in leaves if isinstance(leaf, Carry)]
+    return first_of_each(found[0]) if found else 0
 
 
 def takes_turns(x: PyTree) -> bool:

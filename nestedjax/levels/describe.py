@@ -91,30 +91,56 @@ def describe(
 
 
 def table(boxes: Iterable[Box]) -> str:
-    """Boxes as aligned text, slow to fast: a line for each, in the order given.
+    """Boxes as text, a group for each level, slow to fast; 80 columns for the models here.
+
+    Within a level, boxes that learn the same thing by the same rule stand under one line, which
+    says objective, rule and knowledge transfer.
 
     Args:
       boxes: what `describe` returned.
 
     Returns:
-      A header, a rule and one line per box, without a line break at the end.
+      Lines, without a line break at the end.
+
+    Example:
+      >>> from nestedjax import levels
+      >>> boxes = [levels.Box("weights", 64, 12, 0, "next token", "optimizer", "param")]
+      >>> print(levels.table(levels.describe(boxes)))
+      level 1 of 1, written every 64 tokens                  parameters    state bytes
+        next token; optimizer; param
+          weights                                                    12              0
     """
-    header = "name,period,frequency,parameters,state bytes,objective,rule,transfer".split(",")
-    rows = [header]
-    for box in boxes:
-        period = "frozen" if box.period is None else str(box.period)
-        numbers = (period, str(box.frequency), f"{box.parameters:,}", f"{box.state_bytes:,}")
-        rows.append([box.name, *numbers, box.objective, box.rule, box.transfer])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = [
-        "  ".join(
-            cell.rjust(width) if 0 < i < 5 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    boxes = list(boxes)
+    found = sorted({box.level for box in boxes}, key=lambda level: -1 if level is None else level)
+    wide = max([44, *(len(box.name) for box in boxes)])
+    lines: list[str] = []
+    for place, level in enumerate(found):
+        group = [box for box in boxes if box.level == level]
+        title = f"level {place + 1} of {len(found)}, {_written(group[0])}"
+        head = "" if place else f"{'parameters':>15}{'state bytes':>15}"
+        lines.append(f"{title:{wide + 4}}{head}".rstrip())
+        kinds = dict.fromkeys((box.objective, box.rule, box.transfer) for box in group)
+        for kind in kinds:
+            lines.append("  " + "; ".join(word for word in kind if word))
+            lines += [
+                f"    {box.name:{wide}}{box.parameters:>15,}{box.state_bytes:>15,}"
+                for box in group
+                if (box.objective, box.rule, box.transfer) == kind
+            ]
+    return "\n".join(line for line in lines if line.strip())
+
+
+def _written(box: Box) -> str:
+    """How often the boxes of a level are written."""
+    if box.period is None:
+        return "frozen"
+    if not box.period:
+        return "solved anew for every query"
+    if box.period == 1:
+        return "written at every token"
+    period = Fraction(box.period)
+    parts = "" if period.denominator == 1 else f"/{period.denominator:,}"
+    return f"written every {period.numerator:,}{parts} tokens"
 
 
 def _level_boxes(level: Level, state: PyTree, prefix: str, needs: dict[str, set[str]]) -> list[Box]:
@@ -132,15 +158,30 @@ def _level_boxes(level: Level, state: PyTree, prefix: str, needs: dict[str, set[
         if sequential:  # a part's state needs what the one before it has just said
             for box in new:
                 needs.setdefault(box.name, set()).update(other.name for other in before)
-        boxes, before = boxes + new, new
+        boxes, before = boxes + new, [] if _anchored(part) else new
     return boxes
 
 
+def _anchored(level: Level) -> bool:
+    """Whether a level's output needs no state of the same time, only that of the period's start."""
+    if level.parts:
+        return all(_anchored(part) for part in level.parts)
+    return level.period is None or level.token is not None
+
+
 def _keep_levels(boxes: list[Box], needs: dict[str, set[str]]) -> None:
-    """Boxes that have a `level` keep their order: a slower one needs every faster one."""
+    """Boxes of one frequency that have a `level` keep their order: a slower one needs every faster.
+
+    The order of boxes of different frequencies is their frequencies' own, which may still change:
+    what was frozen beside a block that an optimizer writes is written by it, too.
+    """
     placed = [box for box in boxes if box.level is not None]
     for slow in placed:
-        faster = {box.name for box in placed if box.level > slow.level}  # type: ignore[operator]
+        faster = {
+            box.name
+            for box in placed
+            if box.frequency == slow.frequency and box.level > slow.level  # type: ignore[operator]
+        }
         needs.setdefault(slow.name, set()).update(faster)
 
 

@@ -44,6 +44,7 @@ def per_head(level: Level) -> Level:
         init=jax.vmap(level.init),
         step=jax.vmap(level.step, in_axes=(0, 0, 1), out_axes=(0, 1)),
         token=None,
+        ndim=None if level.ndim is None else jax.tree.map(lambda n: n + 1, level.ndim),
         whole=None if whole is None else jax.vmap(whole, in_axes=(0, 0, 1, None), out_axes=(0, 1)),
         advance=advance,
     )

@@ -38,6 +38,8 @@ class Level(NamedTuple):
         of leading tokens of x that count.
       parts: the levels a composition was made of, in the order the data flows through them.
       about: words for the tables of `describe`: any of `objective`, `rule`, `transfer`.
+      ndim: how many axes each array of x has, its token axis included: a number for all of them, or
+        a tree of numbers like x. `run` refuses another x, such as a batch; None: `run` cannot know.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Level(NamedTuple):
     advance: Callable[..., tuple[PerToken, PyTree]] | None = None
     parts: tuple["Level", ...] = ()
     about: Mapping[str, str] | None = None
+    ndim: PyTree = None
 
 
 def read_write(
@@ -62,6 +65,7 @@ def read_write(
     read: Callable[[PyTree, PyTree, PerToken], PerToken],
     write: Callable[[PyTree, PyTree, PerPeriod], PyTree] | None = None,
     about: Mapping[str, str] | None = None,
+    ndim: PyTree = None,
 ) -> Level:
     """A level that reads with the state of its period's start, then writes once.
 
@@ -75,6 +79,8 @@ def read_write(
       read: `read(params, state, x[N, ...]) -> y[N, ...]`, each token by itself, for any N >= 1.
       write: `write(params, state, x[P, ...]) -> state`; None only with `period=None`.
       about: words for the tables of `describe`: any of `objective`, `rule`, `transfer`.
+      ndim: axes of each array of x, such as 2 for features [T, d]; see `Level`. Give it, and a
+        batch [B, T, d] is refused; without it a batch is read as if B were the tokens.
 
     Returns:
       The level.
@@ -110,7 +116,7 @@ def read_write(
         y = read(params, state, jax.tree.map(lambda leaf: leaf[None], x))
         return jax.tree.map(lambda leaf: leaf[0], y)
 
-    return Level(name, period, init, step, token=token, about=about)
+    return Level(name, period, init, step, token=token, about=about, ndim=ndim)
 
 
 def due(position: Int[Array, ""] | int, period: int) -> Bool[Array, ""] | bool:

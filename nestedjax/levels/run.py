@@ -1,6 +1,6 @@
 """Running a level over a sequence, whole or in pieces: the only update clock in the tree."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ def run(
     state: PyTree,
     x: PyTree,
     *,
-    reset: jax.Array | np.ndarray | None = None,
+    reset: jax.Array | np.ndarray | Sequence[bool] | None = None,
 ) -> tuple[PyTree, Carry]:
     """Feed tokens to a system; any split of a sequence into calls gives what one call gives.
 
@@ -55,8 +55,10 @@ def run(
       y, with a leading token axis [T, ...], and the `Carry` for the tokens that follow.
 
     Raises:
-      ValueError: if the leaves of x differ in length, if the period is not a positive integer, or
-        if a reset known at trace time stands inside a period.
+      ValueError: if the leaves of x differ in length or have other axes than the level reads (a
+        batch), if the period is not a positive integer, or if a reset known at trace time stands
+        inside a period. A reset that is only known when the program runs (traced) cannot raise:
+        then every output and the state of that sequence are NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,8 +76,16 @@ def run(
       >>> bool((jnp.concatenate([first, rest]) == whole).all()), int(carry.position)
       (True, 7)
     """
+    check_axes(system, x)
+    reset = None if reset is None else flags(reset)
+    wrong = check_reset(system, state, reset, token_count(x))
+    result = _run(system, params, state, x, reset)
+    return result if wrong is None else poisoned(wrong, result)
+
+
+def _run(system, params, state, x, reset):
+    """`run`, once it is known that it can."""
     length = token_count(x)
-    check_reset(system, state, reset, length)
     if system.advance is not None:
         return system.advance(params, state, x, reset)
     if system.period is None:
@@ -175,26 +185,95 @@ def advance_position(position: jax.Array | int, length: jax.Array | int, resets)
     return jnp.where(last >= 0, length - last, after)
 
 
-def check_reset(system: Level, state: PyTree, resets, length: int) -> None:
-    """Validate the period, and the alignment of resets where both are known at trace time."""
+def flags(reset) -> jax.Array | np.ndarray:
+    """Flags as bools, of any array or list."""
+    reset = reset if isinstance(reset, jax.Array) else np.asarray(reset)
+    return reset if reset.dtype == bool else reset != 0
+
+
+def check_axes(system: Level, x: PyTree) -> None:
+    """Refuse arrays that do not have the axes which the level reads, such as a batch."""
+    if system.ndim is None:
+        return
+    expected = jax.tree.leaves(jax.tree.broadcast(system.ndim, x))
+    for leaf, ndim in zip(jax.tree.leaves(x), expected, strict=True):
+        if np.ndim(leaf) != ndim:
+            raise ValueError(
+                f"level {system.name!r} reads one sequence, arrays of {ndim} axes with the tokens"
+                f" first, and got shape {np.shape(leaf)}; for a batch use levels.run_batch or"
+                " jax.vmap"
+            )
+
+
+def check_reset(system: Level, state: PyTree, resets, length: int) -> jax.Array | None:
+    """Validate the period and the resets, whose alignment to it is data.
+
+    Returns:
+      bool[] where only the running program can tell whether a reset is misplaced, else None.
+    """
     period = system.period
     if period is not None and (not isinstance(period, int) or period < 1):
         raise ValueError(f"level {system.name!r}: period must be None or an integer >= 1: {period}")
     if resets is None:
-        return
-    if resets.shape != (length,):
-        raise ValueError(f"reset has shape {resets.shape}; it needs one bool per token: {length}")
-    position = state.position if isinstance(state, Carry) else 0
-    if period is None or isinstance(resets, jax.core.Tracer):
-        return
-    if isinstance(position, jax.core.Tracer):
-        return
-    inside = (np.flatnonzero(np.asarray(resets)) + int(position)) % period
-    if inside.any():
+        return None
+    if np.shape(resets) != (length,):
         raise ValueError(
-            f"level {system.name!r}: a reset stands {int(inside[inside > 0][0])} tokens after a"
-            f" boundary of its period {period}; pad each document to a multiple of {period} tokens"
+            f"reset has shape {np.shape(resets)}; it needs one bool per token: {length}"
         )
+    position = state.position if isinstance(state, Carry) else 0
+    if np.ndim(position):  # `per_head`: all of them stand alike
+        position = position.reshape(-1)[0]
+    return misplaced(f"level {system.name!r}", period, position, resets)
+
+
+def misplaced(
+    what: str,
+    period: int | None,
+    position: jax.Array | np.ndarray | int,
+    resets: jax.Array | np.ndarray,
+) -> jax.Array | None:
+    """The one rule for documents: they begin on a boundary of the period.
+
+    Args:
+      what: whose period it is, for the message.
+      period: tokens; None or 1 for what takes documents at any token.
+      position: tokens since the context's start, [...].
+      resets: bool[..., T].
+
+    Returns:
+      None where every document begins well; where it is not known yet, bool[...], True for a
+      sequence with a document that does not.
+
+    Raises:
+      ValueError: a document is known to begin elsewhere.
+    """
+    if period in (None, 1):
+        return None
+    if isinstance(resets, jax.core.Tracer) or isinstance(position, jax.core.Tracer):
+        at = jnp.broadcast_to(jnp.asarray(position)[..., None], resets.shape)
+        inside = (at + jax.lax.broadcasted_iota(at.dtype, at.shape, at.ndim - 1)) % period != 0
+        return jnp.any(jnp.asarray(resets) & inside, axis=-1)
+    resets = np.asarray(resets, bool)
+    index = np.arange(resets.shape[-1]) + np.asarray(position)[..., None]
+    after = np.broadcast_to(index % period, resets.shape)[resets]
+    if after.any():
+        raise ValueError(
+            f"{what}: a document begins {int(after[after > 0][0])} tokens after a boundary of the"
+            f" period {period} (a reset); pad each document to a multiple of {period} tokens"
+        )
+    return None
+
+
+def poisoned(where: jax.Array, tree: PyTree) -> PyTree:
+    """NaN in every floating array of one sequence where True, so that no wrong number goes on."""
+
+    def poison(leaf):
+        leaf = jnp.asarray(leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.where(where, jnp.asarray(jnp.nan, leaf.dtype), leaf)
+
+    return jax.tree.map(poison, tree)
 
 
 def run_some(

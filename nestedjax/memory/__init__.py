@@ -54,7 +54,7 @@ from nestedjax.memory.rules import (
     omega,
     with_momentum,
 )
-from nestedjax.memory.state import MemoryState, Tokens, Window
+from nestedjax.memory.state import TOKEN_AXES, MemoryState, Tokens, Window
 
 __all__ = [
     "Architecture",
@@ -63,6 +63,7 @@ __all__ = [
     "Plan",
     "Retention",
     "Rule",
+    "TOKEN_AXES",
     "Tokens",
     "Window",
     "associative_memory",

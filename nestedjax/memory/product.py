@@ -14,7 +14,14 @@ from nestedjax.memory.parallel import delta_step, omega_step
 from nestedjax.memory.retention import Retention
 from nestedjax.memory.rules import Rule
 from nestedjax.memory.sequential import reference_step, running_token, sequential_step
-from nestedjax.memory.state import Memory, MemoryState, Tokens, initial_state, prepare
+from nestedjax.memory.state import (
+    TOKEN_AXES,
+    Memory,
+    MemoryState,
+    Tokens,
+    initial_state,
+    prepare,
+)
 from nestedjax.memory.whole import KERNELS, Kernel, kernel_for
 
 _READS = ("running_prev", "running", "anchor")
@@ -192,7 +199,9 @@ def associative_memory(
         whole = _whole(memory, kernel_for(memory, implementation, chunk_size), init)
     default = ".".join((architecture.name, objective.name, retention.name, rule.name))
     about = {"objective": objective.name, "rule": rule.name, "transfer": "param"}
-    level = Level(name or default, chunk_size, init, step, whole=whole, about=about)
+    level = Level(
+        name or default, chunk_size, init, step, whole=whole, about=about, ndim=TOKEN_AXES
+    )
     if read == "anchor":
         return level._replace(token=_anchored(memory))
     return incremental(level, start=lambda params, state: state, token=_running(memory))

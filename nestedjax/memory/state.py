@@ -38,6 +38,10 @@ class Tokens(NamedTuple):
     threshold: Float[Array, "*T"] | None = None
 
 
+# the axes of one sequence's arrays, as `Level.ndim` says them
+TOKEN_AXES = Tokens(2, 2, 2, 1, 1, 1, 1)  # type: ignore[arg-type]
+
+
 class Window(NamedTuple):
     """Tokens whose gradients enter one update; before the first token the learning rate is 0."""
 

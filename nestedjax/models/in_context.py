@@ -92,7 +92,7 @@ class InContextModel(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], PyTree]:
         """Logits of the token after each of `tokens`, and the state; see `LanguageModel`.
 
-        `resets` must stand on a boundary of the fastest period.
+        Documents (`resets`) begin on a boundary of the fastest period.
         """
         hidden, state = self.hidden(tokens, state, resets=resets)
         return self.embed.attend(hidden), state
@@ -106,6 +106,9 @@ class InContextModel(nnx.Module):
     ) -> tuple[Float[Array, "B T d"], PyTree]:
         """What `__call__` computes before the head."""
         level, weights = self._level()
+        if resets is not None:  # inside of `vmap` no flag is known any more
+            position = 0 if state is None else state.position
+            levels.misplaced("the model", level.period, position, resets)
 
         def one(carry, tokens, reset):
             start = level.init(weights) if carry is None else carry

@@ -74,10 +74,15 @@ class LanguageModel(nnx.Module):
           state: from `init_state` or an earlier call; None at the start of a context, which is the
             fastest path and gives the same values as `init_state`.
           resets: True at the first token of a new document inside a packed sequence. For models
-            with memories it must stand on a boundary of the largest period.
+            with memories it stands on a boundary of `config.period`, counted from the start of the
+            context.
 
         Returns:
           Logits [B, T, V] in at least float32, and the state after the T tokens.
+
+        Raises:
+          ValueError: a document begins inside a period. Under `jax.jit` flags are not known: then
+            the logits and the state of that sequence are NaN.
         """
         hidden, state = self.hidden(tokens, state, resets=resets)
         return self.embed.attend(hidden), state
@@ -90,6 +95,9 @@ class LanguageModel(nnx.Module):
         resets: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T d"], PyTree]:
         """What `__call__` computes before the head: `logits = model.embed.attend(hidden)`."""
+        if resets is not None:
+            period = self.config.period
+            levels.misplaced("the model", period, levels.position_of(state), resets)
         x = constrain(self.embed(tokens), "batch", "time", "embed")
         x, state = scan_blocks(self.blocks, x, state, resets=resets, remat=self.config.remat)
         return self.norm(x), state

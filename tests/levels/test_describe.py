@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from nestedjax import levels, optim
+import nestedjax as nj
+from nestedjax import levels, optim, run
 from nestedjax.levels import Box
 
 WEIGHTS = jnp.zeros((4, 3))
@@ -236,13 +237,57 @@ def test_a_composition_describes_its_parts():
     )
     params = {"slow": None, "inner": (None, None)}
     boxes = levels.describe(system, params=params)
-    assert names(boxes) == [{"slow"}, {"inner/second"}, {"inner/first"}]
+    assert names(boxes) == [{"slow"}, {"inner/second", "inner/first"}]
 
     class Model:
         def boxes(self):
             return boxes
 
     assert levels.describe(Model()) == boxes
+
+
+def test_what_says_its_order_twice_is_ordered_once():
+    """A block with a period beside frozen weights: an optimizer of that period writes both."""
+    own = levels.describe([Box("cms", 64, 3, rule="optimizer"), Box("projections", None, 5)])
+    assert names(own) == [{"projections"}, {"cms"}]
+    memories = optim.boxes_of(optax.sgd(0.1, momentum=0.9).init(WEIGHTS))
+    boxes = levels.describe(own, memories, step_tokens=64)
+    assert names(boxes) == [{"projections", "cms"}, {"momentum"}]
+
+
+def test_what_reads_the_start_of_its_period_shares_a_level():
+    def anchored(name):
+        return levels.read_write(
+            name,
+            4,
+            init=lambda params: jnp.zeros(()),
+            read=lambda params, state, x: x + state,
+            write=lambda params, state, x: x.mean(),
+        )
+
+    system = levels.flow(anchored("first"), anchored("second"))
+    assert names(levels.describe(system, params=(None, None))) == [{"first", "second"}]
+
+
+@pytest.mark.parametrize("preset", ["hope_nano", "hope_attention_nano", "transformer_nano"])
+def test_the_order_of_the_presets_is_that_of_a4(preset):
+    boxes = run.nested_system(nj.run_preset(preset)).boxes
+    slow = [box for box in boxes if box.rule == "optimizer"]
+    assert {box.level for box in slow if box.period == 2048} == {
+        next(box.level for box in boxes if box.name == "embedding")
+    }
+    memories = {box.level for box in boxes if box.objective == "l2"}
+    assert len(memories) == (preset == "hope_nano")
+    frequencies = [box.frequency for box in boxes]
+    assert frequencies == sorted(frequencies)
+
+
+def test_the_table_fits_a_terminal():
+    for preset in [name for name in nj.models.PRESETS if name.endswith(("nano", "hope_1p3b"))]:
+        for optimizer in ("adamw", "m3"):
+            system = run.nested_system(nj.run_preset(preset, optimizer=optimizer))
+            wide = max(map(len, levels.table(system.boxes).splitlines()))
+            assert wide <= 80, (preset, optimizer, wide)
 
 
 def test_rows_and_table():
@@ -254,11 +299,18 @@ def test_rows_and_table():
             Box("attention", 0, transfer="nonparam"),
         ]
     )
-    text = levels.table(boxes).splitlines()
-    assert text[0].split("  ")[0] == "name" and text[0].endswith("transfer")
-    assert [line.split()[0] for line in text[2:]] == ["frozen", "memory", "cms", "attention"]
-    assert text[3].split() == ["memory", "16", "1/16", "1,234", "4,936", "l2", "delta", "param"]
-    assert text[5].split() == ["attention", "0", "inf", "0", "0", "nonparam"]
+    assert levels.table(boxes).splitlines() == [
+        f"{'level 1 of 4, frozen':48}{'parameters':>15}{'state bytes':>15}",
+        f"    {'frozen':44}{'7':>15}{'0':>15}",
+        "level 2 of 4, written every 16 tokens",
+        "  l2; delta; param",
+        f"    {'memory':44}{'1,234':>15}{'4,936':>15}",
+        "level 3 of 4, written every 31/2 tokens",
+        f"    {'cms':44}{'0':>15}{'0':>15}",
+        "level 4 of 4, solved anew for every query",
+        "  nonparam",
+        f"    {'attention':44}{'0':>15}{'0':>15}",
+    ]
     rows = json.loads(json.dumps([box.row() for box in boxes]))
     assert rows[1]["period"] == 16 and rows[2]["period"] == "31/2" and rows[0]["period"] is None
     assert [row["level"] for row in rows] == [0, 1, 2, 3]

@@ -126,3 +126,53 @@ def test_mistakes_are_named():
         levels.run(level, params, state, {"a": x, "b": x[:4]})
     with pytest.raises(ValueError, match="needs both"):
         levels.read_write("frozen", 4, init=level.init, read=lambda p, s, x: x)
+
+
+def test_a_batch_is_refused_where_the_level_says_its_axes():
+    """Read as if the batch were the tokens, it would give other numbers without an error."""
+    level = gradient_level("memory", 4)._replace(ndim=2)
+    params = make_params(np.random.default_rng(0), "gradient", SIZE)
+    batch = jnp.zeros((3, 8, SIZE))
+    with pytest.raises(ValueError, match=r"memory.*\(3, 8, \d\).*run_batch or jax.vmap"):
+        levels.run(level, params, level.init(params), batch)
+    chain = levels.chain(level)
+    with pytest.raises(ValueError, match="jax.vmap"):
+        levels.run(chain, (params,), chain.init((params,)), batch)
+    with pytest.raises(ValueError, match="3 axes.*jax.vmap"):
+        levels.run(levels.per_head(level), params, None, jnp.zeros((2, 8, 3, SIZE)))
+    y, _ = levels.run_batch(level, params, None, batch)
+    assert y.shape == batch.shape
+
+
+@pytest.mark.parametrize("wrap", [lambda level: level, levels.chain], ids=["level", "chain"])
+def test_a_document_inside_a_period_is_never_read_in_silence(wrap):
+    """One rule: refused where it is known, not a number where only the running program sees it."""
+    level = wrap(gradient_level("memory", 4))
+    params = make_params(np.random.default_rng(0), "gradient", SIZE)
+    params = params if level.parts == () else (params,)
+    x = jnp.ones((8, SIZE))
+    run = jax.jit(lambda state, x, reset: levels.run(level, params, state, x, reset=reset))
+    fine, inside = np.arange(8) == 4, np.arange(8) == 6
+    for place in (0, 3):  # the same, on the grid of the context that the carry belongs to
+        state = level.init(params)
+        if place:
+            state = levels.run(level, params, state, x[:place])[1]
+        good, bad = np.roll(fine, -place), np.roll(inside, -place)
+        with pytest.raises(ValueError, match="memory|chain.*period 4"):
+            levels.run(level, params, state, x, reset=bad)
+        y, carry = run(state, x, jnp.asarray(bad))
+        assert np.isnan(y).all()
+        assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(carry.state))
+        expected, _ = levels.run(level, params, state, x, reset=good.tolist())
+        np.testing.assert_allclose(run(state, x, jnp.asarray(good))[0], expected, atol=1e-6)
+
+
+def test_in_a_batch_only_the_sequence_with_the_fault_is_not_a_number():
+    level = gradient_level("memory", 4)
+    params = make_params(np.random.default_rng(0), "gradient", SIZE)
+    x, resets = jnp.ones((2, 8, SIZE)), np.stack([np.arange(8) == 4, np.arange(8) == 6])
+    with pytest.raises(ValueError, match="2 tokens after a boundary of the period 4"):
+        levels.run_batch(level, params, None, x, reset=resets)
+    jitted = jax.jit(lambda resets: levels.run_batch(level, params, None, x, reset=resets)[0])
+    y = jitted(resets)
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all()

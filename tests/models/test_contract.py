@@ -193,3 +193,22 @@ def test_what_is_recomputed_changes_no_gradient():
     assert more > products
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in RUN if FAMILIES[name].period > 1])
+def test_a_document_inside_a_chunk_is_never_read_in_silence(name):
+    call, model = caller(FAMILIES[name])
+    period = FAMILIES[name].period
+    inside = np.zeros((2, LENGTH), bool)
+    inside[1, period + 1] = True
+    with pytest.raises(ValueError, match=f"1 tokens after a boundary of the period {period}"):
+        model(tokens_of(LENGTH), resets=jnp.asarray(inside))
+    logits, state = call(tokens_of(LENGTH), None, jnp.asarray(inside))
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
+    later, _ = call(tokens_of(LENGTH), state, NO_RESET)
+    assert np.isnan(later[1]).all(), "the state goes on as if nothing had been wrong"
+    boundary = jnp.asarray(np.roll(inside, -1))
+    assert np.isfinite(call(tokens_of(LENGTH), None, boundary)[0]).all()
+    _, state = call(tokens_of(LENGTH), None, NO_RESET)
+    with pytest.raises(ValueError, match="the model: a document begins"):
+        model(tokens_of(LENGTH), state, resets=boundary)  # LENGTH is no boundary
