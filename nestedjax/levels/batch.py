@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nestedjax.levels.incremental import Unfinished
@@ -75,7 +74,9 @@ def run_batch(
 
 def first_of_each(position: jax.Array | int) -> jax.Array | int:
     """The position [B] of each sequence from [B, ...], where all of its memories stand alike."""
-    return position if jnp.ndim(position) == 0 else position.reshape(len(position), -1)[:, 0]
+    if isinstance(position, int) or position.ndim < 2:
+        return position
+    return position.reshape(len(position), -1)[:, 0]
 
 
 def position_of(state: PyTree) -> jax.Array | int:

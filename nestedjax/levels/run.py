@@ -221,7 +221,7 @@ def check_reset(system: Level, state: PyTree, resets, length: int) -> jax.Array 
             f"reset has shape {np.shape(resets)}; it needs one bool per token: {length}"
         )
     position = state.position if isinstance(state, Carry) else 0
-    if np.ndim(position):  # `per_head`: all of them stand alike
+    if not isinstance(position, int) and position.ndim:  # `per_head`: all of them stand alike
         position = position.reshape(-1)[0]
     return misplaced(f"level {system.name!r}", period, position, resets)
 
