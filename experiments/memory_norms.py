@@ -35,10 +35,8 @@ def squared_norms(state):
     return jnp.concatenate(pairs, axis=3)
 
 
-def measure(preset, length, seed):
+def measure(model, length, seed):
     """Least and largest ratio of every memory: {memory: {"whole" or "matrix": [low, high]}}."""
-    run = nj.run_preset(preset, seed=seed)
-    model = models.create(run.model, seed=run.seed)
     text = np.frombuffer(b"\n".join(data.read_documents(data.bundled())), np.uint8)[:length]
     noise = np.random.default_rng(seed).integers(0, model.config.vocab, length)
     tokens = jnp.asarray(np.stack([text, noise]), jnp.int32)
@@ -69,11 +67,17 @@ def measure(preset, length, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="hope_nano")
+    parser.add_argument("--run", help="the folder of a trained run, in place of a preset's start")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    found = measure(given.preset, given.tokens, given.seed)
+    if given.run is None:
+        run = nj.run_preset(given.preset, seed=given.seed)
+        model = models.create(run.model, seed=run.seed)
+    else:
+        model = nj.load(given.run).model
+    found = measure(model, given.tokens, given.seed)
     if given.json:
         print(json.dumps(found))
         return

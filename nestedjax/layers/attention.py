@@ -5,7 +5,7 @@ import dataclasses
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from nestedjax.layers.boxes import size, slow
+from nestedjax.layers.boxes import slow
 from nestedjax.layers.convolution import CausalConv
 from nestedjax.layers.layer import Layer
 from nestedjax.layers.linear import Linear
@@ -13,6 +13,7 @@ from nestedjax.layers.norm import RMSNorm
 from nestedjax.layers.parameters import Sizes, residual_scale
 from nestedjax.layers.window_attention import attention, init_attention
 from nestedjax.levels import Box
+from nestedjax.levels.describe import size
 
 
 @dataclasses.dataclass(frozen=True)

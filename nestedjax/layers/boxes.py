@@ -7,22 +7,12 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 from flax import nnx
 
 from nestedjax.levels import Box
+from nestedjax.levels.describe import count, size
 
 PyTree = Any
-
-
-def count(tree: PyTree) -> int:
-    """How many numbers a tree of arrays (or shapes) holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def size(tree: PyTree) -> int:
-    """Bytes of a tree of arrays (or shapes)."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def slow(

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from nestedjax.layers.boxes import count, slow
+from nestedjax.layers.boxes import slow
 from nestedjax.layers.choices import choose
 from nestedjax.layers.feed_forward import MLP
 from nestedjax.layers.layer import Layer
 from nestedjax.layers.norm import RMSNorm
 from nestedjax.layers.parameters import Sizes, grouped, param, residual_scale, weight_dtype
 from nestedjax.levels import Box
+from nestedjax.levels.describe import count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from nestedjax import levels
 from nestedjax.layers import gates
-from nestedjax.layers.boxes import count, size, slow
+from nestedjax.layers.boxes import slow
 from nestedjax.layers.convolution import CausalConv
 from nestedjax.layers.layer import Layer
 from nestedjax.layers.linear import Linear
@@ -21,6 +21,7 @@ from nestedjax.layers.parameters import Sizes, residual_scale
 from nestedjax.layers.recompute import save_products
 from nestedjax.layers.window_attention import positions, rotary
 from nestedjax.levels import Box, Level
+from nestedjax.levels.describe import count, size
 from nestedjax.memory import Tokens
 from nestedjax.sharding import constrain, each_device, over_batch
 

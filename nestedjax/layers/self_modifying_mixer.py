@@ -5,11 +5,11 @@ from flax import nnx
 
 from nestedjax import levels
 from nestedjax.layers import gates
-from nestedjax.layers.boxes import count, size
 from nestedjax.layers.memory_mixer import MemoryMixer
 from nestedjax.layers.parameters import Sizes, is_param, param, weight, weight_dtype
 from nestedjax.layers.self_modifying import SelfModifyingConfig, init_params, self_modifying
 from nestedjax.levels import Box
+from nestedjax.levels.describe import count, size
 from nestedjax.optim import MatrixAxes
 from pallas_kernels.mlp_memory import FastWeights
 

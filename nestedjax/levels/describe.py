@@ -1,11 +1,14 @@
 """The nested system as data: every box of a model and of its optimizer, slow to fast."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from nestedjax.levels.level import Level, PyTree
 from nestedjax.levels.order import Box, order
@@ -225,10 +228,11 @@ def tokens_of(step_tokens: StepTokens, label: str) -> int | Fraction:
 
 
 def count(tree: PyTree) -> int:
-    """How many numbers a tree of arrays (or shapes) holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """How many numbers a tree of arrays (or shapes, or plain numbers) holds."""
+    return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 def size(tree: PyTree) -> int:
-    """Bytes of a tree of arrays (or shapes)."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of a tree of arrays (or shapes, or plain numbers, as JAX would hold them)."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(np.shape(leaf)) * jnp.result_type(leaf).itemsize for leaf in leaves)

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nestedjax import levels
 from nestedjax.layers import CMSConfig, Embed, InnerConfig, param, weight_dtype
-from nestedjax.layers.boxes import count, size
 from nestedjax.levels import Box, Carry, Level
+from nestedjax.levels.describe import count, size
 from nestedjax.models.inner_optimizer import inner_optimizer
 from nestedjax.models.language_model import LanguageModel
 from nestedjax.models.periods import block_labels

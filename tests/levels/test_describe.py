@@ -330,3 +330,17 @@ def test_parts_written_per_token():
         96, 64
     )
     assert np.isinf(Box("attention", 0).frequency)
+
+
+def test_plain_numbers_are_parameters():
+    """A level whose parameters are Python floats, as in the README."""
+    level = levels.read_write(
+        "sum",
+        2,
+        init=lambda params: params,
+        read=lambda params, state, x: x + state,
+        write=lambda params, state, x: state + x.sum(),
+    )
+    boxes = levels.describe(level, SGD, params=1.0, step_tokens=4)
+    assert [(box.name, box.parameters) for box in boxes] == [("parameters", 1), ("sum", 1)]
+    assert boxes[0].state_bytes == 4
