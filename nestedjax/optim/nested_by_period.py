@@ -13,7 +13,8 @@ from nestedjax.levels import due
 from nestedjax.optim.by_period import Labels, Reduction, accumulate, by_period
 from nestedjax.optim.memories import Memory, Part
 from nestedjax.optim.parts import choice
-from nestedjax.optim.types import Counter, Leaves, Number, PyTree
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import Counter, Fraction, Leaves, Number, PyTree
 
 Rule = Literal["fomaml", "reptile", "frozen"]
 
@@ -40,12 +41,12 @@ class NestedState(NamedTuple):
     """The state of `nested_by_period`.
 
     Attributes:
-      position: update calls since `init`.
+      count: update calls since `init`.
       blocks: the state of `by_period`.
       starts: label of a block -> the `StartState` of the next faster one.
     """
 
-    position: Counter
+    count: Counter  # type: ignore[assignment]  # hides tuple.count, as in optax
     blocks: optax.PartitionState
     starts: dict[str, StartState]
 
@@ -54,13 +55,14 @@ class NestedState(NamedTuple):
         return Part(self.blocks), Part(self.starts)
 
 
+@checked
 def nested_by_period(
     groups: Mapping[str, tuple[int | None, optax.GradientTransformation]],
     labels: Labels,
     *,
     chain: Sequence[str],
     rule: Rule = "fomaml",
-    reptile_learning_rate: Number = 0.1,
+    reptile_learning_rate: Fraction = 0.1,
     reduction: Reduction = "mean",
 ) -> optax.GradientTransformationExtraArgs:
     """`by_period` in which the start of each block is a parameter of the next slower one.
@@ -117,8 +119,8 @@ def nested_by_period(
          that were in force: the gradient of the period's whole loss with the start's influence on
          the weights taken as the identity.
     """
-    periods = _periods(groups, chain, rule)
     base = by_period(groups, labels, reduction=reduction)
+    periods = _periods(groups, chain, rule)
     pairs = tuple(zip(chain, chain[1:], strict=False))
     movers = {
         slow: _mover(groups[slow], rule, reptile_learning_rate, reduction) for _, slow in pairs
@@ -128,7 +130,8 @@ def nested_by_period(
         names = labels(params) if callable(labels) else labels
         starts = {}
         for fast, slow in pairs:
-            start = jax.tree.map(jnp.asarray, _pick(names, fast, params))
+            # a copy: the parameters' own arrays could not be donated beside the state
+            start = jax.tree.map(jnp.array, _pick(names, fast, params))
             starts[slow] = StartState(start, movers[slow].init(start))
         return NestedState(jnp.zeros((), jnp.int32), base.init(params), starts)
 
@@ -142,7 +145,7 @@ def nested_by_period(
         fresh, held = base.init(params).inner_states, dict(blocks.inner_states)
         starts = {}
         for fast, slow in pairs:
-            now = due(state.position, periods[slow])
+            now = due(state.count, periods[slow])
             parts = (_pick(names, fast, tree) for tree in (params, new, updates))
             moved, starts[slow] = _moved(movers[slow], state.starts[slow], now, *parts)
             held[fast] = _begin_again(now, fresh[fast], held[fast])
@@ -150,7 +153,7 @@ def nested_by_period(
                 lambda name, old, part, fast=fast: part if name == fast else old, names, new, moved
             )
         blocks = blocks._replace(inner_states=held)
-        return new, NestedState(state.position + 1, blocks, starts)
+        return new, NestedState(state.count + 1, blocks, starts)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
