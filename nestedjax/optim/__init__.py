@@ -34,6 +34,8 @@ from nestedjax.optim.schedules import at_writes, warmup_cosine
 from nestedjax.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from nestedjax.optim.soap import SoapState, scale_by_soap, soap
 from nestedjax.optim.taps import (
+    clip_gradients,
+    gradient_norm,
     recorded_linear,
     tapped_embedding,
     tapped_linear,
@@ -66,11 +68,13 @@ __all__ = [
     "adamw",
     "at_writes",
     "by_period",
+    "clip_gradients",
     "deep_momentum",
     "delta_momentum",
     "dgd",
     "features",
     "ggd",
+    "gradient_norm",
     "in_steps",
     "in_tokens",
     "last_two",

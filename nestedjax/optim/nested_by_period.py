@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool
 
 from nestedjax.levels import due
 from nestedjax.optim.by_period import Labels, Reduction, accumulate, by_period
+from nestedjax.optim.dgd import DGDState
+from nestedjax.optim.ggd import GGDState
 from nestedjax.optim.memories import Memory, Part
 from nestedjax.optim.parts import choice
 from nestedjax.optim.ranges import checked
@@ -85,8 +87,8 @@ def nested_by_period(
 
     Returns:
       A transformation with state `NestedState`, whose `update` needs `params`. When a block begins
-      again so does its optimizer, but for learning-rate schedules (`optax.scale_by_schedule`),
-      which belong to the run.
+      again so does its optimizer, but for the counters of schedules (of a learning rate, of weight
+      decay, of injected hyper-parameters), which belong to the run.
 
     Raises:
       ValueError: a period of the chain that is missing or does not divide the next, or what
@@ -228,18 +230,32 @@ def _mover(
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
+# The states with schedules inside of them, and the fields by which those know where they are. Other
+# counters, such as that of Adam's bias correction, count what the state has seen of its context.
+_SCHEDULED = (
+    optax.ScaleByScheduleState,
+    type(optax.add_decayed_weights(lambda count: 0.0).init({})),  # its class has no public name
+    optax.InjectStatefulHyperparamsState,
+    DGDState,
+    GGDState,
+)
+_KEPT = ("count", "hyperparams", "hyperparams_states")
+
+
 def _begin_again(now: bool | Bool[Array, ""], fresh: PyTree, held: PyTree) -> PyTree:
     """The fresh state of a block's optimizer where `now` holds, but for its schedules."""
 
-    def choose(new, old):
-        if isinstance(old, optax.ScaleByScheduleState):
-            return old
-        return jnp.where(now, new, old)
+    def choose(new: Any, old: Any) -> Any:
+        if not isinstance(old, _SCHEDULED):
+            return jnp.where(now, new, old)
+        return type(old)(
+            **{
+                name: value if name in _KEPT else _begin_again(now, getattr(new, name), value)
+                for name, value in old._asdict().items()
+            }
+        )
 
-    def schedule(node):
-        return isinstance(node, optax.ScaleByScheduleState)
-
-    return jax.tree.map(choose, fresh, held, is_leaf=schedule)
+    return jax.tree.map(choose, fresh, held, is_leaf=lambda node: isinstance(node, _SCHEDULED))
 
 
 def _pick(names: PyTree, label: str, tree: PyTree) -> PyTree:
