@@ -41,11 +41,13 @@ def valley(out: Path, steps: int = 20_000) -> dict:
         return p[0] ** 2 + 10 * (p[0] - p[1] + jnp.sin(3 * p[0])) ** 2
 
     def delta(rate, **given):
-        return optim.delta_momentum(rate, **given)
+        return optim.delta_momentum(rate, weight_decay=0.0, **given)
 
     methods: dict[str, Callable[[Any], optax.GradientTransformation]] = {
         "gd": optax.sgd,
-        "momentum": lambda rate: optim.preconditioned_momentum(rate, preconditioner="identity"),
+        "momentum": lambda rate: optim.preconditioned_momentum(
+            rate, preconditioner="identity", weight_decay=0.0
+        ),
         "delta row": lambda rate: delta(rate, vector_as="row"),
         "delta elementwise": lambda rate: delta(rate, vector_as="elementwise"),
         "delta row, implicit": lambda rate: delta(rate, vector_as="row", implicit=True, erase=1.0),
@@ -123,8 +125,10 @@ def tasks(out: Path) -> dict:
     """Loss on task 1 before and after task 2, which comes early (its memory is full) or late."""
     methods: dict[str, Callable[[Any], optax.GradientTransformation]] = {
         "gd": optax.sgd,
-        "momentum": lambda r: optim.preconditioned_momentum(r, preconditioner="identity"),
-        "delta momentum": lambda r: optim.delta_momentum(r, axes=AXES),
+        "momentum": lambda r: optim.preconditioned_momentum(
+            r, preconditioner="identity", weight_decay=0.0
+        ),
+        "delta momentum": lambda r: optim.delta_momentum(r, axes=AXES, weight_decay=0.0),
         "dgd": lambda r: optim.dgd(r, rest=optax.sgd(r)),
         "adam": optax.adam,
     }

@@ -7,6 +7,7 @@ share is in `_linalg` (products, inverses, factorisations and scans in plain JAX
 """
 
 from pallas_kernels._linalg.lapack import eigh, solve, stacked
+from pallas_kernels._linalg.norms import norm, unit
 from pallas_kernels._linalg.numerics import accumulation_dtype
 
-__all__ = ["accumulation_dtype", "eigh", "solve", "stacked"]
+__all__ = ["accumulation_dtype", "eigh", "norm", "solve", "stacked", "unit"]

@@ -68,7 +68,7 @@ def optimizer(
     Args:
       model: a model of this package, abstract or not.
       make: `make(period) -> optimizer` for what is written every `period` steps. Schedules inside
-        it count writes: use `lambda n: schedule(n * period)`.
+        it count writes: use `optim.at_writes(schedule, period)`.
       step_tokens: tokens in one optimizer step, batch x length.
 
     Returns:

@@ -29,10 +29,13 @@ from nestedjax.optim.preconditioned_momentum import (
     scale_by_matrix,
     scale_by_preconditioned_momentum,
 )
-from nestedjax.optim.schedules import warmup_cosine
+from nestedjax.optim.ranges import Range
+from nestedjax.optim.schedules import at_writes, warmup_cosine
 from nestedjax.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from nestedjax.optim.soap import SoapState, scale_by_soap, soap
 from nestedjax.optim.taps import (
+    clip_gradients,
+    gradient_norm,
     recorded_linear,
     tapped_embedding,
     tapped_linear,
@@ -53,6 +56,7 @@ __all__ = [
     "MatrixAxes",
     "Memory",
     "Part",
+    "Range",
     "boxes_of",
     "NestedState",
     "Network",
@@ -62,12 +66,15 @@ __all__ = [
     "accumulate",
     "adamuon",
     "adamw",
+    "at_writes",
     "by_period",
+    "clip_gradients",
     "deep_momentum",
     "delta_momentum",
     "dgd",
     "features",
     "ggd",
+    "gradient_norm",
     "in_steps",
     "in_tokens",
     "last_two",

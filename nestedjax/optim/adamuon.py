@@ -12,12 +12,12 @@ from nestedjax.optim.parts import (
     Orthogonalize,
     choice,
     matrix_function,
-    number,
     orthogonal,
     rescaled,
     with_adamw,
 )
-from nestedjax.optim.types import LearningRate, Leaves, Number
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import Count, Decay, LearningRate, Leaves, NonNegative, Positive
 
 
 class AdaMuonState(NamedTuple):
@@ -31,17 +31,19 @@ class AdaMuonState(NamedTuple):
         return first_moment(self.mu), second_moment(self.nu)
 
 
+@checked
 def adamuon(
     learning_rate: LearningRate,
     *,
-    b1: Number = 0.95,
-    b2: Number = 0.95,
+    b1: Decay = 0.95,
+    b2: Decay = 0.95,
+    nesterov: bool = False,
     accumulate: Literal["trace", "ema"] = "trace",
-    rms_rescale: Number | None = 0.2,
+    rms_rescale: Positive | None = 0.2,
     orthogonalize: Orthogonalize = "quintic",
-    steps: int = 5,
-    eps: Number = 1e-8,
-    weight_decay: Number = 0.1,
+    steps: Count = 5,
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,6 +58,7 @@ def adamuon(
       learning_rate: a number or a schedule; one that suits AdamW.
       b1: decay of the momentum, in one step.
       b2: decay of the second moment, in one step.
+      nesterov: whether the sign of `b1 M + g` is taken in place of that of M.
       accumulate: "trace" as above, or "ema", M <- b1 M + (1 - b1) g; sign(M), and so the update, is
         the same.
       rms_rescale: root mean square that each matrix' update is rescaled to; None leaves it as it
@@ -63,7 +66,7 @@ def adamuon(
       orthogonalize: what computes O: "quintic" or "cubic" Newton-Schulz, "svd" (exact), "none" (the
         identity), or a function of matrices [..., outputs, inputs].
       steps: iterations of Newton-Schulz.
-      eps: added to both denominators, sqrt(V) and Newton-Schulz's norm.
+      eps: added to the denominator sqrt(V).
       weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       axes: which parameters are matrices, and how; see `m3`.
       rest: the optimizer of the parameters that are no matrices; see `m3`.
@@ -84,11 +87,16 @@ def adamuon(
     Reference:
       Si et al., AdaMuon (arXiv 2507.11005); spec B11.
 
-    Departure from the paper: V has no bias correction, which the rescaling would undo.
+    Departures:
+      1. V has no bias correction, which the rescaling would undo.
+      2. No Nesterov momentum, as in the equation above and in the results recorded with it; the
+        authors' code has it by default (`nesterov`).
+      3. b2 = b1; the authors' code has 0.999 (`b2`).
     """
     rule = scale_by_adamuon(
         b1=b1,
         b2=b2,
+        nesterov=nesterov,
         accumulate=accumulate,
         rms_rescale=rms_rescale,
         orthogonalize=orthogonalize,
@@ -99,25 +107,25 @@ def adamuon(
     return with_adamw(rule, learning_rate, axes=axes, weight_decay=weight_decay, rest=rest)
 
 
+@checked
 def scale_by_adamuon(
     *,
-    b1: Number = 0.95,
-    b2: Number = 0.95,
+    b1: Decay = 0.95,
+    b2: Decay = 0.95,
+    nesterov: bool = False,
     accumulate: Literal["trace", "ema"] = "trace",
-    rms_rescale: Number | None = 0.2,
+    rms_rescale: Positive | None = 0.2,
     orthogonalize: Orthogonalize = "quintic",
-    steps: int = 5,
-    eps: Number = 1e-8,
+    steps: Count = 5,
+    eps: NonNegative = 1e-8,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `adamuon`, whose arguments these are.
 
-    Leaves that are no matrices take `s / (rms(s) + 1e-8)` of s = sign(M) for the orthogonal factor.
+    Leaves that are no matrices take `s / rms(s)` of s = sign(M) for the orthogonal factor.
     """
     choice("accumulate", accumulate, ("trace", "ema"))
-    number("b1", b1)
-    number("b2", b2)
-    function = matrix_function(orthogonalize, steps=steps, eps=eps)
+    function = matrix_function(orthogonalize, steps=steps)
     add = 1.0 if accumulate == "trace" else 1 - b1
 
     def init(params: Leaves) -> AdaMuonState:
@@ -125,7 +133,8 @@ def scale_by_adamuon(
 
     def update(updates, state, params=None, **extra):
         mu = jax.tree.map(lambda m, g: b1 * m + add * g, state.mu, updates)
-        direction = orthogonal(jax.tree.map(jnp.sign, mu), function, axes)
+        seen = jax.tree.map(lambda m, g: b1 * m + add * g, mu, updates) if nesterov else mu
+        direction = orthogonal(jax.tree.map(jnp.sign, seen), function, axes)
         nu = jax.tree.map(lambda v, o: b2 * v + (1 - b2) * o * o, state.nu, direction)
         direction = jax.tree.map(lambda o, v: o / (jnp.sqrt(v) + eps), direction, nu)
         if rms_rescale is not None:

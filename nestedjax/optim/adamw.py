@@ -1,20 +1,21 @@
 """AdamW with this library's defaults: what steps everything that has no rule of its own."""
 
-import jax
 import optax
 
 from nestedjax.optim.matrices import widened
-from nestedjax.optim.parts import Mask, lenient, number
-from nestedjax.optim.types import LearningRate, Number, PyTree
+from nestedjax.optim.parts import Mask, lenient, matrices_in
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import Decay, LearningRate, NonNegative
 
 
+@checked
 def adamw(
     learning_rate: LearningRate,
     *,
-    b1: Number = 0.9,
-    b2: Number = 0.95,
-    eps: Number = 1e-8,
-    weight_decay: Number = 0.1,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0.1,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with decoupled weight decay, for parameters of any shape.
@@ -29,10 +30,13 @@ def adamw(
       b1: decay of the first moment, in one step.
       b2: decay of the second moment, in one step.
       eps: added to the denominator sqrt(v^).
-      weight_decay: decoupled weight decay, multiplied by the learning rate.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       mask: which parameters decay: a tree of bool, or `mask(params)` that makes it; None: those
         with two axes or more. Weights that are stacked over layers have one axis more than in their
         layer: give a mask for them.
+
+    Returns:
+      A transformation. With `optax.inject_hyperparams` name functions in `static_args`.
 
     Raises:
       ValueError: an argument out of range.
@@ -47,13 +51,7 @@ def adamw(
     Reference:
       Loshchilov and Hutter, Decoupled weight decay regularization (arXiv 1711.05101).
     """
-    number("b1", b1)
-    number("b2", b2)
-    decays = _with_two_axes if mask is None else mask
+    decays = matrices_in(None) if mask is None else mask
     return widened(
         lenient(optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decays))
     )
-
-
-def _with_two_axes(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from nestedjax.levels import due
+from nestedjax.optim.matrices import real
 from nestedjax.optim.memories import Memory, Part, accumulator
-from nestedjax.optim.types import Counter, Leaf, Leaves, PyTree
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import Count, Counter, Leaf, Leaves, PyTree
 from pallas_kernels import accumulation_dtype
 
 Periods: TypeAlias = Mapping[str, int | None]
@@ -22,13 +24,13 @@ class AccumulateState(NamedTuple):
     """The state of `accumulate`.
 
     Attributes:
-      position: update calls since `init`.
+      count: update calls since `init`.
       acc_grads: the sum of the gradients since the last write, in at least float32; () where every
         call writes.
       inner: the state of the transformation, which is bitwise constant between two writes.
     """
 
-    position: Counter
+    count: Counter  # type: ignore[assignment]  # hides tuple.count, as in optax
     acc_grads: Leaves
     inner: PyTree
 
@@ -37,8 +39,9 @@ class AccumulateState(NamedTuple):
         return accumulator(self.acc_grads), Part(self.inner)
 
 
+@checked
 def accumulate(
-    tx: optax.GradientTransformation, period: int | None, *, reduction: Reduction = "mean"
+    tx: optax.GradientTransformation, period: Count | None, *, reduction: Reduction = "mean"
 ) -> optax.GradientTransformationExtraArgs:
     """Step `tx` once in `period` calls, with the mean or the sum of their gradients.
 
@@ -50,7 +53,8 @@ def accumulate(
     gradient of one batch that is `period` times as large.
 
     Args:
-      tx: the optimizer; a schedule inside of it counts writes, not calls.
+      tx: the optimizer. A schedule inside of it counts writes, not calls: give it
+        `optim.at_writes(schedule, period)`.
       period: calls between two writes; None or 1 writes at every call.
       reduction: whether `tx` is given the "mean" of the period's gradients, or their "sum", which
         is the paper's.
@@ -81,20 +85,19 @@ def accumulate(
     """
     tx = optax.with_extra_args_support(tx)
     every = 1 if period is None else period
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"period={period!r} must be None or an integer >= 1")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r} is not one of mean, sum")
     divisor = every if reduction == "mean" else 1
 
     def init(params: Leaves) -> AccumulateState:
+        real(params)
         nothing = () if every == 1 else jax.tree.map(_wide_zeros, params)
         return AccumulateState(jnp.zeros((), jnp.int32), nothing, tx.init(params))
 
     def update(updates, state, params=None, **extra):
         if every == 1:
             updates, inner = tx.update(updates, state.inner, params, **extra)
-            return updates, AccumulateState(state.position + 1, (), inner)
+            return updates, AccumulateState(state.count + 1, (), inner)
         total = jax.tree.map(lambda acc, g: acc + g.astype(acc.dtype), state.acc_grads, updates)
         mean = jax.tree.map(lambda acc, g: (acc / divisor).astype(g.dtype), total, updates)
 
@@ -109,9 +112,9 @@ def accumulate(
             nothing = jax.tree.map(lambda g, u: jnp.zeros_like(g, dtype=u.dtype), mean, like)
             return nothing, inner, total
 
-        now = due(state.position, every)
+        now = due(state.count, every)
         updates, inner, total = jax.lax.cond(now, write, wait, mean, state.inner)
-        return updates, AccumulateState(state.position + 1, total, inner)
+        return updates, AccumulateState(state.count + 1, total, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -10,15 +10,25 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, rms, unfold, widened
+from nestedjax.optim.matrices import Axes, Layout, fold, normalized, on_leaves, unfold, widened
 from nestedjax.optim.memories import Memory
-from nestedjax.optim.parts import choice, number, rescaled, with_adamw
-from nestedjax.optim.types import Leaf, LearningRate, Leaves, Matrices, Number, PyTree
+from nestedjax.optim.parts import choice, rescaled, with_adamw
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import (
+    Count,
+    Decay,
+    Fraction,
+    Leaf,
+    LearningRate,
+    Leaves,
+    Matrices,
+    NonNegative,
+    Number,
+    PyTree,
+)
 
 Key: TypeAlias = PRNGKeyArray
 Rows: TypeAlias = Float[Array, "outputs inputs"]
-
-_EPS = 1e-8
 
 
 class DeepMomentumState(NamedTuple):
@@ -79,21 +89,22 @@ Value = Literal["neg_grad", "ones", "ema"]
 DecayTo = Literal["start", "zero"]
 
 
+@checked
 def deep_momentum(
     learning_rate: LearningRate,
     *,
-    decay: Number = 0.9,
-    inner_learning_rate: Number = 0.5,
+    decay: Fraction = 0.9,
+    inner_learning_rate: NonNegative = 0.5,
     architecture: Architecture = "mlp",
-    width: int | None = None,
+    width: Count | None = None,
     objective: InnerObjective = "l2",
     value: Value = "neg_grad",
-    value_decay: Number = 0.9,
+    value_decay: Decay = 0.9,
     decay_to: DecayTo = "start",
     normalize_key: bool = True,
     rescale: bool = True,
-    max_inputs: int = 4096,
-    weight_decay: Number = 0.1,
+    max_inputs: Count = 4096,
+    weight_decay: NonNegative = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -171,27 +182,26 @@ def deep_momentum(
     return with_adamw(rule, learning_rate, axes=axes, weight_decay=weight_decay, rest=rest)
 
 
+@checked
 def scale_by_deep_momentum(
     *,
-    decay: Number = 0.9,
-    inner_learning_rate: Number = 0.5,
+    decay: Fraction = 0.9,
+    inner_learning_rate: NonNegative = 0.5,
     architecture: Architecture = "mlp",
-    width: int | None = None,
+    width: Count | None = None,
     objective: InnerObjective = "l2",
     value: Value = "neg_grad",
-    value_decay: Number = 0.9,
+    value_decay: Decay = 0.9,
     decay_to: DecayTo = "start",
     normalize_key: bool = True,
     rescale: bool = True,
-    max_inputs: int = 4096,
+    max_inputs: Count = 4096,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`-m_phi(k)` of `deep_momentum`, whose arguments these are: a direction to be subtracted.
 
     Leaves that are no matrices take plain momentum.
     """
-    number("decay", decay)
-    number("value_decay", value_decay)
     choice("objective", objective, get_args(InnerObjective))
     choice("value", value, get_args(Value))
     choice("decay_to", decay_to, get_args(DecayTo))
@@ -208,7 +218,7 @@ def scale_by_deep_momentum(
         return DeepMomentumState(network, zeros)
 
     def keyed(layout: Layout | None, g: Leaf) -> tuple[Leaf]:
-        return (g / (rms(g, layout) + _EPS) if normalize_key and layout is not None else g,)
+        return (normalized(g, layout) if normalize_key and layout is not None else g,)
 
     def update(updates, state, params=None, **extra):
         (keys,) = on_leaves(keyed, axes, updates)

@@ -10,10 +10,20 @@ from jaxtyping import Array, Float
 
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identity, unfold, widened
 from nestedjax.optim.memories import Memory, Part, momentum
-from nestedjax.optim.parts import add_decay, choice, number
+from nestedjax.optim.parts import add_decay, choice, matrices_in
 from nestedjax.optim.preconditioned_momentum import Preconditioner, preconditioners
-from nestedjax.optim.types import Leaf, LearningRate, Leaves, Matrices, Number, PyTree
-from pallas_kernels import solve
+from nestedjax.optim.ranges import Range, checked
+from nestedjax.optim.types import (
+    Fraction,
+    Leaf,
+    LearningRate,
+    Leaves,
+    Matrices,
+    NonNegative,
+    Number,
+    PyTree,
+)
+from pallas_kernels import norm, solve, unit
 
 VectorAs = Literal["elementwise", "row", "col"]
 
@@ -36,17 +46,18 @@ class DeltaMomentumState(NamedTuple):
         return momentum(self.trace), Part(self.write)
 
 
+@checked
 def delta_momentum(
     learning_rate: LearningRate,
     *,
-    decay: Number = 0.9,
-    erase: Number = 0.5,
+    decay: Fraction = 0.9,
+    erase: NonNegative = 0.5,
     preconditioner: Preconditioner = "identity",
     normalize_key: bool = True,
     implicit: bool = False,
     key: Literal["gradient", "rank1"] = "gradient",
     vector_as: VectorAs = "elementwise",
-    weight_decay: Number = 0.0,
+    weight_decay: NonNegative = 0.1,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum by one step on `1/2 |m k^T + P|_F^2`, for parameters of any shape.
@@ -72,8 +83,11 @@ def delta_momentum(
         is cheaper.
       vector_as: how parameters that are no matrices are read: "elementwise" m (decay - erase k^2),
         as a "row" m decay - erase (m.k) k, or as a "col" m (decay - erase |k|^2).
-      weight_decay: decoupled weight decay of every parameter, multiplied by the learning rate.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       axes: which parameters are matrices, and how; see `m3`.
+
+    Returns:
+      A transformation. With `optax.inject_hyperparams` name functions in `static_args`.
 
     Raises:
       ValueError: an argument out of range, or axes that do not fit a parameter, by its name.
@@ -109,13 +123,15 @@ def delta_momentum(
         vector_as=vector_as,
         axes=axes,
     )
-    return widened(optax.chain(rule, add_decay(learning_rate, weight_decay)))
+    shrink = add_decay(learning_rate, weight_decay, mask=matrices_in(axes))
+    return widened(optax.chain(rule, shrink))
 
 
+@checked
 def scale_by_delta_momentum(
     *,
-    decay: Number = 0.9,
-    erase: Number = 0.5,
+    decay: Fraction = 0.9,
+    erase: NonNegative = 0.5,
     preconditioner: Preconditioner = "identity",
     normalize_key: bool = True,
     implicit: bool = False,
@@ -124,9 +140,8 @@ def scale_by_delta_momentum(
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`m <- m (decay I - erase k^T k) + P(g)` of `delta_momentum`, whose arguments these are."""
-    number("decay", decay)
-    bounded = normalize_key and not implicit and isinstance(decay, int | float)
-    number("erase", erase, 0.0, decay if bounded else float("inf"))
+    if normalize_key and not implicit and isinstance(decay, int | float):
+        Range(0, decay).check("erase", erase)
     choice("key", key, ("gradient", "rank1"))
     choice("vector_as", vector_as, get_args(VectorAs))
     write = preconditioners(preconditioner, axes)
@@ -135,7 +150,7 @@ def scale_by_delta_momentum(
         arrays, back = _as_matrices(layout, vector_as, g, value, m)
         keys, value, m = arrays
         if normalize_key:
-            keys = keys / (_norm(keys, back is None) + 1e-12)
+            keys = unit(keys, None if back is None else (-2, -1))
         if back is None:
             return (_elementwise(m, keys, value, decay, erase, implicit),)
         if key == "rank1":
@@ -164,11 +179,6 @@ def _as_matrices(
         return list(arrays), None
     shape = (1, -1) if vector_as == "row" else (-1, 1)
     return [a.reshape(shape) for a in arrays], lambda m: m.reshape(arrays[0].shape)
-
-
-def _norm(x: Leaf, whole: bool) -> Leaf:
-    """The Frobenius norm of each matrix, or of the whole array; kept as axes of size 1."""
-    return jnp.sqrt(jnp.sum(x * x, axis=None if whole else (-2, -1), keepdims=True))
 
 
 def _elementwise(
@@ -221,13 +231,11 @@ def _largest(k: Matrices) -> Float[Array, "*stack 1 inputs"]:
     It begins at the row with the largest norm, which has a part along v unless it is orthogonal to
     it; the error falls by (s2 / s)^2 in each of the 8 steps, with s2 the second singular value.
     """
-    sizes = jnp.sum(k * k, axis=-1, keepdims=True)
+    sizes = norm(k, -1)
     v = jnp.take_along_axis(k, jnp.argmax(sizes, axis=-2, keepdims=True), axis=-2)
 
     def step(_, v: Leaf) -> Leaf:
-        v = v / (_norm(v, False) + 1e-30)
-        return (v @ k.mT) @ k
+        return (unit(v, (-2, -1)) @ k.mT) @ k
 
-    # A step ends at v k^T k, whose norm is s^2: its root is the singular value.
-    v = jax.lax.fori_loop(0, _POWER_STEPS, step, v)
-    return jnp.sqrt(_norm(v, False)) * v / (_norm(v, False) + 1e-30)
+    v = unit(jax.lax.fori_loop(0, _POWER_STEPS, step, v), (-2, -1))
+    return norm(v @ k.mT, (-2, -1)) * v

@@ -18,9 +18,10 @@ from nestedjax.optim.matrices import (
     unfold,
     widened,
 )
-from nestedjax.optim.parts import choice, lenient, number
+from nestedjax.optim.parts import choice, lenient
+from nestedjax.optim.ranges import checked
 from nestedjax.optim.taps import TAP, names_of
-from nestedjax.optim.types import Counter, LearningRate, Leaves, Matrices, Number, PyTree
+from nestedjax.optim.types import Counter, Fraction, LearningRate, Leaves, Matrices, Number, PyTree
 from pallas_kernels import solve
 
 WEIGHTS = ("kernel", "embedding")
@@ -32,20 +33,21 @@ Coupling = Literal["decoupled", "coupled"]
 class DGDState(NamedTuple):
     """The state of `scale_by_dgd`: updates done, for a learning rate that is a schedule."""
 
-    position: Counter
+    count: Counter  # type: ignore[assignment]  # hides tuple.count, as in optax
 
     def memories(self) -> tuple[()]:
         """None: the weights themselves are the memory."""
         return ()
 
 
+@checked
 def dgd(
     learning_rate: LearningRate,
     *,
     form: Form = "implicit",
     batch: BatchForm = "explicit",
     coupling: Coupling = "decoupled",
-    decay: Number = 1.0,
+    decay: Fraction = 1.0,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,14 +70,15 @@ def dgd(
         the inputs of their own exact steps, for layers tapped with `rank1_learning_rate=lr`.
       coupling: where the decay stands: "decoupled" as above, or "coupled", `decay W (I - r C) - r
         g`, the minimiser that is pulled to decay W_t.
-      decay: factor on the weights in one step, 1 for none.
+      decay: factor on the weights in one step, 1 for none: this rule's own weight decay.
       axes: how the kernels are matrices; see `m3`. None: [inputs, outputs], stacks in front.
       rest: the optimizer of the parameters without a tap; None:
         `optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0)`.
 
     Returns:
       A transformation that needs `params`, and parameters in which each layer's tap (see
-      `tapped_linear`) is called "tap" and lies beside its "kernel" or "embedding".
+      `tapped_linear`) is called "tap" and lies beside its "kernel" or "embedding". With
+      `optax.inject_hyperparams` name functions in `static_args`.
 
     Raises:
       ValueError: an argument out of range; parameters without any tap, or a tap that does not fit
@@ -110,13 +113,14 @@ def dgd(
     return widened(optax.partition({"delta": rule, "rest": lenient(others)}, tapped))
 
 
+@checked
 def scale_by_dgd(
     learning_rate: LearningRate,
     *,
     form: Form = "implicit",
     batch: BatchForm = "explicit",
     coupling: Coupling = "decoupled",
-    decay: Number = 1.0,
+    decay: Fraction = 1.0,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The whole update of `dgd`, whose arguments these are, for parameters that all have taps.
@@ -126,7 +130,6 @@ def scale_by_dgd(
     choice("form", form, get_args(Form))
     choice("batch", batch, get_args(BatchForm))
     choice("coupling", coupling, get_args(Coupling))
-    number("decay", decay)
 
     step = partial(_step, form=form, batch=batch, coupled=coupling == "coupled", decay=decay)
 
@@ -136,7 +139,7 @@ def scale_by_dgd(
     def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("dgd needs the parameters: tx.update(grads, state, params)")
-        now = learning_rate(state.position) if callable(learning_rate) else learning_rate
+        now = learning_rate(state.count) if callable(learning_rate) else learning_rate
         leaves = jax.tree_util.tree_leaves_with_path(updates)
         weights, layout = jax.tree.leaves(params), layouts(axes, updates)
         taps = _pairs([path for path, _ in leaves])
@@ -146,7 +149,7 @@ def scale_by_dgd(
             how = _fits(gram, layout[weight], named(path))
             w, g = fold(weights[weight], how), fold(leaves[weight][1], how)
             new[weight] = unfold(step(w, g, gram, now) - w, how)
-        return jax.tree.unflatten(jax.tree.structure(updates), new), DGDState(state.position + 1)
+        return jax.tree.unflatten(jax.tree.structure(updates), new), DGDState(state.count + 1)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
 

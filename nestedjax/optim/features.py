@@ -10,7 +10,8 @@ from jaxtyping import Array, DTypeLike, Float
 
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold
 from nestedjax.optim.parts import choice
-from nestedjax.optim.types import Leaf
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import Count, Finite, Leaf, NonNegative
 
 Map: TypeAlias = Callable[[Leaf, Layout | None], Leaf]
 NamedFeatures = Literal["identity", "sign", "normalized"]
@@ -33,12 +34,14 @@ def sign() -> Features:
     return Features(lambda g, layout: jnp.sign(g))
 
 
-def normalized(eps: float = 1e-8) -> Features:
+@checked
+def normalized(eps: NonNegative = 1e-8) -> Features:
     """`g / (|g| + eps)`, elementwise: a sign that is soft near 0."""
     return Features(lambda g, layout: g / (jnp.abs(g) + eps))
 
 
-def polynomial(coefficients: Sequence[float]) -> Features:
+@checked
+def polynomial(coefficients: Sequence[Finite]) -> Features:
     """`sum_j a_j sign(g) |g|^j`, j = 1, 2, ..., elementwise and odd.
 
     Args:
@@ -55,7 +58,8 @@ def polynomial(coefficients: Sequence[float]) -> Features:
     return Features(lift)
 
 
-def spectral(coefficients: Sequence[float]) -> Features:
+@checked
+def spectral(coefficients: Sequence[Finite]) -> Features:
     """`sum_j a_j g (g^T g)^j`, j = 0, 1, ...: an odd polynomial of the singular values.
 
     Args:
@@ -78,7 +82,8 @@ def spectral(coefficients: Sequence[float]) -> Features:
     return Features(lift)
 
 
-def random_features(size: int, *, function: Callable = jnp.tanh, seed: int = 0) -> Features:
+@checked
+def random_features(size: Count, *, function: Callable = jnp.tanh, seed: int = 0) -> Features:
     """`f(g A)` in R^{outputs x size} with a fixed random A, read out by its pseudo-inverse.
 
     The momentum has `size` columns. With the identity for f and size >= inputs the result is plain

@@ -13,8 +13,19 @@ from nestedjax.memory.objectives import Objective
 from nestedjax.memory.retention import Retention
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, plus_identity, unfold, widened
 from nestedjax.optim.memories import Memory
-from nestedjax.optim.parts import choice, number
-from nestedjax.optim.types import Counter, Leaf, LearningRate, Leaves, Matrices, Number
+from nestedjax.optim.parts import choice
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import (
+    Count,
+    Counter,
+    Fraction,
+    Leaf,
+    LearningRate,
+    Leaves,
+    Matrices,
+    NonNegative,
+    Number,
+)
 from pallas_kernels import solve
 
 OBJECTIVES = {"dot": objectives.dot, "l2": objectives.l2}
@@ -26,12 +37,12 @@ class GGDState(NamedTuple):
     """The state of `ggd` and `scale_by_gm`.
 
     Attributes:
-      position: updates done, for a learning rate that is a schedule.
+      count: updates done, for a learning rate that is a schedule.
       accumulator: A, for a retention whose weights are a function of it, W = link(A); () for the
         others.
     """
 
-    position: Counter
+    count: Counter  # type: ignore[assignment]  # hides tuple.count, as in optax
     accumulator: Leaves
 
     def memories(self) -> tuple[Memory, ...]:
@@ -40,15 +51,16 @@ class GGDState(NamedTuple):
         return (Memory("mirror accumulator", self.accumulator, *about),)
 
 
+@checked
 def ggd(
     learning_rate: LearningRate,
     *,
     objective: Literal["dot", "l2"] | Objective = "dot",
     retain: Literal["none", "decay", "kl"] | Retention = "none",
-    decay: Number = 1.0,
+    decay: Fraction = 1.0,
     solver: Solver = "one_gd_step",
-    inner_steps: int = 100,
-    inner_learning_rate: Number = 0.1,
+    inner_steps: Count = 100,
+    inner_learning_rate: NonNegative = 0.1,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`W <- argmin L(W x; u) + Ret(W, W_t)`, u = -dL/dy: the target each layer makes itself.
@@ -61,7 +73,8 @@ def ggd(
       objective: inner loss L: "dot", "l2", or an `Objective`.
       retain: regulariser Ret: "none", "decay", "kl", or a `Retention`; one that maps an accumulator
         to the weights needs initial weights of its kind (for kl positive rows of sum `scale`).
-      decay: factor on the weights in one step, for the retentions that use it; 1 for none.
+      decay: factor on the weights in one step, for the retentions that use it; 1 for none. It is
+        this rule's own weight decay.
       solver: how the minimum is found: "one_gd_step" from W_t, "n_gd_steps" on the whole problem,
         or in "closed_form".
       inner_steps: steps of "n_gd_steps".
@@ -73,7 +86,7 @@ def ggd(
       A transformation that needs `params`. Objectives other than dot need two more trees like the
       parameters, `update(grads, state, params, inputs=, errors=)`: each layer's inputs [..., n, di]
       and the mean loss's gradient by its outputs [..., n, do], as `recorded_linear` gives them.
-      With `optax.inject_hyperparams` name `inner_steps` in `static_args`.
+      With `optax.inject_hyperparams` name `inner_steps` and functions in `static_args`.
 
     Raises:
       ValueError: an objective, retention and solver that do not go together; inputs that are
@@ -94,7 +107,6 @@ def ggd(
     """
     objective, retain = _menus(objective, retain)
     choice("solver", solver, get_args(Solver))
-    number("decay", decay)
     _check_solver(objective, retain, solver)
     decay = 1.0 if retain.decay == "unused" else decay
     rule = _Step(objective, retain, decay, solver, inner_steps, inner_learning_rate)
@@ -105,7 +117,7 @@ def ggd(
     def update(updates, state, params=None, *, inputs=None, errors=None, **extra):
         if params is None:
             raise ValueError("ggd needs the parameters: tx.update(grads, state, params)")
-        now = learning_rate(state.position) if callable(learning_rate) else learning_rate
+        now = learning_rate(state.count) if callable(learning_rate) else learning_rate
         nothing = jax.tree.map(lambda g: None, updates)
         trees = (nothing if tree is None else tree for tree in (inputs, errors))
         held = state.accumulator if retain.link is not None else params
@@ -118,17 +130,18 @@ def ggd(
             return unfold(new - w, layout), unfold(a, layout)
 
         updates, held = on_leaves(one, axes, updates, params, held, *trees, outputs=2)
-        return updates, GGDState(state.position + 1, held if retain.link is not None else ())
+        return updates, GGDState(state.count + 1, held if retain.link is not None else ())
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
 
 
+@checked
 def scale_by_gm(
     *,
-    inner_learning_rate: Number = 1.0,
+    inner_learning_rate: NonNegative = 1.0,
     objective: Literal["dot", "l2"] | Objective = "dot",
     retain: Literal["none", "decay"] | Retention = "decay",
-    decay: Number = 0.9,
+    decay: Fraction = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     """Generalised momentum: `m <- argmin L(m; -g) + Ret(m, m_t)` by one step; returns -m.
 

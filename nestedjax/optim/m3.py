@@ -23,12 +23,22 @@ from nestedjax.optim.parts import (
     Orthogonalize,
     choice,
     matrix_function,
-    number,
     orthogonal,
     rescaled,
     with_adamw,
 )
-from nestedjax.optim.types import Counter, LearningRate, Leaves, Number
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import (
+    Count,
+    Counter,
+    Decay,
+    Finite,
+    LearningRate,
+    Leaves,
+    NonNegative,
+    Number,
+    Positive,
+)
 
 Accumulate = Literal["ema", "sum"]
 SecondMoment = Literal["grad", "ortho", "none"]
@@ -58,13 +68,13 @@ class M3State(NamedTuple):
     """The state of `scale_by_m3`.
 
     Attributes:
-      position: updates done.
+      count: updates done.
       mu: the fast momentum M1.
       nu: the second moment V; () where there is none.
       slow: "every_<period>" -> the momentum that is written once in so many updates.
     """
 
-    position: Counter
+    count: Counter  # type: ignore[assignment]  # hides tuple.count, as in optax
     mu: Leaves
     nu: Leaves
     slow: dict[str, SlowState]
@@ -76,24 +86,25 @@ class M3State(NamedTuple):
         yield from periodic(self.slow)
 
 
+@checked
 def m3(
     learning_rate: LearningRate,
     *,
-    b1: Number = 0.95,
-    b2: Number = 0.98,
-    b3: Number = 0.9,
-    period: int | tuple[int, ...] = 20,
-    slow_weight: Number | tuple[Number, ...] = 0.5,
+    b1: Decay = 0.95,
+    b2: Decay = 0.98,
+    b3: Decay = 0.9,
+    period: Count | tuple[Count, ...] = 20,
+    slow_weight: Finite | tuple[Finite, ...] = 0.5,
     accumulate: Accumulate = "ema",
     second_moment: SecondMoment = "grad",
-    rms_rescale: Number | None = 0.2,
+    rms_rescale: Positive | None = 0.2,
     bias_correction: BiasCorrection = "auto",
     warm_slow: WarmSlow = "off",
     cache: bool = True,
     orthogonalize: Orthogonalize = "quintic",
-    steps: int = 5,
-    eps: Number = 1e-8,
-    weight_decay: Number = 0.1,
+    steps: Count = 5,
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -131,7 +142,7 @@ def m3(
       orthogonalize: what computes O: "quintic" or "cubic" Newton-Schulz, "svd" (exact), "none" (the
         identity), or a function of matrices [..., outputs, inputs].
       steps: iterations of Newton-Schulz.
-      eps: added to both denominators, sqrt(V) and Newton-Schulz's norm.
+      eps: added to the denominator sqrt(V).
       weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       axes: which parameters are matrices, and how: a tree like the parameters, or a function that
         makes it, of `MatrixAxes` or None; None: the last two axes of each are (inputs, outputs).
@@ -189,27 +200,28 @@ def m3(
     return with_adamw(rule, learning_rate, axes=axes, weight_decay=weight_decay, rest=rest)
 
 
+@checked
 def scale_by_m3(
     *,
-    b1: Number = 0.95,
-    b2: Number = 0.98,
-    b3: Number = 0.9,
-    period: int | tuple[int, ...] = 20,
-    slow_weight: Number | tuple[Number, ...] = 0.5,
+    b1: Decay = 0.95,
+    b2: Decay = 0.98,
+    b3: Decay = 0.9,
+    period: Count | tuple[Count, ...] = 20,
+    slow_weight: Finite | tuple[Finite, ...] = 0.5,
     accumulate: Accumulate = "ema",
     second_moment: SecondMoment = "grad",
-    rms_rescale: Number | None = 0.2,
+    rms_rescale: Positive | None = 0.2,
     bias_correction: BiasCorrection = "auto",
     warm_slow: WarmSlow = "off",
     cache: bool = True,
     orthogonalize: Orthogonalize = "quintic",
-    steps: int = 5,
-    eps: Number = 1e-8,
+    steps: Count = 5,
+    eps: NonNegative = 1e-8,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction u of `m3`, whose arguments these are.
 
-    Leaves that are no matrices take `m / (rms(m) + 1e-8)` in place of the orthogonal factor.
+    Leaves that are no matrices take `m / rms(m)` in place of the orthogonal factor.
     """
     choice("accumulate", accumulate, get_args(Accumulate))
     choice("second_moment", second_moment, get_args(SecondMoment))
@@ -217,9 +229,7 @@ def scale_by_m3(
     choice("bias_correction", bias_correction, get_args(BiasCorrection))
     automatic = "second" if accumulate == "ema" else "none"
     corrected = automatic if bias_correction == "auto" else bias_correction
-    for name, value in (("b1", b1), ("b2", b2), ("b3", b3)):
-        number(name, value)
-    function = matrix_function(orthogonalize, steps=steps, eps=eps)
+    function = matrix_function(orthogonalize, steps=steps)
     rule = _Rule(
         decays=(b1, b2, b3),
         periods=_periods(period, slow_weight),
@@ -259,11 +269,8 @@ def _periods(
     period: int | tuple[int, ...], weight: Number | tuple[Number, ...]
 ) -> dict[int, Number]:
     periods = tuple(period) if isinstance(period, Sequence) else (period,)
-    if not all(isinstance(f, int) and f >= 1 for f in periods) or len({*periods}) < len(periods):
-        raise ValueError(
-            f"period={period!r} must be one or several different integers >= 1, known when"
-            " compiling; with optax.inject_hyperparams name it in static_args"
-        )
+    if len({*periods}) < max(len(periods), 1):
+        raise ValueError(f"period={period!r} must be one number or several different ones")
     weights = tuple(weight) if isinstance(weight, Sequence) else (weight,) * len(periods)
     if len(weights) != len(periods):
         raise ValueError(f"slow_weight={weight} needs a weight for each period of {periods}")
@@ -279,26 +286,26 @@ def _init(rule: _Rule, params: Leaves) -> M3State:
 
 
 def _update(rule: _Rule, grads: Leaves, state: M3State) -> tuple[Leaves, M3State]:
-    position, (b1, b2, _) = state.position, rule.decays
+    count, (b1, b2, _) = state.count, rule.decays
     mu = _moment(rule, state.mu, grads, b1)
-    direction, slow = rule.ortho(_unbiased(rule, "mu", mu, b1, position)), {}
+    direction, slow = rule.ortho(_unbiased(rule, "mu", mu, b1, count)), {}
     for f, weight in rule.periods.items():
         before = state.slow[every(f)]
         # The gradient of this step counts for the write at its end, but the slow term of this step
         # is read before that write: M2 acts from step f + 1 on (departure 4).
         total = jax.tree.map(jnp.add, before.acc_grads, grads)
-        slower = _slow_direction(rule, before, total, position < f)
+        slower = _slow_direction(rule, before, total, count < f)
         direction = jax.tree.map(lambda o, s, w=weight: o + w * s, direction, slower)
-        slow[every(f)] = _slow_write(rule, before, total, f, position)
+        slow[every(f)] = _slow_write(rule, before, total, f, count)
     nu = state.nu
     if rule.moment != "none":
         # As printed, V divides what is orthogonal already (departure 6). The other order, O of
         # M / sqrt(V), would keep the update orthogonal, and is another algorithm.
         source = grads if rule.moment == "grad" else direction
         nu = _moment(rule, nu, jax.tree.map(jnp.square, source), b2)
-        size = _unbiased(rule, "nu", nu, b2, position)
+        size = _unbiased(rule, "nu", nu, b2, count)
         direction = jax.tree.map(lambda o, v: o / (jnp.sqrt(v) + rule.eps), direction, size)
-    return rule.rescale(direction), M3State(position + 1, mu, nu, slow)
+    return rule.rescale(direction), M3State(count + 1, mu, nu, slow)
 
 
 def _slow_direction(rule: _Rule, state: SlowState, total: Leaves, first: Bool[Array, ""]) -> Leaves:
@@ -310,7 +317,7 @@ def _slow_direction(rule: _Rule, state: SlowState, total: Leaves, first: Bool[Ar
 
 
 def _slow_write(
-    rule: _Rule, state: SlowState, total: Leaves, period: int, position: Counter
+    rule: _Rule, state: SlowState, total: Leaves, period: int, count: Counter
 ) -> SlowState:
     """The slow momentum after this step; Newton-Schulz runs only where it is written."""
 
@@ -321,7 +328,7 @@ def _slow_write(
         held = rule.ortho(mu) if rule.cache else ()
         return SlowState(mu, jax.tree.map(jnp.zeros_like, total), held)
 
-    return jax.lax.cond(due(position, period), write, lambda: state._replace(acc_grads=total))
+    return jax.lax.cond(due(count, period), write, lambda: state._replace(acc_grads=total))
 
 
 def _moment(rule: _Rule, old: Leaves, new: Leaves, decay: Number) -> Leaves:
@@ -331,8 +338,8 @@ def _moment(rule: _Rule, old: Leaves, new: Leaves, decay: Number) -> Leaves:
     return jax.tree.map(lambda m, g: m + decay * g, old, new)
 
 
-def _unbiased(rule: _Rule, which: str, tree: Leaves, decay: Number, position: Counter) -> Leaves:
+def _unbiased(rule: _Rule, which: str, tree: Leaves, decay: Number, count: Counter) -> Leaves:
     """A moving average divided by the sum of its weights so far, 1 - decay^t."""
     if which not in rule.corrected:
         return tree
-    return jax.tree.map(lambda m: m / (1 - decay ** (position + 1).astype(m.dtype)), tree)
+    return jax.tree.map(lambda m: m / (1 - decay ** (count + 1).astype(m.dtype)), tree)

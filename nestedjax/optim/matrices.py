@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from nestedjax.optim.types import Leaf, Matrices, PyTree
-from pallas_kernels import accumulation_dtype
+from pallas_kernels import accumulation_dtype, unit
 
 MatrixAxes = optax.contrib.MuonDimensionNumbers
 Axes: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
@@ -88,7 +88,7 @@ def named(path: tuple[Any, ...]) -> str:
 
 
 def _layout(name: str, leaf: Any, axes: Any) -> Layout | None:
-    if axes is None:
+    if axes is None or math.prod(leaf.shape) == 0:  # without entries there is nothing to factorise
         return None
     if not isinstance(axes, MatrixAxes):
         raise ValueError(f"axes of {name!r} are {axes!r}: give MatrixAxes(inputs, outputs) or None")
@@ -184,10 +184,14 @@ def widened(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
 
     Every optimizer here is wrapped in it: a moving average with decay 0.95 in bfloat16, which has 8
     significant bits, loses increments smaller than about 1/256 of what it holds.
+
+    Raises (in `init` and `update`):
+      ValueError: a leaf that does not hold real floating-point numbers, by name.
     """
     tx = optax.with_extra_args_support(tx)
 
     def wide(tree: PyTree) -> PyTree:
+        real(tree)
         return jax.tree.map(lambda a: a.astype(accumulation_dtype(a)), tree)
 
     def init(params: PyTree) -> PyTree:
@@ -202,13 +206,24 @@ def widened(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def rms(x: Leaf, layout: Layout | None) -> Leaf:
-    """Root mean square of each matrix that a leaf holds, or of the whole leaf.
+def real(tree: PyTree) -> None:
+    """Refuse leaves whose numbers an optimizer's arithmetic would cut: complex ones, integers.
 
-    Reduced axes stay, with size 1, so that the result divides the leaf.
+    Raises:
+      ValueError: there is one, by name.
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            complex_ = jnp.issubdtype(dtype, jnp.complexfloating)
+            fix = "train its real and its imaginary part" if complex_ else "mask it (optax.masked)"
+            raise ValueError(f"{named(path)!r} is {dtype}; optimizers step real numbers: {fix}")
+
+
+def normalized(x: Leaf, layout: Layout | None) -> Leaf:
+    """A leaf with root mean square 1, matrix by matrix or as a whole; zero stays zero."""
     axes = tuple(range(x.ndim)) if layout is None else layout.order[len(layout.matrix) - 2 :]
-    return jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
+    return unit(x, axes) * math.prod(x.shape[a] for a in axes) ** 0.5
 
 
 def plus_identity(square: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:

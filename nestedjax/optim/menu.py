@@ -21,6 +21,7 @@ from nestedjax.optim.m3 import m3
 from nestedjax.optim.matrices import Axes
 from nestedjax.optim.nonlinear_momentum import nonlinear_momentum
 from nestedjax.optim.preconditioned_momentum import preconditioned_momentum
+from nestedjax.optim.ranges import Range, ranges_of
 from nestedjax.optim.shampoo import shampoo
 from nestedjax.optim.soap import soap
 from nestedjax.optim.types import LearningRate
@@ -50,12 +51,14 @@ class Argument(NamedTuple):
       type: int, float, bool, `Literal[...]`, `tuple[kind, ...]`, None, or a union of those.
       default: its value where it is not given.
       doc: what it means, from the optimizer's docstring.
+      range: of its numbers; None where it takes none.
     """
 
     name: str
     type: Any
     default: Any
     doc: str
+    range: Range | None = None
 
 
 def arguments(name: str) -> dict[str, Argument]:
@@ -74,14 +77,19 @@ def arguments(name: str) -> dict[str, Argument]:
       (int | tuple[int, ...], 20)
       >>> menu.arguments("adamw")["b2"].doc
       'decay of the second moment, in one step.'
+      >>> str(menu.arguments("adamw")["b2"].range)
+      'at least 0 and less than 1'
     """
     function = _named(name)
     hints, texts = typing.get_type_hints(function), _documented(inspect.getdoc(function) or "")
+    ranges = ranges_of(function)
     found = {}
     for argument, parameter in inspect.signature(function).parameters.items():
         kind = None if argument in _CONTEXT else _plain(hints[argument])
         if kind not in (None, NoneType):
-            found[argument] = Argument(argument, kind, parameter.default, texts[argument])
+            found[argument] = Argument(
+                argument, kind, parameter.default, texts[argument], ranges.get(argument)
+            )
     return found
 
 

@@ -11,9 +11,12 @@ from jaxtyping import Array, Bool
 
 from nestedjax.levels import due
 from nestedjax.optim.by_period import Labels, Reduction, accumulate, by_period
+from nestedjax.optim.dgd import DGDState
+from nestedjax.optim.ggd import GGDState
 from nestedjax.optim.memories import Memory, Part
 from nestedjax.optim.parts import choice
-from nestedjax.optim.types import Counter, Leaves, Number, PyTree
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import Counter, Fraction, Leaves, Number, PyTree
 
 Rule = Literal["fomaml", "reptile", "frozen"]
 
@@ -40,12 +43,12 @@ class NestedState(NamedTuple):
     """The state of `nested_by_period`.
 
     Attributes:
-      position: update calls since `init`.
+      count: update calls since `init`.
       blocks: the state of `by_period`.
       starts: label of a block -> the `StartState` of the next faster one.
     """
 
-    position: Counter
+    count: Counter  # type: ignore[assignment]  # hides tuple.count, as in optax
     blocks: optax.PartitionState
     starts: dict[str, StartState]
 
@@ -54,13 +57,14 @@ class NestedState(NamedTuple):
         return Part(self.blocks), Part(self.starts)
 
 
+@checked
 def nested_by_period(
     groups: Mapping[str, tuple[int | None, optax.GradientTransformation]],
     labels: Labels,
     *,
     chain: Sequence[str],
     rule: Rule = "fomaml",
-    reptile_learning_rate: Number = 0.1,
+    reptile_learning_rate: Fraction = 0.1,
     reduction: Reduction = "mean",
 ) -> optax.GradientTransformationExtraArgs:
     """`by_period` in which the start of each block is a parameter of the next slower one.
@@ -83,8 +87,8 @@ def nested_by_period(
 
     Returns:
       A transformation with state `NestedState`, whose `update` needs `params`. When a block begins
-      again so does its optimizer, but for learning-rate schedules (`optax.scale_by_schedule`),
-      which belong to the run.
+      again so does its optimizer, but for the counters of schedules (of a learning rate, of weight
+      decay, of injected hyper-parameters), which belong to the run.
 
     Raises:
       ValueError: a period of the chain that is missing or does not divide the next, or what
@@ -117,8 +121,8 @@ def nested_by_period(
          that were in force: the gradient of the period's whole loss with the start's influence on
          the weights taken as the identity.
     """
-    periods = _periods(groups, chain, rule)
     base = by_period(groups, labels, reduction=reduction)
+    periods = _periods(groups, chain, rule)
     pairs = tuple(zip(chain, chain[1:], strict=False))
     movers = {
         slow: _mover(groups[slow], rule, reptile_learning_rate, reduction) for _, slow in pairs
@@ -128,7 +132,8 @@ def nested_by_period(
         names = labels(params) if callable(labels) else labels
         starts = {}
         for fast, slow in pairs:
-            start = jax.tree.map(jnp.asarray, _pick(names, fast, params))
+            # a copy: the parameters' own arrays could not be donated beside the state
+            start = jax.tree.map(jnp.array, _pick(names, fast, params))
             starts[slow] = StartState(start, movers[slow].init(start))
         return NestedState(jnp.zeros((), jnp.int32), base.init(params), starts)
 
@@ -142,7 +147,7 @@ def nested_by_period(
         fresh, held = base.init(params).inner_states, dict(blocks.inner_states)
         starts = {}
         for fast, slow in pairs:
-            now = due(state.position, periods[slow])
+            now = due(state.count, periods[slow])
             parts = (_pick(names, fast, tree) for tree in (params, new, updates))
             moved, starts[slow] = _moved(movers[slow], state.starts[slow], now, *parts)
             held[fast] = _begin_again(now, fresh[fast], held[fast])
@@ -150,7 +155,7 @@ def nested_by_period(
                 lambda name, old, part, fast=fast: part if name == fast else old, names, new, moved
             )
         blocks = blocks._replace(inner_states=held)
-        return new, NestedState(state.position + 1, blocks, starts)
+        return new, NestedState(state.count + 1, blocks, starts)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -225,18 +230,32 @@ def _mover(
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
+# The states with schedules inside of them, and the fields by which those know where they are. Other
+# counters, such as that of Adam's bias correction, count what the state has seen of its context.
+_SCHEDULED = (
+    optax.ScaleByScheduleState,
+    type(optax.add_decayed_weights(lambda count: 0.0).init({})),  # its class has no public name
+    optax.InjectStatefulHyperparamsState,
+    DGDState,
+    GGDState,
+)
+_KEPT = ("count", "hyperparams", "hyperparams_states")
+
+
 def _begin_again(now: bool | Bool[Array, ""], fresh: PyTree, held: PyTree) -> PyTree:
     """The fresh state of a block's optimizer where `now` holds, but for its schedules."""
 
-    def choose(new, old):
-        if isinstance(old, optax.ScaleByScheduleState):
-            return old
-        return jnp.where(now, new, old)
+    def choose(new: Any, old: Any) -> Any:
+        if not isinstance(old, _SCHEDULED):
+            return jnp.where(now, new, old)
+        return type(old)(
+            **{
+                name: value if name in _KEPT else _begin_again(now, getattr(new, name), value)
+                for name, value in old._asdict().items()
+            }
+        )
 
-    def schedule(node):
-        return isinstance(node, optax.ScaleByScheduleState)
-
-    return jax.tree.map(choose, fresh, held, is_leaf=schedule)
+    return jax.tree.map(choose, fresh, held, is_leaf=lambda node: isinstance(node, _SCHEDULED))
 
 
 def _pick(names: PyTree, label: str, tree: PyTree) -> PyTree:

@@ -11,27 +11,35 @@ from nestedjax.optim.parts import (
     Shape,
     choice,
     matrix_function,
-    number,
     orthogonal,
     scale_by_shape,
     with_adamw,
 )
-from nestedjax.optim.types import LearningRate, Leaves, MatrixFunction, Number, PyTree
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import (
+    Count,
+    Decay,
+    LearningRate,
+    Leaves,
+    MatrixFunction,
+    NonNegative,
+    PyTree,
+)
 
 Output: TypeAlias = Literal["quintic", "cubic", "svd", "sign", "none"] | MatrixFunction
 
 
+@checked
 def nonlinear_momentum(
     learning_rate: LearningRate,
     *,
-    decay: Number = 0.95,
+    decay: Decay = 0.95,
     output: Output = "quintic",
     nesterov: bool = True,
     accumulate: Literal["trace", "ema"] = "trace",
     scale: Shape | None = "rms",
-    steps: int = 5,
-    eps: Number = 1e-8,
-    weight_decay: Number = 0.1,
+    steps: Count = 5,
+    weight_decay: NonNegative = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,7 +61,6 @@ def nonlinear_momentum(
       scale: factor on a matrix' update: "rms" 0.2 sqrt(max(outputs, inputs)), which gives about the
         root mean square of AdamW's; "jordan" sqrt(max(1, outputs / inputs)); None 1.
       steps: iterations of Newton-Schulz.
-      eps: added to Newton-Schulz's norm.
       weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
       axes: which parameters are matrices, and how; see `m3`.
       rest: the optimizer of the parameters that are no matrices; see `m3`.
@@ -87,7 +94,6 @@ def nonlinear_momentum(
             nesterov=nesterov,
             accumulate=accumulate,
             steps=steps,
-            eps=eps,
             axes=axes,
         ),
         scale_by_shape(scale, axes),
@@ -95,23 +101,22 @@ def nonlinear_momentum(
     return with_adamw(rule, learning_rate, axes=axes, weight_decay=weight_decay, rest=rest)
 
 
+@checked
 def scale_by_nonlinear_momentum(
     *,
-    decay: Number = 0.95,
+    decay: Decay = 0.95,
     output: Output = "quintic",
     nesterov: bool = True,
     accumulate: Literal["trace", "ema"] = "trace",
-    steps: int = 5,
-    eps: Number = 1e-8,
+    steps: Count = 5,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`output(m)` of `nonlinear_momentum`, whose arguments these are; state `optax.TraceState`.
 
-    Of leaves that are no matrices it takes the sign for "sign", and else `m / (rms(m) + 1e-8)`.
+    Of leaves that are no matrices it takes the sign for "sign", and else `m / rms(m)`.
     """
     choice("accumulate", accumulate, ("trace", "ema"))
-    number("decay", decay)
-    function = None if output == "sign" else matrix_function(output, steps=steps, eps=eps)
+    function = None if output == "sign" else matrix_function(output, steps=steps)
 
     def read(momenta: Leaves, params: PyTree = None) -> Leaves:
         if output == "sign":

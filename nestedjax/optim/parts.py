@@ -12,12 +12,20 @@ from nestedjax.optim.matrices import (
     Layout,
     fold,
     labels,
+    normalized,
     on_leaves,
-    rms,
     unfold,
     widened,
 )
-from nestedjax.optim.types import LearningRate, Leaves, Matrices, MatrixFunction, Number, PyTree
+from nestedjax.optim.types import (
+    LearningRate,
+    Leaves,
+    Matrices,
+    MatrixFunction,
+    NonNegative,
+    Number,
+    PyTree,
+)
 from pallas_kernels import stacked
 from pallas_kernels.newton_schulz import COEFFICIENTS, newton_schulz
 
@@ -25,19 +33,16 @@ Orthogonalize: TypeAlias = Literal["quintic", "cubic", "svd", "none"] | MatrixFu
 Shape: TypeAlias = Literal["rms", "jordan"]
 Mask: TypeAlias = Callable[[PyTree], PyTree] | PyTree
 
-_EPS = 1e-8
 
-
-def matrix_function(name: Orthogonalize, *, steps: int, eps: Number) -> MatrixFunction | None:
+def matrix_function(name: Orthogonalize, *, steps: int) -> MatrixFunction | None:
     """The map of matrices that a name stands for; None for "none", which leaves them as they are.
 
     Args:
       name: see `m3`.
       steps: Newton-Schulz iterations.
-      eps: added to the norm that Newton-Schulz divides by.
 
     Raises:
-      ValueError: an unknown name, or a number of steps that is not known when compiling.
+      ValueError: an unknown name.
     """
     if callable(name):
         return name
@@ -48,28 +53,13 @@ def matrix_function(name: Orthogonalize, *, steps: int, eps: Number) -> MatrixFu
     if name not in COEFFICIENTS:
         known = ", ".join((*COEFFICIENTS, "svd", "none"))
         raise ValueError(f"orthogonalize={name!r} is not one of {known}, nor a function")
-    if not isinstance(steps, int):
-        raise ValueError(
-            f"steps={steps!r} must be an integer known when compiling; with"
-            " optax.inject_hyperparams name it in static_args"
-        )
-    return lambda x: newton_schulz(x, variant=name, steps=steps, eps=eps)
+    return lambda x: newton_schulz(x, variant=name, steps=steps)
 
 
 def polar(x: Matrices) -> Matrices:
     """The exact orthogonal factor U V^T of x = U S V^T: what Newton-Schulz approximates."""
     u, _, vt = stacked(lambda one: tuple(jnp.linalg.svd(one, full_matrices=False)), x)
     return u @ vt
-
-
-def number(name: str, value: Number, low: float = 0.0, high: Number = 1.0) -> None:
-    """Refuse a hyper-parameter outside of [low, high]; an array, which may be traced, passes.
-
-    Raises:
-      ValueError: it is outside.
-    """
-    if isinstance(value, int | float) and not low <= value <= high:
-        raise ValueError(f"{name}={value} must be between {low} and {high}")
 
 
 def choice(name: str, value: Any, known: tuple[str, ...]) -> Any:
@@ -108,15 +98,11 @@ def scale_by_shape(rule: Shape | None, axes: Axes) -> optax.GradientTransformati
 def rescaled(updates: Leaves, target: Number, axes: Axes) -> Leaves:
     """Updates with the root mean square `target`, matrix by matrix; zero stays zero."""
 
-    def one(layout: Layout | None, u: jax.Array) -> tuple[jax.Array]:
-        size = rms(u, layout)
-        return (u * (target / jnp.where(size > 0, size, jnp.ones_like(size))),)
-
-    return on_leaves(one, axes, updates)[0]
+    return on_leaves(lambda layout, u: (normalized(u, layout) * target,), axes, updates)[0]
 
 
 def orthogonal(tree: Leaves, function: MatrixFunction | None, axes: Axes) -> Leaves:
-    """`function` of the matrices that each leaf holds; `x / (rms(x) + 1e-8)` where it holds none.
+    """`function` of the matrices that each leaf holds; `x / rms(x)` where it holds none.
 
     The second is what an orthogonal factor does to a matrix, for a leaf without a matrix: the scale
     of a momentum is lost.
@@ -131,7 +117,7 @@ def orthogonal(tree: Leaves, function: MatrixFunction | None, axes: Axes) -> Lea
 
     def one(layout: Layout | None, x: jax.Array) -> tuple[jax.Array]:
         if layout is None:
-            return (x / (rms(x, layout) + _EPS),)
+            return (normalized(x, layout),)
         return (unfold(function(fold(x, layout)), layout),)
 
     return on_leaves(one, axes, tree)[0]
@@ -142,7 +128,7 @@ def with_adamw(
     learning_rate: LearningRate,
     *,
     axes: Axes,
-    weight_decay: Number,
+    weight_decay: NonNegative | optax.Schedule,
     rest: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
     """`rule` for the matrices, with decoupled weight decay; AdamW for everything else.
@@ -151,7 +137,7 @@ def with_adamw(
       rule: a `scale_by_...`.
       learning_rate: of the rule, and of AdamW where `rest` is None.
       axes: which parameters are matrices; see `nestedjax.optim.matrices`.
-      weight_decay: of the matrices, multiplied by the learning rate.
+      weight_decay: of the matrices, multiplied by the learning rate; a number or a schedule.
       rest: the optimizer of the other parameters; None:
         `optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0)`.
     """
@@ -179,6 +165,15 @@ def lenient(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def matrices_in(axes: Axes) -> Callable[[PyTree], PyTree]:
+    """Which parameters are matrices, as the mask of `add_decay`: a tree of bool."""
+
+    def mask(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda kind: kind == "matrix", labels(axes)(params))
+
+    return mask
+
+
 def add_decay(
     learning_rate: LearningRate, weight_decay: Number, *, mask: Mask | None = None
 ) -> optax.GradientTransformation:
@@ -189,6 +184,8 @@ def add_decay(
       weight_decay: decoupled; 0 adds nothing.
       mask: which parameters decay, as in `optax.add_decayed_weights`; None: all.
     """
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
     if callable(learning_rate):
         return optax.add_decayed_weights(lambda count: -weight_decay * learning_rate(count), mask)
     return optax.add_decayed_weights(-weight_decay * learning_rate, mask)

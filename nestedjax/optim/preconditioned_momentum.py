@@ -1,7 +1,7 @@
 """Momentum as an associative memory, with any operator on the gradients it stores (spec B2, B3)."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +11,35 @@ from jaxtyping import Array, Float
 from nestedjax.optim.features import Features, NamedFeatures, on_features
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.memories import Memory
-from nestedjax.optim.parts import add_decay, choice, lenient, number, polar
+from nestedjax.optim.parts import add_decay, choice, lenient, matrices_in, polar
+from nestedjax.optim.ranges import Range, checked
 from nestedjax.optim.shampoo import scale_by_shampoo
 from nestedjax.optim.soap import scale_by_soap
 from nestedjax.optim.types import (
+    Fraction,
     Leaf,
     LearningRate,
     Leaves,
-    Matrices,
     MatrixFunction,
+    NonNegative,
     Number,
     PyTree,
 )
+from pallas_kernels import unit
 
 Preconditioner: TypeAlias = (
     Literal["identity", "diagonal", "shampoo", "soap", "learned"] | optax.GradientTransformation
 )
 
 
+@checked
 def preconditioned_momentum(
     learning_rate: LearningRate,
     *,
-    decay: Number = 0.9,
+    decay: Fraction = 0.9,
     preconditioner: Preconditioner = "diagonal",
     features: NamedFeatures | Features = "identity",
-    weight_decay: Number = 0.0,
+    weight_decay: NonNegative = 0.1,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum that stores preconditioned gradients, for parameters of any shape.
@@ -54,8 +58,11 @@ def preconditioned_momentum(
         such as `scale_by_matrix`.
       features: map phi of a gradient before it is stored: "identity", "sign", "normalized"
         (g / (|g| + 1e-8)), or one of `nestedjax.optim.features`.
-      weight_decay: decoupled weight decay of every parameter, multiplied by the learning rate.
-      axes: which parameters are matrices, and how, for the preconditioners that ask; see `m3`.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
+      axes: which parameters are matrices, and how; see `m3`.
+
+    Returns:
+      A transformation. With `optax.inject_hyperparams` name functions in `static_args`.
 
     Raises:
       ValueError: an argument out of range, or axes that do not fit a parameter, by its name.
@@ -64,7 +71,7 @@ def preconditioned_momentum(
       >>> import jax.numpy as jnp
       >>> from nestedjax import optim
       >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
-      >>> tx = optim.preconditioned_momentum(0.1, preconditioner="identity")
+      >>> tx = optim.preconditioned_momentum(0.1, preconditioner="identity", weight_decay=0.0)
       >>> tx.update(params, tx.init(params), params)[0]["kernel"][0].tolist()
       [-0.10000000149011612, -0.10000000149011612, -0.10000000149011612]
 
@@ -74,26 +81,24 @@ def preconditioned_momentum(
     Departure from the paper: the NeurIPS version prints W - m together with m - lr g, which climbs;
     the sign here is that of equation 33.
     """
-    number("decay", decay)
     memory = optax.chain(
         preconditioners(preconditioner, axes),
         optax.scale_by_learning_rate(learning_rate),
         optax.trace(decay),
     )
-    return widened(
-        optax.chain(on_features(memory, features, axes), add_decay(learning_rate, weight_decay))
-    )
+    shrink = add_decay(learning_rate, weight_decay, mask=matrices_in(axes))
+    return widened(optax.chain(on_features(memory, features, axes), shrink))
 
 
+@checked
 def scale_by_preconditioned_momentum(
     *,
-    decay: Number = 0.9,
+    decay: Fraction = 0.9,
     preconditioner: Preconditioner = "diagonal",
     features: NamedFeatures | Features = "identity",
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`m <- decay m + P(phi(g))` of `preconditioned_momentum`, whose arguments these are."""
-    number("decay", decay)
     memory = optax.chain(preconditioners(preconditioner, axes), optax.trace(decay))
     return widened(on_features(memory, features, axes))
 
@@ -153,9 +158,10 @@ class LearnedState(NamedTuple):
         )
 
 
+@checked
 def scale_by_learned_preconditioner(
     *,
-    inner_learning_rate: Number = 0.1,
+    inner_learning_rate: Annotated[Number, Range(0, 2)] = 0.1,
     target: MatrixFunction = polar,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -177,7 +183,6 @@ def scale_by_learned_preconditioner(
     Departure from the paper: it names the inner problem and leaves objective and target open; both
     are choices made here.
     """
-    number("inner_learning_rate", inner_learning_rate, 0.0, 2.0)
 
     def init(params: Leaves) -> LearnedState:
         def one(layout: Layout | None, p: Leaf) -> tuple[Any]:
@@ -194,7 +199,7 @@ def scale_by_learned_preconditioner(
             if layout is None:
                 return g, p
             gradient = fold(g, layout)
-            key, value = _unit(gradient), _unit(target(gradient))
+            key, value = (unit(m, (-2, -1)) for m in (gradient, target(gradient)))
             p = p - inner_learning_rate * (p @ key - value) @ key.mT
             return unfold(p @ gradient, layout), p
 
@@ -202,8 +207,3 @@ def scale_by_learned_preconditioner(
         return updates, LearnedState(operator)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
-
-
-def _unit(x: Matrices) -> Matrices:
-    """Matrices of Frobenius norm 1; zero stays zero."""
-    return x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-12)

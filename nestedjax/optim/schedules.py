@@ -1,10 +1,21 @@
 """How the learning rate changes in a run."""
 
+from typing import Annotated
+
+import jax
 import optax
 
+from nestedjax.optim.ranges import Range, checked
+from nestedjax.optim.types import Count, Number
 
+
+@checked
 def warmup_cosine(
-    peak: float, *, steps: int, warmup: int = 0, final_fraction: float = 0.1
+    peak: Annotated[float, Range(0)],
+    *,
+    steps: Count,
+    warmup: Annotated[int, Range(0, integer=True)] = 0,
+    final_fraction: Annotated[float, Range(0, 1)] = 0.1,
 ) -> optax.Schedule:
     """A learning rate that rises linearly from 0 to `peak`, then falls along a half cosine.
 
@@ -23,7 +34,7 @@ def warmup_cosine(
       `schedule(step) -> learning rate`.
 
     Raises:
-      ValueError: a step count that is not positive, or a negative warm-up.
+      ValueError: an argument out of range, such as a negative warm-up.
 
     Example:
       >>> from nestedjax import optim
@@ -34,8 +45,6 @@ def warmup_cosine(
     Reference:
       Loshchilov and Hutter, SGDR (arXiv 1608.03983), without restarts.
     """
-    if steps < 1 or warmup < 0:
-        raise ValueError(f"steps={steps} must be positive and warmup={warmup} not negative")
     warmup = min(warmup, steps // 2)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else peak,
@@ -44,3 +53,33 @@ def warmup_cosine(
         decay_steps=steps,
         end_value=peak * final_fraction,
     )
+
+
+@checked
+def at_writes(schedule: optax.Schedule, period: Count) -> optax.Schedule:
+    """The schedule, by step, of what is written once in `period` steps, by the number of writes.
+
+    Write n = 0, 1, ... happens at the end of a period, in step `(n + 1) period - 1`, counted from
+    0, and takes the schedule's value there. With period 1 it is the schedule.
+
+    Args:
+      schedule: `step -> value`.
+      period: steps between two writes.
+
+    Returns:
+      `schedule(writes) -> value`, for an optimizer inside of `accumulate` or `by_period`.
+
+    Raises:
+      ValueError: the period is no positive integer.
+
+    Example:
+      >>> from nestedjax import optim
+      >>> schedule = optim.at_writes(lambda step: 10 * step, 4)
+      >>> [schedule(writes) for writes in range(3)]
+      [30, 70, 110]
+    """
+
+    def at(writes: int | jax.Array) -> Number:
+        return schedule(writes * period + (period - 1))
+
+    return at

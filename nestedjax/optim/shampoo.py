@@ -11,17 +11,22 @@ from jaxtyping import Array, DTypeLike, Float
 from nestedjax.levels import due
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold, widened
 from nestedjax.optim.memories import Memory, momentum
-from nestedjax.optim.parts import choice, number, rescaled, with_adamw
+from nestedjax.optim.parts import choice, rescaled, with_adamw
+from nestedjax.optim.ranges import checked
 from nestedjax.optim.types import (
+    Count,
     Counter,
+    Decay,
     Leaf,
     LearningRate,
     Leaves,
     Matrices,
+    NonNegative,
     Number,
+    Positive,
     PyTree,
 )
-from pallas_kernels import eigh
+from pallas_kernels import eigh, norm
 
 Sides = Literal["both", "left"]
 
@@ -30,7 +35,7 @@ class ShampooState(NamedTuple):
     """The state of `scale_by_shampoo`.
 
     Attributes:
-      position: updates done.
+      count: updates done.
       trace: momentum m; () without.
       left: sums L of g g^T; of g^2 for what is no matrix; nothing for a side longer than
         `max_side`.
@@ -38,7 +43,7 @@ class ShampooState(NamedTuple):
       held: the inverse roots of the two, computed once in `refresh` updates; () where it is 1.
     """
 
-    position: Counter
+    count: Counter  # type: ignore[assignment]  # hides tuple.count, as in optax
     trace: Leaves
     left: PyTree[Float[Array, "*stack outputs outputs"]]
     right: PyTree[Float[Array, "*stack inputs inputs"]]
@@ -49,17 +54,18 @@ class ShampooState(NamedTuple):
         return momentum(self.trace), *factors(self.left, self.right, cache=self.held)
 
 
+@checked
 def shampoo(
     learning_rate: LearningRate,
     *,
-    b1: Number = 0.0,
-    b2: Number | None = None,
+    b1: Decay = 0.0,
+    b2: Decay | None = None,
     sides: Sides = "both",
-    refresh: int = 1,
-    max_side: int = 8192,
-    rms_rescale: Number | None = None,
-    eps: Number = 1e-6,
-    weight_decay: Number = 0.0,
+    refresh: Count = 1,
+    max_side: Count = 8192,
+    rms_rescale: Positive | None = None,
+    eps: NonNegative = 1e-6,
+    weight_decay: NonNegative = 0.1,
     axes: Axes = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -74,9 +80,7 @@ def shampoo(
       b2: decay of L and R as moving averages, in one step; None makes them sums.
       sides: what whitens m: "both" factors as above, or the "left" one alone,
         `(L + eps I)^-1/2 m`, which is one-sided full-matrix AdaGrad (equation 106).
-      refresh: steps between two computations of the roots; directions that are absent from the
-        accumulated statistics are amplified by eps^(-1/2), so that with more than 1 a larger eps is
-        needed.
+      refresh: steps between two computations of the roots.
       max_side: longest side of a matrix, in entries, that is preconditioned.
       rms_rescale: root mean square that each matrix' update is rescaled to; None leaves it as it
         comes out.
@@ -103,8 +107,12 @@ def shampoo(
       Gupta et al., Shampoo (arXiv 1802.09568); Nested Learning (arXiv 2512.24695), equations
       106-111; spec B8 and B11.
 
-    Departure from the paper: the printed shapes of equations 106-111 do not match; "left" is the
-    reading in which they do.
+    Departures from the papers:
+      1. The printed shapes of equations 106-111 do not match; "left" is the reading in which they
+         do.
+      2. With `refresh` above 1 an update is no longer than the longest that roots of this step
+         could give. Roots that do not know a direction of the gradient multiply it by eps^(-1/2),
+         and in `refresh` such steps training would diverge. With `refresh=1` nothing is cut.
     """
     rule = scale_by_shampoo(
         b1=b1,
@@ -119,29 +127,31 @@ def shampoo(
     return with_adamw(rule, learning_rate, axes=axes, weight_decay=weight_decay, rest=rest)
 
 
+@checked
 def scale_by_shampoo(
     *,
-    b1: Number = 0.0,
-    b2: Number | None = None,
+    b1: Decay = 0.0,
+    b2: Decay | None = None,
     sides: Sides = "both",
-    refresh: int = 1,
-    max_side: int = 8192,
-    rms_rescale: Number | None = None,
-    eps: Number = 1e-6,
+    refresh: Count = 1,
+    max_side: Count = 8192,
+    rms_rescale: Positive | None = None,
+    eps: NonNegative = 1e-6,
     axes: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `shampoo`, whose arguments these are; AdaGrad for what is no matrix."""
-    number("b1", b1)
-    number("b2", 0.0 if b2 is None else b2)
     choice("sides", sides, get_args(Sides))
-    period(refresh)
     has_momentum = not (isinstance(b1, int | float) and b1 == 0)
     # For one gradient both powers give its orthogonal factor: L = g g^T has the eigenvalues s^2, so
     # that L^-1/2 alone, or L^-1/4 from the left and R^-1/4 from the right, divides s by s.
     power = -0.5 if sides == "left" else -0.25
 
     zeros = partial(_zeros, sides=sides, max_side=max_side)
-    gather, direct = partial(_gather, decay=b2), partial(_direct, eps=eps)
+    gather = partial(_gather, decay=b2)
+    # L holds the gradient of its own step, times 1 - b2, so that L^-1/2 g has no singular value
+    # above (1 - b2)^-1/2, and a momentum's are 1 / (1 - b1) times that.
+    longest = None if refresh == 1 else (1 if b2 is None else (1 - b2) ** -0.5) / (1 - b1)
+    direct = partial(_direct, eps=eps, power=power, longest=longest)
     roots = partial(_roots, power=power, eps=eps, axes=axes)
 
     def init(params: Leaves) -> ShampooState:
@@ -159,13 +169,13 @@ def scale_by_shampoo(
 
         # Roots are computed in the first step of a period, from statistics that hold its gradient:
         # at the end of one, the first period would have none.
-        first = due(state.position + refresh - 1, refresh)
+        first = due(state.count + refresh - 1, refresh)
         held = fresh() if refresh == 1 else jax.lax.cond(first, fresh, lambda: state.held)
         (direction,) = on_leaves(direct, axes, trace if has_momentum else updates, left, held)
         if rms_rescale is not None:
             direction = rescaled(direction, rms_rescale, axes)
         held = () if refresh == 1 else held
-        return direction, ShampooState(state.position + 1, trace, left, right, held)
+        return direction, ShampooState(state.count + 1, trace, left, right, held)
 
     return widened(optax.GradientTransformationExtraArgs(init, update))
 
@@ -196,13 +206,29 @@ def _gather(
 
 
 def _direct(
-    layout: Layout | None, m: Leaf, left: Leaf | optax.MaskedNode, held: PyTree, *, eps: Number
+    layout: Layout | None,
+    m: Leaf,
+    left: Leaf | optax.MaskedNode,
+    held: PyTree,
+    *,
+    eps: Number,
+    power: float,
+    longest: Number | None,
 ) -> tuple[Leaf]:
-    """The momentum of a leaf between the roots of its factors."""
+    """The momentum of a leaf between the roots of its factors, cut to what is the longest."""
     if layout is None:
         return (m / (jnp.sqrt(left) + eps),)
-    for_left, for_right = held
-    return (unfold(sandwich(fold(m, layout), for_left, for_right), layout),)
+    m = fold(m, layout)
+    u = sandwich(m, *held)
+    if longest is not None:
+        # Fresh roots leave a singular value s of m at most s^rest, with rest 0 unless a side is too
+        # long; the sum of their squares is the largest where all are equal.
+        rest = 1 + 2 * power * sum(not isinstance(root, optax.MaskedNode) for root in held)
+        equal = min(layout.matrix[-2:]) ** 0.5
+        limit = longest * equal * (norm(m, (-2, -1)) / equal) ** rest
+        size = norm(u, (-2, -1))
+        u = jnp.where(size > limit, u * (limit / size), u)
+    return (unfold(u, layout),)
 
 
 def _roots(
@@ -225,19 +251,6 @@ def factors(left: PyTree, right: PyTree, *, cache: PyTree = ()) -> tuple[Memory,
         Memory("left factor", left, "l2 to g g^T", rule, cache=cache),
         Memory("right factor", right, "l2 to g^T g", rule),
     )
-
-
-def period(refresh: int) -> None:
-    """Refuse a period that is no integer >= 1, or not known when compiling.
-
-    Raises:
-      ValueError: it is none.
-    """
-    if not isinstance(refresh, int) or refresh < 1:
-        raise ValueError(
-            f"refresh={refresh!r} must be an integer >= 1, known when compiling; with"
-            " optax.inject_hyperparams name it in static_args"
-        )
 
 
 def side(

@@ -4,7 +4,7 @@ Delta gradient descent needs `C = X^T X / n` of a layer's inputs besides its gra
 layer has one more parameter, its tap, which is zero, contributes nothing, is never updated, and
 whose "gradient" is C. So C goes wherever gradients go: through scans over stacked layers,
 accumulation, sharding and optax transformations. It is no gradient, though: what clips or counts
-gradients leaves out the leaves that `taps_in` names.
+gradients leaves out the leaves that `taps_in` names: `clip_gradients`, `gradient_norm`.
 """
 
 import math
@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from nestedjax.optim.types import PyTree
+from nestedjax.optim.ranges import checked
+from nestedjax.optim.types import Positive, PyTree
 
 TAP = "tap"
 
@@ -35,6 +37,48 @@ def taps_in(tree: PyTree) -> PyTree:
       {'kernel': False, 'tap': True}
     """
     return jax.tree.map_with_path(lambda path, _: TAP in names_of(path), tree)
+
+
+def gradient_norm(gradients: PyTree) -> Float[Array, ""]:
+    """The global norm of the gradients among the leaves: taps are none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(gradient_norm({"kernel": jnp.array([3.0, 4.0]), "tap": jnp.array([100.0])}))
+      5.0
+    """
+    return optax.tree.norm(_gradients_in(gradients))
+
+
+@checked
+def clip_gradients(largest: Positive) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` of the gradients; taps are neither counted nor scaled.
+
+    Args:
+      largest: the largest global norm.
+
+    Raises:
+      ValueError: it is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx, tree = clip_gradients(1.0), {"kernel": jnp.array([3.0, 4.0]), "tap": jnp.ones(1)}
+      >>> clipped, _ = tx.update(tree, tx.init(tree))
+      >>> clipped["kernel"].round(3).tolist(), clipped["tap"].tolist()
+      ([0.6000000238418579, 0.800000011920929], [1.0])
+    """
+    clip = optax.clip_by_global_norm(largest)
+
+    def update(updates: PyTree, params: PyTree = None) -> PyTree:
+        clipped, _ = clip.update(_gradients_in(updates), clip.init(params))
+        return jax.tree.map(lambda u, c: u if c is None else c, updates, clipped)
+
+    return optax.stateless(update)
+
+
+def _gradients_in(tree: PyTree) -> PyTree:
+    """The tree with None in place of its taps."""
+    return jax.tree.map(lambda leaf, tap: None if tap else leaf, tree, taps_in(tree))
 
 
 def names_of(path: tuple[Any, ...]) -> list[str]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nestedjax import levels, models
 from nestedjax.errors import ConfigError, one_line
-from nestedjax.optim import adamw, boxes_of, menu, warmup_cosine
+from nestedjax.optim import adamw, at_writes, boxes_of, clip_gradients, menu, warmup_cosine
 from nestedjax.optim.parts import add_decay
 from nestedjax.run.config import RunConfig
 from nestedjax.training import TrainState, init_state, state_shardings
@@ -94,9 +94,10 @@ def optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The outer optimizer of a run and its learning rate by step.
 
-    One global norm is clipped; then the optimizer steps each block of the continuum memory at its
-    own period and everything else at every step. Weight decay is decoupled and pulls at the same
-    weights whatever the optimizer.
+    One global norm is clipped, that of the gradients without the taps of `dgd`; then the optimizer
+    steps each block of the continuum memory at its own period and everything else at every step,
+    with the learning rate of the step that a write happens in. Weight decay is decoupled and pulls
+    at the same weights whatever the optimizer.
 
     Args:
       config: the run.
@@ -114,9 +115,7 @@ def optimizer(
     )
 
     def make(period: int) -> optax.GradientTransformation:
-        def rate(writes: jax.Array) -> jax.Array:
-            return schedule(writes * period)
-
+        rate = at_writes(schedule, period)
         rule = menu.make(
             settings.name,
             rate,
@@ -133,7 +132,7 @@ def optimizer(
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
     if settings.clip is not None:
-        tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx)
+        tx = optax.chain(clip_gradients(settings.clip), tx)
     return tx, schedule
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nestedjax.optim import gradient_norm
 from nestedjax.training.state import PyTree, TrainState
 from pallas_kernels import accumulation_dtype
 
@@ -119,7 +120,7 @@ def make_dispatch(
             loss_fn, state.params, batches, state.carry
         )
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        norm = optax.tree.norm(gradients)
+        norm = gradient_norm(gradients)
         metrics = {"loss": loss, "grad_norm": norm, **metrics}
         if learning_rate is not None:
             metrics["learning_rate"] = jnp.asarray(learning_rate(state.step))

@@ -1,8 +1,8 @@
 """The public face of Newton-Schulz: validates, normalises, picks an implementation, casts back."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from pallas_kernels._linalg.norms import unit
 from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.newton_schulz.pallas_tpu import newton_schulz_pallas_tpu
 from pallas_kernels.newton_schulz.reference import newton_schulz_reference
@@ -22,14 +22,13 @@ def newton_schulz(
     *,
     variant: str = "quintic",
     steps: int = 5,
-    eps: float | Array = 1e-8,
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "..."]:
     """Approximate the orthogonal factor U V^T of each matrix U S V^T.
 
-    `X <- x / (|x|_F + eps)`, then `steps` times `X <- a X + b A X + c A^2 X`, `A = X X^T`. The
-    result does not depend on the scale of x (but for eps), and is 0 at x = 0. "cubic" converges to
+    `X <- x / |x|_F`, then `steps` times `X <- a X + b A X + c A^2 X`, `A = X X^T`. The result does
+    not depend on the scale of x, and is 0, with derivative 0, at x = 0. "cubic" converges to
     singular values of 1 (one step descends `1/4 |X^T X - I|^2` with step 1/2); "quintic" gets close
     in five steps, to values in about [0.68, 1.14], and never converges.
 
@@ -37,7 +36,6 @@ def newton_schulz(
       x: matrices [..., m, n], any stack of them in front.
       variant: "quintic" (Muon's coefficients) or "cubic".
       steps: iterations; generic matrices need 5 with "quintic" and 10-15 with "cubic".
-      eps: guards the division by the norm.
       dtype: what the products are computed in; None: at least float32. bfloat16 is faster on
         accelerators, and off by up to 0.1.
       implementation: "reference" (as printed), "xla" (on the smaller side), "pallas_tpu" (each
@@ -79,7 +77,6 @@ def newton_schulz(
         known = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r} is not one of {known}")
     wide = x.astype(accumulation_dtype(x))
-    norm = jnp.sqrt(jnp.sum(wide * wide, axis=(-2, -1), keepdims=True))
-    start = (wide / (norm + eps)).astype(wide.dtype if dtype is None else dtype)
+    start = unit(wide, (-2, -1)).astype(wide.dtype if dtype is None else dtype)
     result = _IMPLEMENTATIONS[implementation](start, COEFFICIENTS[variant], steps)
     return result.astype(x.dtype)

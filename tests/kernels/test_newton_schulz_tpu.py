@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels._tpu.vmem import vmem_limit_of
-from pallas_kernels.newton_schulz import COEFFICIENTS, newton_schulz
+from pallas_kernels.newton_schulz import COEFFICIENTS, api, newton_schulz
 from pallas_kernels.newton_schulz.pallas_tpu import (
     newton_schulz_pallas_tpu,
     vmem_bytes,
@@ -56,6 +56,17 @@ def test_bfloat16_is_close():
     expected = newton_schulz_reference(x.astype(jnp.float32), COEFFICIENTS["quintic"], 5)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.1)
+
+
+def test_scale_and_zero_through_the_public_face(monkeypatch):
+    """What normalises is in front of every implementation."""
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "pallas_tpu", kernel)
+    form = functools.partial(newton_schulz, steps=3, implementation="pallas_tpu")
+    x = normalised((2, 8, 16))
+    for scale in (1e-30, 1e20, 1e38):
+        np.testing.assert_allclose(form(scale * x), form(x), atol=1e-5)
+    slope = jax.grad(lambda x: jnp.sum(jnp.sin(form(x))))(jnp.zeros((8, 16)))
+    assert not form(jnp.zeros((8, 16))).any() and not np.asarray(slope).any()
 
 
 def test_no_steps_and_no_matrices():

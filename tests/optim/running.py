@@ -31,7 +31,7 @@ def numpy_ns(x, steps=5, cubic=False):
     if x.ndim > 2:
         return np.stack([numpy_ns(m, steps, cubic) for m in x])
     tall = x.shape[0] > x.shape[1]
-    x = (x.T if tall else x) / (np.linalg.norm(x) + 1e-8)
+    x = (x.T if tall else x) / np.linalg.norm(x)
     for _ in range(steps):
         a = x @ x.T
         if cubic:

@@ -70,5 +70,5 @@ def test_a_mask_says_what_decays():
 
 
 def test_moments_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="b2=1.5 must be between 0.0 and 1.0"):
+    with pytest.raises(ValueError, match="b2=1.5 must be at least 0 and less than 1"):
         optim.adamw(0.1, b2=1.5)

@@ -91,7 +91,7 @@ def test_bitwise_constant_between_writes():
             leaf = np.asarray(leaf)
             changed = [i for i in range(1, 12) if leaf[i].tobytes() != leaf[i - 1].tobytes()]
             assert changed == [i for i in range(1, 12) if (i + 1) % period == 0]
-        assert list(held.position) == list(range(1, 13))
+        assert list(held.count) == list(range(1, 13))
         sums = np.asarray(held.acc_grads[name])
         assert not sums[period - 1].any() and sums[period - 2 if period > 2 else 0].any()
 
@@ -223,7 +223,7 @@ def test_optax_finds_the_parameters_in_the_state():
     marked = optax.tree.map_params(tx, lambda leaf: "param", state)
     held = marked.inner_states["all"].inner_state
     assert held.acc_grads["w"] == "param" and held.inner[0].mu["w"] == "param"
-    assert held.position == 0
+    assert held.count == 0
 
 
 def test_tokens_to_steps():

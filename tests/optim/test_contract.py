@@ -33,22 +33,31 @@ class Case:
 
 
 CASES = {
-    "preconditioned_momentum": Case(optim.preconditioned_momentum, rate=0.05),
+    "preconditioned_momentum": Case(optim.preconditioned_momentum, weight_decay=0.0, rate=0.05),
     "preconditioned by shampoo": Case(
-        optim.preconditioned_momentum, rate=0.05, preconditioner="shampoo"
+        optim.preconditioned_momentum, weight_decay=0.0, rate=0.05, preconditioner="shampoo"
     ),
     "preconditioned by learning": Case(
-        optim.preconditioned_momentum, rate=0.01, preconditioner="learned"
+        optim.preconditioned_momentum, weight_decay=0.0, rate=0.01, preconditioner="learned"
     ),
-    "delta_momentum": Case(optim.delta_momentum, rate=0.02),
-    "implicit delta_momentum": Case(optim.delta_momentum, rate=0.02, implicit=True),
+    "delta_momentum": Case(optim.delta_momentum, weight_decay=0.0, rate=0.02),
+    "implicit delta_momentum": Case(
+        optim.delta_momentum, weight_decay=0.0, rate=0.02, implicit=True
+    ),
     "deep_momentum": Case(optim.deep_momentum, static=("max_inputs",), rate=0.05, weight_decay=0.0),
     "nonlinear_momentum": Case(
         optim.nonlinear_momentum, static=("steps",), rate=0.2, weight_decay=0.0
     ),
     "m3": Case(optim.m3, static=("period", "steps"), rate=0.2, period=3, weight_decay=0.0),
     "adamuon": Case(optim.adamuon, static=("steps",), rate=0.2, weight_decay=0.0),
-    "shampoo": Case(optim.shampoo, static=("refresh", "max_side"), rate=0.5, refresh=2, eps=0.1),
+    "shampoo": Case(
+        optim.shampoo,
+        static=("refresh", "max_side"),
+        rate=0.5,
+        refresh=2,
+        eps=0.1,
+        weight_decay=0.0,
+    ),
     "soap": Case(optim.soap, static=("refresh", "max_side"), rate=0.1, refresh=2, weight_decay=0.0),
     "dgd": Case(optim.dgd, solves=False),
     "ggd": Case(optim.ggd, static=("inner_steps",), rate=0.02),

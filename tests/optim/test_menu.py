@@ -71,5 +71,5 @@ def test_mistakes_are_named():
         menu.make("m3", 1e-3, given={"accumulate": "x"})
     with pytest.raises(ValueError, match="period=True is not a whole number or several of which"):
         menu.make("m3", 1e-3, given={"period": True})
-    with pytest.raises(ValueError, match="b1=7.0 must be between 0.0 and 1.0"):
+    with pytest.raises(ValueError, match="b1=7.0 must be at least 0 and less than 1"):
         menu.make("m3", 1e-3, given={"b1": 7.0})

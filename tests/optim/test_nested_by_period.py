@@ -150,3 +150,44 @@ def test_mistakes_are_named(unchecked):
     params = {"x": jnp.zeros(2)}
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(params, tx.init(params))
+
+
+def test_schedules_go_on_where_a_block_begins_again():
+    """Of a learning rate, of weight decay, of injected numbers and inside of dgd and ggd."""
+    ramp = lambda count: 1.0 * count  # noqa: E731
+    rules = {
+        "scale_by_schedule": optax.sgd(ramp),
+        "weight decay": optax.chain(optax.add_decayed_weights(ramp), optax.scale(-1.0)),
+        "injected": optax.inject_hyperparams(optax.sgd)(ramp),
+        "injected into ggd": optax.inject_hyperparams(optim.ggd, static_args="inner_steps")(ramp),
+        "ggd": optim.ggd(ramp),
+    }
+    labels, calls = {"a": "fast", "b": "slow"}, 7
+    params = {"a": jnp.ones(()), "b": jnp.ones(())}
+    for name, rule in rules.items():
+        groups = {"fast": (1, rule), "slow": (3, optax.sgd(0.0))}
+        tx = optim.nested_by_period(groups, labels, chain=("fast", "slow"), rule="frozen")
+        gradient = {"a": jnp.asarray(name != "weight decay", jnp.float32), "b": jnp.zeros(())}
+
+        def body(state, _, tx=tx, gradient=gradient):
+            updates, state = tx.update(gradient, state, params)
+            return state, updates["a"]
+
+        _, moved = jax.jit(
+            lambda tx=tx, body=body: jax.lax.scan(body, tx.init(params), None, calls)
+        )()
+        steps = np.arange(calls)
+        expected = np.where((steps + 1) % 3 == 0, 0.0, -1.0 * steps)  # the jump is to where it is
+        np.testing.assert_allclose(moved, expected, err_msg=name)
+
+
+def test_a_fresh_state_shares_no_buffer_with_the_parameters():
+    groups = {"fast": (1, optax.sgd(0.1)), "slow": (3, optax.sgd(0.1))}
+    tx = optim.nested_by_period(groups, {"a": "fast", "b": "slow"}, chain=("fast", "slow"))
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    jax.jit(step, donate_argnums=(0, 1))(params, tx.init(params))
