@@ -107,8 +107,10 @@ class Checkpoints:
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:
-        if self._read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(20, "it is a file")
+        if self._read_only:  # Orbax's own read_only warns of itself
+            options = ocp.CheckpointManagerOptions(create=False)
         else:  # what a kill or a full disk left of a save is removed
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep,

@@ -31,9 +31,8 @@ def guarded(command: str, run: Callable[[], int]) -> int:
         else:
             shown(message, category, *args, **options)
 
-    def failed(error: BaseException | str, code: int) -> int:
-        line = error if isinstance(error, str) else one_line(error)
-        say(f"nestedjax {command}: {line}", error=True)
+    def failed(error: BaseException, code: int) -> int:
+        say(f"nestedjax {command}: {one_line(error)}", error=True)
         return code
 
     with warnings.catch_warnings():
@@ -46,14 +45,15 @@ def guarded(command: str, run: Callable[[], int]) -> int:
         except (ConfigError, DataError, CheckpointError, MeshError) as error:
             return failed(error, FIX)
         except KeyboardInterrupt:
-            return failed("interrupted", INTERRUPTED)
+            return failed(KeyboardInterrupt("interrupted"), INTERRUPTED)
         except BrokenPipeError:  # who reads standard output has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             if _has_device():
                 raise
-            return failed(f"JAX has no device: {one_line(error)}; {_platform_fix()}", FIX)
+            why = f" ({error})" if str(error) else ""
+            return failed(ConfigError(f"JAX finds no device{why}; {_platform_fix()}"), FIX)
 
 
 def _has_device() -> bool:
@@ -61,7 +61,7 @@ def _has_device() -> bool:
 
     try:
         return bool(jax.devices())
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # an assertion where no plugin for it is installed
         return False
 
 

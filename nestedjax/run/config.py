@@ -157,7 +157,7 @@ def check(config: RunConfig) -> RunConfig:
 
     Raises:
       ConfigError: a row shorter than a chunk or not made of whole ones, microbatches that do not
-        divide the batch.
+        divide the batch, a cooldown longer than the run.
     """
     period, length = config.model.period, config.data.length
     if length < period:
@@ -173,4 +173,7 @@ def check(config: RunConfig) -> RunConfig:
     batch, parts = config.data.batch, config.loop.microbatches
     if batch % parts:
         raise ConfigError(f"microbatches={parts} does not divide batch={batch}; change either")
+    cooldown, steps = config.optimizer.cooldown, config.loop.steps
+    if cooldown is not None and cooldown > steps:
+        raise ConfigError(f"cooldown={cooldown} is more than steps={steps}; give at most those")
     return config

@@ -23,7 +23,7 @@ from nestedjax.run.lock import locked
 from nestedjax.run.presets import run_preset
 from nestedjax.run.saved import to_json
 from nestedjax.run.trained import Trained, cached_sampler
-from nestedjax.training import Compiled, Hook, MetricsWriter, Started, TrainState
+from nestedjax.training import Claimed, Hook, MetricsWriter, Started, TrainState
 
 SAMPLE = 240  # tokens
 
@@ -187,7 +187,7 @@ def _watcher(
                 _warn_of_rate(saved, run, event.step)
             count = sum(leaf.size for leaf in jax.tree.leaves(built.shapes))
             tell(Began(run, count, getattr(dataset, "tokens", None)))
-        if isinstance(event, Compiled) and jax.process_index() == 0:
+        if isinstance(event, Claimed) and jax.process_index() == 0:
             save_config(folder, run)
         tell(event)
 

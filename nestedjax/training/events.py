@@ -13,8 +13,8 @@ class Started(NamedTuple):
     steps: int
 
 
-class Compiled(NamedTuple):
-    """The first dispatch from `step` on was traced, compiled and sent: data and loss fit."""
+class Claimed(NamedTuple):
+    """The run is written from `step` on: its next dispatch was traced, compiled and sent."""
 
     step: int
 
@@ -67,7 +67,7 @@ class Saved(NamedTuple):
 
 KEEP = 0.95  # what the meter multiplies its sums by at every dispatch
 
-Event = Started | Compiled | Stopping | Stepped | Validated | Saved
+Event = Started | Claimed | Stopping | Stepped | Validated | Saved
 
 
 class Meter:

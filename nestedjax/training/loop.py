@@ -19,7 +19,7 @@ from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import require_fingerprint
 from nestedjax.sharding import batch_placer, group_placer, mesh_of, on_mesh
 from nestedjax.training.events import (
-    Compiled,
+    Claimed,
     Event,
     Meter,
     Saved,
@@ -207,7 +207,7 @@ class _Run(NamedTuple):
         self.require()
         if self.metrics is not None:
             self.metrics.resume(step)
-        self.on_event(Compiled(step))
+        self.on_event(Claimed(step))
 
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps

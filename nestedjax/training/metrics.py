@@ -155,7 +155,7 @@ def read_metrics(folder: str | os.PathLike) -> list[Record]:
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({_why(error)}); restore it from a copy") from error
     if bad := _damaged(lines):
-        _warn(f"{path}: {_which(bad)} no records and left out")
+        _warn(f"{path}: {_which(bad)} and left out")
     return [record for line in lines if (record := _record(line)) is not None]
 
 
@@ -194,7 +194,7 @@ def _damaged(lines: list[bytes]) -> list[int]:
 
 def _which(bad: list[int]) -> str:
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"line {bad[0]}{more} {'are' if more else 'is'}"
+    return f"line {bad[0]}{more} {'are no records' if more else 'is no record'}"
 
 
 def _drop_after(path: epath.Path, step: int) -> None:
@@ -205,7 +205,7 @@ def _drop_after(path: epath.Path, step: int) -> None:
     if bad := _damaged(lines):
         aside = path.parent / f"metrics-damaged-{time.time_ns()}.jsonl"
         aside.write_bytes(b"".join(lines))
-        _warn(f"{path}: {_which(bad)} no records and left out; the file was kept as {aside.name}")
+        _warn(f"{path}: {_which(bad)} and left out; the file was kept as {aside.name}")
     if len(kept) < len(lines):
         temporary = path.parent / (path.name + ".tmp")
         try:
