@@ -7,9 +7,12 @@ and dtypes before it reads, and fingerprints afterwards; it warns of damage and 
 whole step.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import time
 import warnings
 from typing import Any, NamedTuple
@@ -19,14 +22,28 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from nestedjax.errors import RunWarning, one_line
+from nestedjax.fingerprints import fingerprints, named_leaves
+
 PyTree = Any
+
+UNSUPPORTED = ("uint2", "uint4")  # of tensorstore; the signed ones are supported
+
+# Orbax logs each error that it raises with its traceback, and we raise it in one line.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+)
 
 
 class CheckpointError(ValueError):
-    """No checkpoint can be used, or one could not be written; the message names the fix."""
+    """No checkpoint can be used, or a tree cannot be saved; the message names the fix."""
 
 
-class CheckpointWarning(UserWarning):
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+class CheckpointWarning(RunWarning):
     """A checkpoint was damaged and an earlier one is used."""
 
 
@@ -48,35 +65,17 @@ class _Damaged(Exception):
     """This step cannot be trusted; the message says why."""
 
 
-def fingerprints(state: PyTree) -> dict[str, str]:
-    """Fingerprint every leaf: equal on any mesh for equal trees, different after one flipped bit.
-
-    Over the words w_i of a leaf (its elements as unsigned integers, 64-bit ones as two words)
-    they are sum_i w_i and sum_i (i + 1) w_i, modulo 2^32. Both sums are exact and do not depend on
-    the order of summation, hence not on how a leaf is sharded.
-
-    Args:
-      state: a tree of arrays of any dtype, random keys among them.
-
-    Returns:
-      Path of each leaf -> 16 hexadecimal digits.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> fingerprints({"w": jnp.array([1, 2], jnp.int32)})
-      {'w': '0000000300000005'}
-    """
-    named = _flatten(state)
-    sums = jax.device_get(_sums(list(named.values()))) if named else []
-    return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(named, sums, strict=True)}
-
-
 class Checkpoints:
     """The checkpoints of one run folder.
 
     Args:
       folder: where they lie; made if missing. Any path of epath, `gs://` included.
-      keep: number of newest steps kept.
+      keep: number of newest steps kept; an older one goes once its successor is complete.
+      read_only: for those who only `restore`: nothing is made or removed, and steps that another
+        process adds or removes meanwhile are followed.
+
+    Raises:
+      CheckpointError: the folder cannot be opened.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -89,19 +88,36 @@ class Checkpoints:
       (10, {'note': 'first'})
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 3):
+    def __init__(
+        self, folder: str | os.PathLike, *, keep: int = 3, read_only: bool = False
+    ) -> None:
         path = os.fspath(folder)
         self.folder = epath.Path(path if "://" in path else os.path.abspath(path))
         if keep < 2:
             raise ValueError(f"keep={keep} must be at least 2: damage needs a step to go back to")
-        self._keep = keep
+        self._keep, self._read_only = keep, read_only
         self._damaged: set[int] = set()
-        self._manager = self._open()
+        self._saving: int | None = None
+        try:
+            self._manager = self._open()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot open {self.folder} ({_reason(error)}); make it a folder of yours, or take"
+                " another run folder"
+            ) from error
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, create=True, enable_async_checkpointing=True
-        )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(20, "it is a file")
+        if self._read_only:  # Orbax's own read_only warns of itself
+            options = ocp.CheckpointManagerOptions(create=False)
+        else:  # what a kill or a full disk left of a save is removed
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                create=True,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            )
         names = ("state", "meta")
         return ocp.CheckpointManager(self.folder, options=options, item_names=names)
 
@@ -114,40 +130,43 @@ class Checkpoints:
 
         Args:
           step: its number. Checkpoints that `restore` found damaged are moved aside first.
-          state: a tree of JAX arrays.
+          state: a tree of JAX arrays, also of empty ones.
           meta: JSON object kept beside it.
 
         Raises:
-          CheckpointError: this save or the one before it could not be written.
+          SaveError: this save or the one before it could not be written.
+          CheckpointError: the tree or `meta` cannot be saved; nothing was written.
         """
-        self.wait()
-        self._set_aside()
         named = _flatten(state)
+        _require_json(meta)
+        self.wait()
         record = {
             "meta": meta,
             "leaves": {name: _describe(leaf) for name, leaf in named.items()},
             "fingerprints": fingerprints(state),
         }
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(named),
-            meta=ocp.args.JsonSave({"record": record, "digest": _digest(record)}),
-        )
+        items = {"meta": ocp.args.JsonSave({"record": record, "digest": _digest(record)})}
+        if stored := _stored(named):
+            items["state"] = ocp.args.StandardSave(stored)
+        self._saving = step
         try:
-            self._manager.save(step, args=args, force=True)
+            self._require_folder()
+            self._set_aside()
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Wait until what was saved is on disk.
 
         Raises:
-          CheckpointError: it could not be written.
+          SaveError: it could not be written.
         """
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             # The manager would go on listing a step that is not there.
-            raise self._failed(None, error) from error
+            raise self._failed(error) from error
 
     def restore(self, like: PyTree, *, part: str | None = None) -> Restored | None:
         """Read the newest checkpoint that is whole, bit for bit as it was saved.
@@ -169,18 +188,19 @@ class Checkpoints:
             or optimizer; the message names the leaf.
         """
         self.wait()
-        steps = self.steps()
         damaged: dict[int, str] = {}
-        for step in reversed(steps):
+        while (step := self._newest(damaged)) is not None:
             try:
                 state, meta = self._read(step, like, part)
             except _Damaged as damage:
                 damaged[step] = str(damage)
                 continue
-            for bad, why in damaged.items():
-                message = f"checkpoint of step {bad} is damaged ({why}); using step {step} instead"
-                warnings.warn(message, CheckpointWarning, stacklevel=2)
-            self._damaged = set(damaged)
+            # Those that are gone were not damaged: another process keeps only its newest.
+            bad = {n: why for n, why in damaged.items() if (self.folder / str(n)).exists()}
+            for number, why in bad.items():
+                message = f"checkpoint of step {number} is damaged ({why}); using step {step}"
+                warnings.warn(f"{message} instead", CheckpointWarning, stacklevel=2)
+            self._damaged = set(bad)
             return Restored(step, state, meta)
         if damaged:
             step, why = next(iter(damaged.items()))
@@ -189,6 +209,12 @@ class Checkpoints:
                 "restore the folder from a copy, or start in a new run folder"
             )
         return None
+
+    def _newest(self, tried: dict[int, str]) -> int | None:
+        """The newest step on disk that was not tried."""
+        if self._read_only:
+            self._manager.reload()
+        return max((step for step in self.steps() if step not in tried), default=None)
 
     def reached_preemption(self, count: int) -> bool:
         """Whether all processes should stop here, as `jax.distributed` has agreed.
@@ -206,8 +232,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        # The error on its way says more than one of closing.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+            self.close()
 
     def _read(self, step: int, like: PyTree, part: str | None) -> tuple[PyTree, dict[str, Any]]:
         record = self._read_record(step)
@@ -217,16 +245,19 @@ class Checkpoints:
         _require_same_leaves(saved, wanted, f"the checkpoint of step {step}")
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in wanted.items()
+            for name, x in _stored(wanted).items()
         }
         try:
-            if part is None:
+            if not abstract:
+                state = {}
+            elif part is None:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                 state = self._manager.restore(step, args=args)["state"]
             else:
                 state = _read_some(self.folder / str(step) / "state", abstract)
         except Exception as error:
             raise _Damaged(_one_line(error)) from error
+        state |= {name: _empty(x) for name, x in wanted.items() if not x.size}
         found = fingerprints(state)
         bad = [name for name in found if found[name] != record["fingerprints"][name]]
         if bad:
@@ -263,11 +294,23 @@ class Checkpoints:
         self._damaged = set()
         self._manager = self._open()
 
-    def _failed(self, step: int | None, error: Exception) -> CheckpointError:
-        self._manager = self._open()
-        what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        return CheckpointError(
-            f"{what} could not be written to {self.folder}: {_one_line(error)}; "
+    def _require_folder(self) -> None:
+        """Orbax would make the folder again, without the run around it."""
+        if "://" not in os.fspath(self.folder) and not self.folder.is_dir():
+            raise FileNotFoundError(2, "the folder is gone")
+
+    def _failed(self, error: Exception) -> SaveError:
+        """Make the manager one of what is on disk, without the half of a checkpoint."""
+        what = "a checkpoint" if self._saving is None else f"the checkpoint of step {self._saving}"
+        kept = ""
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        with contextlib.suppress(Exception):
+            self._require_folder()
+            self._manager = self._open()
+            kept = f" (step {self.steps()[-1]} and those before it are whole)"
+        return SaveError(
+            f"{what} could not be written to {self.folder}: {_reason(error)}{kept}; "
             "make room or fix the permissions, then start the same command again"
         )
 
@@ -280,48 +323,23 @@ def _read_some(path: epath.Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> d
         return reader.restore(path, args=args)
 
 
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_sum(leaf) for leaf in leaves]
-
-
-def _sum(x: jax.Array) -> jax.Array:
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag], axis=-1)
-    bits = jax.dtypes.itemsize_bits(x.dtype)
-    if x.dtype == jnp.bool_ or bits < 8:
-        words = x.astype(jnp.uint32)
-    else:
-        # 64-bit elements become two words in a last axis.
-        unsigned = {8: jnp.uint8, 16: jnp.uint16}.get(bits, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    position = jnp.ones((), jnp.uint32)
-    stride = 1
-    for axis in reversed(range(words.ndim)):
-        # Modulo 2^32, as the sums are. No reshape: it would move data between devices.
-        step = jnp.asarray(stride % 2**32, jnp.uint32)
-        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        position = position + place * step
-        stride *= words.shape[axis]
-    return jnp.stack([words.sum(dtype=jnp.uint32), (words * position).sum(dtype=jnp.uint32)])
-
-
 def _flatten(state: PyTree) -> dict[str, Any]:
-    # A flat dict of paths is all Orbax sees: any pytree can be saved, and errors can name a leaf.
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+    """The leaves of a tree that can be saved, by name."""
+    found: dict[str, Any] = {}
+    for name, leaf in named_leaves(state):
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
             raise CheckpointError(
                 f"leaf {name} is a {type(leaf).__name__}; checkpoints hold JAX arrays: "
                 "wrap it in jnp.asarray"
             )
-        if name in named:
+        if name in found:
             raise CheckpointError(f"two leaves are called {name}; rename one")
-        named[name] = leaf
-    return named
+        if str(leaf.dtype) in UNSUPPORTED:
+            raise CheckpointError(
+                f"leaf {name} is {leaf.dtype}, which tensorstore does not store; save it as int8"
+            )
+        found[name] = leaf
+    return found
 
 
 def _describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
@@ -346,6 +364,38 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def _require_json(meta: dict[str, Any]) -> None:
+    try:
+        json.dumps(meta)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the meta data of a checkpoint cannot be JSON ({one_line(error)}); simplify it"
+        ) from error
+
+
+def _stored(named: dict[str, Any]) -> dict[str, Any]:
+    """Without empty leaves, which Orbax refuses; their shapes are in the record."""
+    return {name: leaf for name, leaf in named.items() if leaf.size}
+
+
+def _empty(like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
+        zeros = jnp.zeros(data.shape, data.dtype)
+        empty = jax.random.wrap_key_data(zeros, impl=jax.random.key_impl(like))
+    else:
+        empty = jnp.zeros(like.shape, like.dtype)
+    return empty if like.sharding is None else jax.device_put(empty, like.sharding)
+
+
+def _reason(error: BaseException) -> str:
+    """Why the system refused, in its words: tensorstore hides them behind long paths."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    return _one_line(error) if not isinstance(error, OSError) else error.strerror or str(error)
+
+
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 200 else text[:197] + "..."

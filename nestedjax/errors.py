@@ -8,6 +8,10 @@ class ConfigError(ValueError):
     """A setting that the caller can fix; the message is one line with the fix."""
 
 
+class RunWarning(UserWarning):
+    """Something about a run that its owner should know, on one line; the run goes on."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[1]
 # The longest prefix that fits decides. A module may import from lower floors and its own folder.
 FLOORS = {
     "pallas_kernels": 0,
+    "nestedjax.errors": 0,
+    "nestedjax.fingerprints": 0,
     "nestedjax.levels": 1,
     "nestedjax.sharding": 1,
     "nestedjax.data": 1,
     "nestedjax.checkpoint": 1,
-    "nestedjax.errors": 1,
     "nestedjax.version": 1,
     "nestedjax.memory": 2,
     "nestedjax.optim": 3,

@@ -1,11 +1,13 @@
 """The command line: `nestedjax COMMAND ...`, one module a command, imported when it is used.
 
-Exit codes: 0 done; 1 training cannot go on (a number is not finite); 2 something the caller can
-fix, said in one line on standard error; 130 or 143 stopped by Ctrl-C or SIGTERM, with everything
-saved. Any other exception is a bug and shows its traceback.
+Exit codes: 0 done; 1 training cannot go on (a number is not finite, a checkpoint cannot be written,
+the run folder is gone); 2 something the caller can fix; both said in one line on standard error;
+130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP, with everything saved. Any other exception is
+a bug and shows its traceback.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code.
     """
+    if argv is None:
+        _open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
@@ -40,17 +44,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         print(f"nestedjax: no command {name!r}; {hint}", file=sys.stderr)
         return 2
-    if argv is None:  # a program of its own, and not a call from one
-        _prepare(name)
+    try:
+        if argv is None:  # a program of its own, and not a call from one
+            _prepare(name)
+        return _run(name, arguments[1:])
+    except KeyboardInterrupt:  # while modules are imported
+        print(f"nestedjax {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(COMMANDS[name][0])
 
     from nestedjax.cli.command import UsageError
 
     try:
-        return module.main(arguments[1:])
+        return module.main(arguments)
     except UsageError as error:
         print(f"nestedjax {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _open_streams() -> None:
+    """A standard stream that was closed (`>&-`) would become the first file that is opened."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _prepare(name: str) -> None:

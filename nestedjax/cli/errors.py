@@ -5,7 +5,9 @@ import sys
 import warnings
 from collections.abc import Callable
 
-FAILED, FIX = 1, 2
+from nestedjax.cli.output import say
+
+FAILED, FIX, INTERRUPTED = 1, 2, 130
 
 
 def guarded(command: str, run: Callable[[], int]) -> int:
@@ -15,34 +17,56 @@ def guarded(command: str, run: Callable[[], int]) -> int:
       command: its name.
       run: returns the exit code.
     """
-    from nestedjax.checkpoint import CheckpointError, CheckpointWarning
+    from nestedjax.checkpoint import CheckpointError, SaveError
     from nestedjax.data import DataError
-    from nestedjax.errors import ConfigError, one_line
+    from nestedjax.errors import ConfigError, RunWarning, one_line
     from nestedjax.sharding import MeshError
     from nestedjax.training import TrainingError
 
     shown = warnings.showwarning
 
     def show(message, category, *args, **options):
-        if issubclass(category, CheckpointWarning):
-            print(f"nestedjax {command}: warning: {message}", file=sys.stderr)
+        if issubclass(category, RunWarning):
+            say(f"nestedjax {command}: warning: {message}", error=True)
         else:
             shown(message, category, *args, **options)
 
+    def failed(error: BaseException, code: int) -> int:
+        say(f"nestedjax {command}: {one_line(error)}", error=True)
+        return code
+
     with warnings.catch_warnings():
-        warnings.simplefilter("always", CheckpointWarning)
+        warnings.simplefilter("always", RunWarning)
         warnings.showwarning = show
         try:
             return run()
+        except (TrainingError, SaveError) as error:
+            return failed(error, FAILED)
         except (ConfigError, DataError, CheckpointError, MeshError) as error:
-            print(f"nestedjax {command}: {one_line(error)}", file=sys.stderr)
-            return FIX
-        except TrainingError as error:
-            print(f"nestedjax {command}: {one_line(error)}", file=sys.stderr)
-            return FAILED
+            return failed(error, FIX)
         except KeyboardInterrupt:
-            print(f"nestedjax {command}: interrupted", file=sys.stderr)
-            return 130
+            return failed(KeyboardInterrupt("interrupted"), INTERRUPTED)
         except BrokenPipeError:  # who reads standard output has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except (RuntimeError, AssertionError) as error:
+            if _has_device():
+                raise
+            why = f" ({error})" if str(error) else ""
+            return failed(ConfigError(f"JAX finds no device{why}; {_platform_fix()}"), FIX)
+
+
+def _has_device() -> bool:
+    import jax
+
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):  # an assertion where no plugin for it is installed
+        return False
+
+
+def _platform_fix() -> str:
+    asked = os.environ.get("JAX_PLATFORMS")
+    if not asked:
+        return "set JAX_PLATFORMS=cpu"
+    return f"JAX_PLATFORMS={asked} asks for it: unset it, or set JAX_PLATFORMS=cpu"

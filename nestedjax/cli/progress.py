@@ -1,12 +1,15 @@
 """Showing how a run goes: a bar on a terminal's standard error, lines on standard output."""
 
+import os
 import sys
 
 from tqdm import tqdm
 
+from nestedjax.cli.errors import INTERRUPTED
+from nestedjax.cli.output import say
 from nestedjax.cli.printing import printable
 from nestedjax.run import Began, Event, Sampled
-from nestedjax.training import Started, Stepped, Validated
+from nestedjax.training import Started, Stepped, Stopping, Validated
 
 SHOWN = 120  # characters of a sample
 
@@ -39,6 +42,8 @@ class Progress:
             self._describe(event)
         elif isinstance(event, Started):
             self._begin(event)
+        elif isinstance(event, Stopping):
+            self._stop(event)
         elif isinstance(event, Sampled) and event.step < self._steps:  # the last is a longer one
             lines = printable(event.text[:SHOWN]).strip("\n").split("\n")
             self.write("\n".join("    | " + line for line in lines))
@@ -58,7 +63,20 @@ class Progress:
     def write(self, text: str) -> None:
         """Print text above the bar."""
         with tqdm.external_write_mode(file=sys.stdout):
-            print(text, flush=True)
+            say(text)
+
+    def _stop(self, event: Stopping) -> None:
+        """Say that a signal was heard; end the process if it is to end now.
+
+        What was saved is whole at any moment, and only the process itself can be ended while the
+        main thread waits for the device or the compiler.
+        """
+        if event.now:
+            say("\ninterrupted", error=True)
+            os._exit(INTERRUPTED)
+        line = "\n" if self._bar is not None and not self._bar.disable else ""
+        again = "; Ctrl-C again to stop now" if event.by == "Ctrl-C" else ""
+        say(f"{line}{event.by}: stopping after this dispatch, and saving{again}", error=True)
 
     def _describe(self, event: Began) -> None:
         data = event.run.data

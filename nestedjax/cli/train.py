@@ -1,15 +1,18 @@
 """Train a model on text, or continue a run: the same command on an existing run folder goes on
 where the newest checkpoint left off, and ends as if it had never stopped.
 
-The run folder gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and loss.png. Continuing
-takes its saved settings; only --steps (to more), --validate-every, --checkpoint-every and
---sample-every may change, and the --mesh, which is not saved. Ctrl-C and SIGTERM finish the step,
-save and exit with 130 and 143.
+The run folder gets config.json, checkpoints/, metrics.jsonl, tensorboard/ and loss.png; one process
+at a time trains in it. Continuing takes its saved settings; only --steps (to more),
+--validate-every, --checkpoint-every and --sample-every may change, and the --mesh, which is not
+saved. A run that has saved no step yet begins anew. Ctrl-C, SIGTERM and SIGHUP finish the dispatch,
+save and exit with 130, 143 and 129; the second Ctrl-C exits at once. Metrics that cannot be written
+cost a warning, a checkpoint that cannot be written ends the run with 1.
 The last line is: done: step=N val_loss=X.XXXX tokens=N run=DIR (nats per token)"""
 
 import dataclasses
 import os
 import shlex
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -29,7 +32,7 @@ nestedjax train PRESET --help lists every setting, with its meaning and its valu
 PRESET is one of {}
 """
 
-STOPPED = {"Ctrl-C": 130}
+STOPPED = {"Ctrl-C": 130, "SIGHUP": 129}
 SAMPLE = 240  # tokens
 
 
@@ -68,6 +71,8 @@ def _main(argv: Sequence[str]) -> int:
         example = EXAMPLE + PRESETS.format(", ".join(models.PRESETS))
         parse("nestedjax train PRESET", options, argv, about=__doc__ or "", example=example)
         return 0
+    if saved is not None and not run.has_steps(folder) and _names_another(found, saved):
+        saved = None
     if saved is not None and "config" in found.early:
         raise UsageError(f"--config begins a new run and {folder} holds one; name another --run")
     config = saved or flags.start(found)
@@ -84,6 +89,11 @@ def _main(argv: Sequence[str]) -> int:
     return _train(config, folder or os.path.join("runs", config.preset), own)
 
 
+def _names_another(found: Any, saved: Any) -> bool:
+    """Whether the arguments say where to begin, and it is not the run in the folder."""
+    return "config" in found.early or found.name not in (None, saved.preset)
+
+
 def _asks(argv: Sequence[str]) -> bool:
     return bool({"--help", "-h"} & {*argv})
 
@@ -91,9 +101,9 @@ def _asks(argv: Sequence[str]) -> bool:
 def _train(config: Any, folder: str, own: dict[str, Any]) -> int:
     """Train, show how it goes, and say how it ended; returns the exit code."""
     from nestedjax import models, run
+    from nestedjax.cli.output import say
     from nestedjax.cli.printing import printable
     from nestedjax.cli.progress import Progress
-    from nestedjax.run.plots import plot_losses
     from nestedjax.sharding import make_mesh
 
     mesh = None if own.get("mesh") is None else make_mesh(own["mesh"])
@@ -104,18 +114,31 @@ def _train(config: Any, folder: str, own: dict[str, Any]) -> int:
         preset = [config.preset] if config.preset in models.PRESETS else []
         modules = ["--import", *own["modules"]] if "modules" in own else []
         again = ["nestedjax", "train", *preset, "--run", folder, *modules]
-        print(
+        say(
             f"stopped by {result.stopped_by} at step {step}, saved; continue with:"
             f" {shlex.join(again)}"
         )
         return STOPPED.get(result.stopped_by, 143)
-    print(printable(run.generate(result.trained, tokens=SAMPLE, seed=config.seed)))
-    curve = os.path.join(folder, "loss.png")
-    plot_losses(folder, curve, title=config.preset)
-    print(f"\nloss curve: {curve}")
-    print(f"metrics: {folder}/metrics.jsonl, {folder}/tensorboard")
-    print(f"checkpoints: {folder}/checkpoints")
+    say(printable(run.generate(result.trained, tokens=SAMPLE, seed=config.seed)))
+    say("" if (curve := _plot(folder, config.preset)) is None else f"\nloss curve: {curve}")
+    say(f"metrics: {folder}/metrics.jsonl, {folder}/tensorboard")
+    say(f"checkpoints: {folder}/checkpoints")
     loss = result.record.get("val_loss", float("nan"))
     tokens = config.loop.steps * config.step_tokens
-    print(f"done: step={config.loop.steps} val_loss={loss:.4f} tokens={tokens} run={folder}")
+    say(f"done: step={config.loop.steps} val_loss={loss:.4f} tokens={tokens} run={folder}")
     return 0
+
+
+def _plot(folder: str, title: str) -> str | None:
+    """Draw the loss curve; a picture that cannot be drawn costs a warning."""
+    from nestedjax.errors import ConfigError, RunWarning
+    from nestedjax.run.plots import plot_losses
+
+    curve = os.path.join(folder, "loss.png")
+    try:
+        plot_losses(folder, curve, title=title)
+    except (OSError, ConfigError) as error:
+        why = getattr(error, "strerror", None) or error
+        warnings.warn(f"no loss curve in {curve} ({why})", RunWarning, stacklevel=2)
+        return None
+    return curve

@@ -30,7 +30,7 @@ from nestedjax.optim.preconditioned_momentum import (
     scale_by_preconditioned_momentum,
 )
 from nestedjax.optim.ranges import Range
-from nestedjax.optim.schedules import at_writes, warmup_cosine
+from nestedjax.optim.schedules import at_writes, warmup_cosine, warmup_stable_decay
 from nestedjax.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from nestedjax.optim.soap import SoapState, scale_by_soap, soap
 from nestedjax.optim.taps import (
@@ -103,5 +103,6 @@ __all__ = [
     "tapped_linear",
     "taps_in",
     "warmup_cosine",
+    "warmup_stable_decay",
     "watch_inputs",
 ]

@@ -12,7 +12,7 @@ from nestedjax.run.assemble import (
 )
 from nestedjax.run.config import DataConfig, OptimizerConfig, RunConfig, check
 from nestedjax.run.data import Batches, text_of, tokenizer_of
-from nestedjax.run.folder import load_config, read_config, require_config
+from nestedjax.run.folder import has_steps, load_config, read_config, require_config
 from nestedjax.run.functions import language_loss, probe, probe_names, sampler, token_losses
 from nestedjax.run.presets import run_preset
 from nestedjax.run.saved import from_json, import_modules, to_json
@@ -43,6 +43,7 @@ __all__ = [
     "evaluate",
     "from_json",
     "generate",
+    "has_steps",
     "import_modules",
     "language_loss",
     "load",

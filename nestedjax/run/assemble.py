@@ -11,7 +11,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nestedjax import levels, models
 from nestedjax.errors import ConfigError, one_line
-from nestedjax.optim import adamw, at_writes, boxes_of, clip_gradients, menu, warmup_cosine
+from nestedjax.optim import (
+    adamw,
+    at_writes,
+    boxes_of,
+    clip_gradients,
+    menu,
+    warmup_cosine,
+    warmup_stable_decay,
+)
 from nestedjax.optim.parts import add_decay
 from nestedjax.run.config import RunConfig
 from nestedjax.training import TrainState, init_state, state_shardings
@@ -106,13 +114,7 @@ def optimizer(
     Raises:
       ConfigError: a period that is not a multiple of a step's tokens.
     """
-    settings, steps = config.optimizer, config.loop.steps
-    schedule = warmup_cosine(
-        settings.learning_rate,
-        steps=steps,
-        warmup=settings.warmup,
-        final_fraction=settings.final_fraction,
-    )
+    settings, schedule = config.optimizer, schedule_of(config)
 
     def make(period: int) -> optax.GradientTransformation:
         rate = at_writes(schedule, period)
@@ -134,6 +136,19 @@ def optimizer(
     if settings.clip is not None:
         tx = optax.chain(clip_gradients(settings.clip), tx)
     return tx, schedule
+
+
+def schedule_of(config: RunConfig) -> optax.Schedule:
+    """The learning rate of a run by step."""
+    settings = config.optimizer
+    common = {
+        "steps": config.loop.steps,
+        "warmup": settings.warmup,
+        "final_fraction": settings.final_fraction,
+    }
+    if settings.schedule == "wsd":
+        return warmup_stable_decay(settings.learning_rate, cooldown=settings.cooldown, **common)
+    return warmup_cosine(settings.learning_rate, **common)
 
 
 def nested_system(config: RunConfig) -> NestedSystem:

@@ -58,6 +58,11 @@ class OptimizerConfig:
       learning_rate: the highest, after the warm-up.
       warmup: steps in which the learning rate rises from 0; at most half of all steps.
       final_fraction: the learning rate of the last step, as a fraction of the highest.
+      schedule: how the learning rate falls after the warm-up. "cosine": along a half cosine to the
+        last step, so that more steps change the rate of every one. "wsd": constant until the
+        cooldown, so that a run may grow until then and is the longer run to the last bit.
+      cooldown: the last steps of schedule=wsd, in which the learning rate falls linearly; none for
+        a fifth of all.
       weight_decay: decoupled, times the learning rate; of projections and embedding.
       clip: the largest global norm of a gradient; none does not clip.
       b1: decay of the first moment of the AdamW that steps what another optimizer leaves to it.
@@ -71,6 +76,8 @@ class OptimizerConfig:
     clip: float | None = 1.0
     b1: float = 0.9
     b2: float = 0.95
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    cooldown: int | None = None
     name: str = "adamw"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -83,6 +90,12 @@ class OptimizerConfig:
         if not 0 <= self.final_fraction <= 1:
             raise ConfigError(f"final_fraction={self.final_fraction} must be from 0 to 1; try 0.1")
         at_least("warmup", self.warmup, 0)
+        at_least("cooldown", self.cooldown, 1)
+        if self.cooldown is not None and self.schedule != "wsd":
+            raise ConfigError(
+                f"cooldown={self.cooldown} does nothing with schedule={self.schedule}; give"
+                " schedule=wsd"
+            )
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"clip={self.clip} must be positive; give none not to clip")
 
@@ -144,7 +157,7 @@ def check(config: RunConfig) -> RunConfig:
 
     Raises:
       ConfigError: a row shorter than a chunk or not made of whole ones, microbatches that do not
-        divide the batch.
+        divide the batch, a cooldown longer than the run.
     """
     period, length = config.model.period, config.data.length
     if length < period:
@@ -160,4 +173,7 @@ def check(config: RunConfig) -> RunConfig:
     batch, parts = config.data.batch, config.loop.microbatches
     if batch % parts:
         raise ConfigError(f"microbatches={parts} does not divide batch={batch}; change either")
+    cooldown, steps = config.optimizer.cooldown, config.loop.steps
+    if cooldown is not None and cooldown > steps:
+        raise ConfigError(f"cooldown={cooldown} is more than steps={steps}; give at most those")
     return config

@@ -1,5 +1,6 @@
 """What a run reads: its text files, or batches that the caller made."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
@@ -85,12 +86,22 @@ class OwnData:
       vocab: of the model.
       shape: rows and tokens of a batch; the rows of this process.
       period: of the model, in tokens; documents begin on multiples of it.
+      steps: of the run, which needs as many batches; data without a `__len__` is taken to be
+        endless.
 
     Raises:
       DataError: there is no fingerprint; or, when a batch is read, it is not of its form.
     """
 
-    def __init__(self, batches: Any, *, vocab: int, shape: tuple[int, int], period: int = 1):
+    def __init__(
+        self,
+        batches: Any,
+        *,
+        vocab: int,
+        shape: tuple[int, int],
+        period: int = 1,
+        steps: int = 1,
+    ):
         given = getattr(batches, "fingerprint", None)
         if not given:
             raise DataError(
@@ -106,11 +117,23 @@ class OwnData:
                 f"the data's fingerprint cannot be JSON ({error}); simplify it"
             ) from error
         self._batches, self._vocab, self._shape, self._period = batches, vocab, shape, period
+        if isinstance(batches, Sized) and len(batches) < steps:
+            raise DataError(
+                f"the data has {len(batches)} batches and the run takes one for each of its"
+                f" steps={steps}; give more of them, or steps={len(batches)}"
+            )
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step."""
         name = f"batch {step}"
-        found = own_batch(self._batches[step], vocab=self._vocab, name=name, period=self._period)
+        try:
+            batch = self._batches[step]
+        except IndexError as error:
+            raise DataError(
+                f"{name}: the data raised IndexError ({error}); if it ends there, give steps={step}"
+                " or endless data, else mend its __getitem__"
+            ) from error
+        found = own_batch(batch, vocab=self._vocab, name=name, period=self._period)
         if found["tokens"].shape != self._shape:
             rows, length = found["tokens"].shape
             raise DataError(
@@ -120,15 +143,8 @@ class OwnData:
         return found
 
     def iterate(self, start: int) -> Iterator[Batch]:
-        """Batches from a step on, until the data ends."""
-        step = start
-        while True:
-            try:
-                batch = self[step]
-            except IndexError:
-                return
-            yield batch
-            step += 1
+        """Batches from a step on, without an end."""
+        return map(self.__getitem__, itertools.count(start))
 
 
 def own_batches(
@@ -157,7 +173,7 @@ def own_batch(batch: Mapping[str, Any], *, vocab: int, name: str, period: int = 
     """
     if not isinstance(batch, Mapping):
         raise DataError(f"{name} is a {type(batch).__name__}; give a dict of arrays")
-    found = {key: np.asarray(value) for key, value in batch.items()}
+    found = {key: _array(value, key, name) for key, value in batch.items()}
     for key in ("tokens", "targets"):
         if key not in found:
             raise DataError(f"{name} has no {key!r}, only {', '.join(found)}; add it")
@@ -191,4 +207,14 @@ def own_batch(batch: Mapping[str, Any], *, vocab: int, name: str, period: int = 
             )
     for key in BATCH.keys() & found.keys():
         found[key] = found[key].astype(BATCH[key])
+    return found
+
+
+def _array(value: Any, key: str, name: str) -> np.ndarray:
+    try:
+        found = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{name}: {key} is no array ({error}); give rows of one length") from error
+    if found.dtype == object:
+        raise DataError(f"{name}: {key} is {type(value).__name__}, not an array of numbers")
     return found

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from etils import epath
 
@@ -11,6 +12,8 @@ from nestedjax.run.config import RunConfig
 from nestedjax.run.saved import from_json, to_json
 from nestedjax.run.settings import changed
 
+# What is left of a process that was killed before its first step.
+_LEFT = ("config.json.tmp", "lock", "checkpoints")
 _FIX = "leave it out to continue this run, or take a new run folder"
 
 
@@ -21,15 +24,17 @@ def save_config(folder: str | os.PathLike, config: RunConfig) -> None:
       ConfigError: the folder cannot be written.
     """
     path = epath.Path(folder) / "config.json"
+    temporary = path.parent / "config.json.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / "config.json.tmp"
         temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
         temporary.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ConfigError(
-            f"cannot write the run folder {os.fspath(folder)} ({error.strerror or error}); "
-            "take another one"
+            f"cannot write the run folder {os.fspath(folder)} ({error.strerror or error}); make"
+            " room, fix the permissions, or take another one"
         ) from error
 
 
@@ -82,20 +87,59 @@ def require_config(folder: str | os.PathLike, modules: Sequence[str] = ()) -> Ru
     return config
 
 
+def saved_run(folder: str | os.PathLike, config: RunConfig) -> RunConfig | None:
+    """The run that `config` continues in a folder; None if it begins there.
+
+    A run that has saved no step yet may be begun again as any other: nothing is lost.
+
+    Raises:
+      ConfigError: the folder holds something else, or another run.
+    """
+    saved = load_config(folder)
+    if saved is None:
+        require_free(folder)
+    elif has_steps(folder):
+        require_same(saved, config)
+        return saved
+    return None
+
+
+def has_steps(folder: str | os.PathLike) -> bool:
+    """Whether a run has saved a step."""
+    path = epath.Path(folder) / "checkpoints"
+    return path.is_dir() and any(p.name.isdigit() for p in path.iterdir())
+
+
 def require_free(folder: str | os.PathLike) -> None:
     """Refuse to begin a run among other files.
 
     Raises:
-      ConfigError: the folder is a file, or holds something that is no run.
+      ConfigError: the folder is a file, holds something that is no run, or cannot be read.
     """
     path, name = epath.Path(folder), os.fspath(folder)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise ConfigError(f"{name} is a file, not a run folder; take another one")
-    others = [p.name for p in path.iterdir() if p.name != "config.json.tmp"]
+    try:
+        if not path.exists():
+            return
+        if not path.is_dir():
+            raise ConfigError(f"{name} is a file, not a run folder; take another one")
+        others = [p.name for p in path.iterdir() if p.name not in _LEFT]
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {name} ({error.strerror or error}); take another run folder"
+        ) from error
+    others += ["checkpoints"] if has_steps(folder) else []
     if others:
         raise ConfigError(f"{name} holds {others[0]} but no run; take an empty or new folder")
+
+
+def remove_empty(folder: str | os.PathLike) -> None:
+    """Remove what was made for a run that could not begin; nothing that holds a file."""
+    path = epath.Path(folder)
+    if "://" in os.fspath(folder) or (path / "config.json").exists():
+        return
+    for empty in (path / "checkpoints", path):
+        with suppress(OSError):
+            os.rmdir(empty)
 
 
 def require_same(saved: RunConfig, config: RunConfig) -> None:

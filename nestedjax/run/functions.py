@@ -38,11 +38,7 @@ def language_loss(definition: models.Definition, loss: Loss | None = None) -> Lo
         logits, state = model(batch["tokens"], state, resets=batch.get("resets"))
         targets = batch["targets"]
         losses = token_losses(logits, targets) if loss is None else loss(logits, batch)
-        if losses.shape != targets.shape:
-            raise ConfigError(
-                f"the loss returned {list(losses.shape)}; return the loss of each target,"
-                f" {list(targets.shape)} here: their mean over the mask is what is trained"
-            )
+        _require_losses(losses, targets)
         mask = batch.get("mask", jnp.ones(targets.shape, bool))
         count = mask.sum(dtype=jnp.int32)
         weight = 1 / jnp.maximum(count, 1).astype(losses.dtype)
@@ -50,6 +46,19 @@ def language_loss(definition: models.Definition, loss: Loss | None = None) -> Lo
         return total, ({"tokens": count}, None if carry is None else levels.at_boundary(state))
 
     return loss_fn
+
+
+def _require_losses(losses: Any, targets: jax.Array) -> None:
+    """Refuse what a loss of the user's own returned, if it is not the loss of each target."""
+    found = f"{type(losses).__name__}"
+    if isinstance(losses, jax.Array):
+        found = f"{losses.dtype}{list(losses.shape)}"
+        if losses.shape == targets.shape and jnp.issubdtype(losses.dtype, jnp.floating):
+            return
+    raise ConfigError(
+        f"the loss returned {found}; return the loss of each target, floating-point"
+        f" {list(targets.shape)} here: their mean over the mask is what is trained"
+    )
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,8 +1,14 @@
 """Pictures: where matplotlib is set up, and the loss curve of a run."""
 
+import io
+import math
 import os
+from contextlib import suppress
 from typing import Any
 
+from etils import epath
+
+from nestedjax.errors import ConfigError
 from nestedjax.training import read_metrics
 
 INK, GRID = "#222222", "#e8e8e8"
@@ -45,13 +51,14 @@ def plot_losses(
       unit: of the loss.
 
     Raises:
-      ValueError: the run has recorded nothing yet.
+      ConfigError: the run has recorded nothing yet, or its records cannot be read.
+      OSError: the picture cannot be written; one that was there stays.
     """
-    records = read_metrics(folder)
+    records = [r for r in read_metrics(folder) if math.isfinite(_number(r.get("loss")))]
     if not records:
-        raise ValueError(f"{os.fspath(folder)} has no recorded step yet; train first")
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    valid = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+        raise ConfigError(f"{os.fspath(folder)} has no recorded step yet; train first")
+    steps, losses = [r["step"] for r in records], [_number(r["loss"]) for r in records]
+    valid = [(r["step"], _number(r["val_loss"])) for r in records if "val_loss" in r]
 
     picture, axes = figure(7.2, 4.2)
     axes.plot(steps, losses, color=TRAIN, linewidth=0.8, label="training, each step")
@@ -75,7 +82,29 @@ def plot_losses(
     axes.grid(True, color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    picture.savefig(os.fspath(path))
+    _save(picture, epath.Path(path))
+
+
+def _save(picture: Any, path: epath.Path) -> None:
+    """Write a PNG in one atomic replacement."""
+    drawn = io.BytesIO()
+    picture.savefig(drawn, format="png")
+    temporary = path.parent / (path.name + ".tmp")
+    try:
+        temporary.write_bytes(drawn.getvalue())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _number(value: Any) -> float:
+    """A number of a record, nan for anything else."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _smooth(losses: list[float]) -> list[float]:

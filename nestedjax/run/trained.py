@@ -78,7 +78,7 @@ def load(folder: str | os.PathLike, modules: Sequence[str] = ()) -> Trained:
     built, checkpoints = build(config), epath.Path(folder) / "checkpoints"
     restored = None
     if checkpoints.exists():
-        with Checkpoints(checkpoints) as found:
+        with Checkpoints(checkpoints, read_only=True) as found:
             restored = found.restore(on_one_device(built.shapes), part="params")
     if restored is None:
         raise CheckpointError(f"no checkpoint in {os.fspath(folder)} yet; train it first")

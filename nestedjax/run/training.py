@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +13,17 @@ from jax.sharding import Mesh, NamedSharding
 from nestedjax import models, sharding, training
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import Tokenizer
-from nestedjax.errors import ConfigError
-from nestedjax.run.assemble import Built, build, new_state, optimizer
+from nestedjax.errors import ConfigError, RunWarning
+from nestedjax.run.assemble import Built, build, new_state, optimizer, schedule_of
 from nestedjax.run.config import RunConfig, check
 from nestedjax.run.data import Batches, OwnData, own_batches, text_of, tokenizer_of
-from nestedjax.run.folder import load_config, require_free, require_same, save_config
+from nestedjax.run.folder import remove_empty, save_config, saved_run
 from nestedjax.run.functions import Loss, language_loss, probe
+from nestedjax.run.lock import locked
+from nestedjax.run.presets import run_preset
 from nestedjax.run.saved import to_json
 from nestedjax.run.trained import Trained, cached_sampler
-from nestedjax.training import Hook, MetricsWriter, Started, TrainState
+from nestedjax.training import Claimed, Hook, MetricsWriter, Started, TrainState
 
 SAMPLE = 240  # tokens
 
@@ -79,17 +82,18 @@ def train(
 ) -> Result:
     """Train a run in its folder, from its newest checkpoint if there is one.
 
-    Started again after any interruption it ends bit for bit as if it had never stopped. Ctrl-C and
-    SIGTERM finish the step, save, and return.
+    Started again after any interruption it ends bit for bit as if it had never stopped. Ctrl-C,
+    SIGTERM and SIGHUP finish the dispatch, save, and return.
 
     Args:
-      run: from `run_preset`. In a folder that holds a run, only `steps` (to more) and when it
-        validates, saves and samples may differ from what they were.
-      folder: gets config.json, checkpoints/, metrics.jsonl and tensorboard/.
+      run: from `run_preset`. In a folder that holds a run with a saved step, only `steps` (to
+        more) and when it validates, saves and samples may differ from what they were.
+      folder: gets config.json, checkpoints/, metrics.jsonl and tensorboard/; locked meanwhile.
       mesh: from `nestedjax.sharding.make_mesh`; None for one device. It may differ when the run
         continues.
       data: batches by step in place of the run's files, see `Batches`; each row begins a fresh
-        context, unless the run's `order` is "contiguous".
+        context, unless the run's `order` is "contiguous". `files` or `context_rows` beside it are
+        refused.
       valid_data: a sequence of such batches; default those of the run's files, or none with `data`.
       loss: `loss(logits, batch) -> losses`, [B, T, V] to [B, T]: the loss of each target, weighted
         as you like; their mean over `batch["mask"]` is trained and validated.
@@ -97,9 +101,13 @@ def train(
         `sample_every` steps a `Sampled` (for text, and only if this is given).
 
     Raises:
-      ConfigError, DataError, CheckpointError, MeshError: what the caller can fix; nothing was
-        written by then.
-      TrainingError: a number is not finite.
+      ConfigError, DataError, CheckpointError, MeshError: what the caller can fix, another process
+        that trains this run among it; nothing was written by then, unless the data fails later.
+      SaveError: a checkpoint could not be written; those before it are whole.
+      TrainingError: a number is not finite, or the run folder is gone.
+
+    Warns:
+      RunWarning: metrics cannot be written; or more steps change the learning rate of the next one.
 
     Example:
       >>> import tempfile
@@ -112,41 +120,41 @@ def train(
     """
     _require_types(run, folder, mesh)
     run = check(_with_given(run, data, loss))
-    saved = load_config(folder)
-    if saved is None:
-        require_free(folder)
-    else:
-        require_same(saved, run)
+    saved_run(folder, run)
     tokenizer = tokenizer_of(run)
     dataset, valid = _data(run, tokenizer, data, valid_data)
     built = build(run)
     tx, schedule = optimizer(run, built.model)
     batches = _batches(run, mesh)
     state = new_state(run, built, tx, mesh)
-    # What is there stays until the loop has found that data and checkpoint belong to it.
-    save_config(folder, saved or run)
-
-    with (
-        Checkpoints(epath.Path(folder) / "checkpoints") as saves,
-        MetricsWriter(folder) as metrics,
-        jax.numpy_dtype_promotion("standard"),  # optax promotes, whatever its caller has set
-    ):
-        result = training.train(
-            language_loss(built.definition, loss),
-            state,
-            tx=tx,
-            dataset=dataset,
-            config=run.loop,
-            valid=valid,
-            checkpoints=saves,
-            metrics=metrics,
-            hooks=_sampling(run, built.definition, tokenizer, on_event) if data is None else [],
-            on_event=_watcher(run, folder, built, dataset, on_event),
-            probe=probe(built.definition),
-            learning_rate=schedule,
-            sharding=batches,
-            meta=to_json(run),
-        )
+    try:
+        with (
+            locked(folder) as require,
+            Checkpoints(epath.Path(folder) / "checkpoints") as saves,
+            MetricsWriter(folder) as metrics,
+            jax.numpy_dtype_promotion("standard"),  # optax promotes, whatever its caller has set
+        ):
+            saved = saved_run(folder, run)  # again: another process may have been here
+            result = training.train(
+                language_loss(built.definition, loss),
+                state,
+                tx=tx,
+                dataset=dataset,
+                config=run.loop,
+                valid=valid,
+                checkpoints=saves,
+                metrics=metrics,
+                hooks=_sampling(run, built.definition, tokenizer, on_event) if data is None else [],
+                on_event=_watcher(run, saved, folder, built, dataset, on_event),
+                probe=probe(built.definition),
+                learning_rate=schedule,
+                sharding=batches,
+                meta=to_json(run),
+                require=require,
+            )
+    finally:
+        if jax.process_index() == 0:
+            remove_empty(folder)
     model = models.merge(built.definition, result.state.params)
     trained = Trained(model, tokenizer, run, int(result.state.step))
     return Result(trained, result.record, result.stopped_by, result.state)
@@ -164,31 +172,65 @@ def _require_types(run: Any, folder: Any, mesh: Any) -> None:
 
 def _watcher(
     run: RunConfig,
+    saved: RunConfig | None,
     folder: str | os.PathLike,
     built: Built,
     dataset: training.Dataset,
     on_event: Watch | None,
 ) -> Watch:
-    """Save the configuration once the loop has begun, and pass every event on."""
+    """Save the configuration once the first step is on its way, and pass every event on."""
     tell = on_event or (lambda event: None)
 
     def watch(event: Event) -> None:
         if isinstance(event, Started):
-            save_config(folder, run)
+            if saved is not None:
+                _warn_of_rate(saved, run, event.step)
             count = sum(leaf.size for leaf in jax.tree.leaves(built.shapes))
             tell(Began(run, count, getattr(dataset, "tokens", None)))
+        if isinstance(event, Claimed) and jax.process_index() == 0:
+            save_config(folder, run)
         tell(event)
 
     return watch
 
 
+def _warn_of_rate(saved: RunConfig, run: RunConfig, step: int) -> None:
+    """Say it if the run grows and the learning rate jumps therefore."""
+    old, new = (float(schedule_of(config)(step)) for config in (saved, run))
+    if jax.process_index() == 0 and f"{old:.3g}" != f"{new:.3g}":
+        warnings.warn(
+            f"the learning rate of step {step + 1} is {new:.3g} and was to be {old:.3g}, because"
+            f" the run grows from {saved.loop.steps} to {run.loop.steps} steps; a run of"
+            " schedule=wsd grows without a jump until its cooldown begins",
+            RunWarning,
+            stacklevel=2,
+        )
+
+
 def _with_given(run: RunConfig, data: Any, loss: Any) -> RunConfig:
-    """The run with a note of what is not its own."""
+    """The run with a note of what is not its own.
+
+    Raises:
+      ConfigError: settings that say how text is read, with `data` in its place.
+    """
     given = tuple(n for n, v in (("data", data), ("loss", loss)) if v is not None)
-    if data is not None:  # contexts of several rows are a way to read text files
-        own = dataclasses.replace(run.data, files=(), context_rows=None)
-        run = dataclasses.replace(run, data=own)
+    if data is not None:
+        rows = run.data.context_rows
+        if run.data.files:
+            raise ConfigError(f"data and files={run.data.files[0]} are both given; leave one out")
+        if rows not in (None, _usual_rows(run)):
+            raise ConfigError(
+                f"context_rows={rows} is a way to read text; with data each row begins a fresh"
+                " context: leave it out, or carry contexts by order=contiguous"
+            )
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, context_rows=None))
     return dataclasses.replace(run, given=given)
+
+
+def _usual_rows(run: RunConfig) -> int | None:
+    """The `context_rows` of the run's preset, which nobody asked for."""
+    known = run.preset in models.PRESETS
+    return run_preset(run.preset).data.context_rows if known else None
 
 
 def _data(
@@ -203,7 +245,9 @@ def _data(
         text, held_out = text_of(run, tokenizer)
         return text, held_out if valid is None else valid
     shape = run.data.batch // jax.process_count(), run.data.length
-    own = OwnData(data, vocab=vocab, shape=shape, period=run.model.period)
+    own = OwnData(
+        data, vocab=vocab, shape=shape, period=run.model.period, steps=run.loop.steps
+    )
     own[0]  # refuses batches of another form before anything is written
     return own, valid
 

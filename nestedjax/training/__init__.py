@@ -1,6 +1,6 @@
 """Training: a loop over functions, exact to the last bit across kills and resumes."""
 
-from nestedjax.training.events import Event, Saved, Started, Stepped, Validated
+from nestedjax.training.events import Claimed, Event, Saved, Started, Stepped, Stopping, Validated
 from nestedjax.training.loop import Dataset, Hook, LoopConfig, Result, train
 from nestedjax.training.metrics import MetricsWriter, read_metrics
 from nestedjax.training.nonfinite import Nonfinite, TrainingError, locate_nonfinite
@@ -8,6 +8,7 @@ from nestedjax.training.state import TrainState, init_state, state_shardings
 from nestedjax.training.step import LossFn, make_dispatch, make_evaluate, stateless
 
 __all__ = [
+    "Claimed",
     "Dataset",
     "Event",
     "Hook",
@@ -19,6 +20,7 @@ __all__ = [
     "Saved",
     "Started",
     "Stepped",
+    "Stopping",
     "TrainState",
     "TrainingError",
     "Validated",

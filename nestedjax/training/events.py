@@ -13,6 +13,25 @@ class Started(NamedTuple):
     steps: int
 
 
+class Claimed(NamedTuple):
+    """The run is written from `step` on: its next dispatch was traced, compiled and sent."""
+
+    step: int
+
+
+class Stopping(NamedTuple):
+    """A signal was heard; told in another thread than the other events, while a dispatch runs.
+
+    Attributes:
+      by: its name: `Ctrl-C`, `SIGTERM`, `SIGHUP`.
+      now: it is a Ctrl-C after another signal, which raises KeyboardInterrupt as soon as the
+        dispatch allows it. Else the run is saved and stops after the dispatch.
+    """
+
+    by: str
+    now: bool
+
+
 class Stepped(NamedTuple):
     """Steps up to `step` are done.
 
@@ -48,7 +67,7 @@ class Saved(NamedTuple):
 
 KEEP = 0.95  # what the meter multiplies its sums by at every dispatch
 
-Event = Started | Stepped | Validated | Saved
+Event = Started | Claimed | Stopping | Stepped | Validated | Saved
 
 
 class Meter:

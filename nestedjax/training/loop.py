@@ -18,7 +18,16 @@ from jax.sharding import NamedSharding
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import require_fingerprint
 from nestedjax.sharding import batch_placer, group_placer, mesh_of, on_mesh
-from nestedjax.training.events import Event, Meter, Saved, Started, Stepped, Validated
+from nestedjax.training.events import (
+    Claimed,
+    Event,
+    Meter,
+    Saved,
+    Started,
+    Stepped,
+    Stopping,
+    Validated,
+)
 from nestedjax.training.metrics import MetricsWriter, Record
 from nestedjax.training.nonfinite import TrainingError, locate_nonfinite
 from nestedjax.training.state import PyTree, TrainState
@@ -116,6 +125,7 @@ def train(
     learning_rate: Callable[[jax.Array], Any] | None = None,
     sharding: NamedSharding | None = None,
     meta: dict[str, Any] | None = None,
+    require: Callable[[], None] | None = None,
 ) -> Result:
     """Train, from the newest checkpoint if there is one.
 
@@ -139,6 +149,7 @@ def train(
         Place the state first (`state_shardings`, `sharding.place`): what is not on the mesh is
         replicated over it.
       meta: JSON object kept in every checkpoint under `run`, such as the configuration.
+      require: called before anything is recorded or saved; raises if that is not allowed any more.
 
     Returns:
       A `Result`.
@@ -148,15 +159,14 @@ def train(
         state nor a checkpoint has been touched by it.
       CheckpointError: no checkpoint can be used or written.
       DataError: the data is not what the run was saved with.
-      ValueError: the batch does not divide into the microbatches, or the data ends too early.
+      ValueError: the batch does not divide into the microbatches, or the data ends too early. The
+        steps before it were saved, as before any error of the data.
     """
     with mesh_of(sharding):
         state, record = on_mesh(state, sharding), {}
         if checkpoints is not None and (restored := checkpoints.restore(state)) is not None:
             require_fingerprint(restored.meta["data"], dataset.fingerprint)
             state, record = restored.state, restored.meta["record"]
-        if metrics is not None and jax.process_index() == 0:
-            metrics.resume(int(state.step))
         shardings = None if sharding is None else jax.tree.map(lambda x: x.sharding, state)
         evaluate, place = make_evaluate(loss_fn), batch_placer(sharding)
         run = _Run(
@@ -171,6 +181,7 @@ def train(
             hooks=tuple(hooks),
             on_event=on_event or (lambda event: None),
             meta=meta or {},
+            require=require or (lambda: None),
         )
         return _loop(run, state, record)
 
@@ -189,6 +200,14 @@ class _Run(NamedTuple):
     hooks: tuple[Hook, ...]
     on_event: Callable[[Event], None]
     meta: dict[str, Any]
+    require: Callable[[], None]
+
+    def claim(self, step: int) -> None:
+        """Write to the run for the first time: all that the caller may have to mend has passed."""
+        self.require()
+        if self.metrics is not None:
+            self.metrics.resume(step)
+        self.on_event(Claimed(step))
 
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps
@@ -221,11 +240,18 @@ def _loop(run: _Run, state: TrainState, record: Record) -> Result:
     healthy, sent, meter, dispatches = jnp.ones((), bool), None, Meter(), 0
     batches = run.dataset.iterate(step)
     run.on_event(Started(step, run.config.steps))
-    with stop_signals() as asked:
+    with stop_signals(lambda by, now: run.on_event(Stopping(by, now))) as asked:
         while step < run.config.steps and not stopped:
             end = run.group_end(step)
-            group = _take(batches, step, end)
+            try:
+                group = _take(batches, step, end)
+            except Exception:
+                if sent is not None:
+                    _settle(run, state, sent, meter, record, "the data")
+                raise
             state, healthy, out = run.dispatch(state, healthy, run.place(group))
+            if dispatches == 0:
+                run.claim(step)
             # The metrics of a dispatch are read while the next one runs. If the dispatch failed,
             # the next one has changed nothing either, because it was given its `healthy`.
             if sent is not None:
@@ -238,8 +264,10 @@ def _loop(run: _Run, state: TrainState, record: Record) -> Result:
             if stopped or run.boundary(step):
                 record = _settle(run, state, sent, meter, record, stopped)
                 sent = None
-    if run.checkpoints is not None:
-        run.checkpoints.wait()
+        if dispatches == 0:
+            run.claim(step)
+        if run.checkpoints is not None:  # inside: a signal must not cut the last save short
+            run.checkpoints.wait()
     return Result(state, stopped if step < run.config.steps else None, record)
 
 
@@ -264,6 +292,7 @@ def _settle(
     for hook in run.hooks:
         if run.due(step, hook.every):
             hook.call(state)
+    run.require()
     if run.metrics is not None:
         run.metrics.flush()
     save = stopped or run.due(step, config.checkpoint_every)

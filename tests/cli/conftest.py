@@ -5,6 +5,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from nestedjax.cli import main
+from tests.cli.processes import Process
 from tests.cli.tiny import RUN, TEXT, TRANSFORMER
 
 
@@ -48,3 +49,22 @@ def trained(tmp_path_factory, text, standard_promotion):
     arguments = ["train", "transformer_nano", "--run", str(folder), "--data", str(text)]
     assert main([*arguments, *TRANSFORMER, *RUN]) == 0
     return folder
+
+
+@pytest.fixture(scope="package")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture
+def start(cache):
+    """Starts commands in processes of their own, and ends those that a failed test left running."""
+    started = []
+
+    def start(*given, **options):
+        started.append(Process(given, cache, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()

@@ -19,6 +19,7 @@ import pytest
 from nestedjax import run
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.training import read_metrics
+from tests.cli.processes import CODE, environment
 from tests.cli.tiny import HOPE, HOPE_ATTENTION
 
 PRESET = os.environ.get("NESTEDJAX_KILL_PRESET", "hope_attention_nano")
@@ -33,23 +34,16 @@ SETTINGS = (
     " --sample-every none --validation-batches 2 --optimizer adamw"
 ).split()
 SETTINGS += HOPE if PRESET == "hope_nano" else HOPE_ATTENTION
-CODE = "import sys; from nestedjax.cli import main; sys.exit(main())"
 
 
 def start(folder, text, cache):
     command = ["train", PRESET, "--run", folder, "--data", text, *SETTINGS]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
     return subprocess.Popen(
         [sys.executable, "-c", CODE, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=os.environ | environment(cache),
         cwd=Path(__file__).parents[2],
     )
 

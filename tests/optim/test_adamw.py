@@ -33,6 +33,24 @@ def test_warmup_cosine_is_the_formula():
         optim.warmup_cosine(1.0, steps=0)
 
 
+def test_warmup_stable_decay_is_the_formula_and_knows_its_end_only_in_the_cooldown():
+    options = {"warmup": 10, "cooldown": 20, "final_fraction": 0.2}
+    schedule = optim.warmup_stable_decay(0.3, steps=50, **options)
+
+    def formula(step):
+        return min(0.3 * step / 10, 0.3, 0.3 - 0.24 * min(max(step - 30, 0), 20) / 20)
+
+    for step in (0, 1, 9, 10, 29, 30, 31, 49, 50, 60):
+        np.testing.assert_allclose(schedule(step), formula(step), rtol=1e-5, atol=1e-8)
+    longer = optim.warmup_stable_decay(0.3, steps=500, **options)
+    steps = np.arange(30)
+    np.testing.assert_array_equal(longer(steps), schedule(steps))
+    assert float(optim.warmup_stable_decay(1.0, steps=100)(80)) == 1.0  # a fifth
+    for wrong, says in (({"steps": 0}, "steps=0"), ({"steps": 9, "cooldown": 10}, "cooldown=10")):
+        with pytest.raises(ValueError, match=says):
+            optim.warmup_stable_decay(1.0, **wrong)
+
+
 def test_adamw_decays_matrices_only():
     rate, decay, eps = 0.1, 0.5, 1e-8
     tx = optim.adamw(rate, weight_decay=decay, b1=0.9, b2=0.95)

@@ -1,7 +1,10 @@
 """Pictures of runs."""
 
+import json
+
 import pytest
 
+from nestedjax.errors import ConfigError
 from nestedjax.run.plots import figure, plot_losses
 from nestedjax.training import MetricsWriter
 
@@ -20,8 +23,24 @@ def test_the_plot_is_a_png(tmp_path, validated):
 
 def test_a_plot_of_nothing_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no recorded step yet"):
+    with pytest.raises(ConfigError, match="no recorded step yet"):
         plot_losses(tmp_path, tmp_path / "loss.png", title="toy")
+
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path):
+    losses = [1, None, "x", "NaN", [2], 10**400, 0.5]
+    lines = [json.dumps({"step": i, "loss": x, "val_loss": x}) for i, x in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9}\n')
+    plot_losses(tmp_path, tmp_path / "loss.png", title="toy")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_a_picture_that_cannot_be_written_leaves_what_was_there(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
+    (tmp_path / "loss.png").mkdir()
+    with pytest.raises(OSError):
+        plot_losses(tmp_path, tmp_path / "loss.png", title="toy")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
 def test_a_figure_leaves_matplotlibs_global_state_alone():

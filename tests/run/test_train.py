@@ -12,9 +12,10 @@ import nestedjax as nj
 from nestedjax import models, optim, run
 from nestedjax.checkpoint import CheckpointError, Checkpoints
 from nestedjax.data import DataError
+from nestedjax.errors import RunWarning
 from nestedjax.run import ConfigError
 from nestedjax.run.data import OwnData
-from nestedjax.training import Stepped, read_metrics
+from nestedjax.training import Stepped, TrainingError, read_metrics
 from tests.run.tiny import HOPE, RUN, TRANSFORMER, Counting
 
 OWN = {"vocab": 16, **TRANSFORMER}
@@ -108,10 +109,9 @@ def test_what_continues_is_the_same_run(own, tmp_path):
         with pytest.raises((ConfigError, DataError), match=says):
             nj.train(given, folder, **arguments)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    grown = nj.train(
-        run.replaced(config, {"steps": 8}), shutil.copytree(folder, tmp_path / "g"), **more
-    )
-    assert grown.trained.step == 8
+    longer, copy = run.replaced(config, {"steps": 8}), shutil.copytree(folder, tmp_path / "g")
+    with pytest.warns(RunWarning, match="step 7 is 0.00525 and was to be 0.0005.*from 6 to 8"):
+        assert nj.train(longer, copy, **more).trained.step == 8
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,85 @@ def test_a_loss_of_ones_own_weighs_each_target(tmp_path):
         records.append(read_metrics(tmp_path / name)[0])
     assert records[0]["tokens"] == 32
     assert records[1]["loss"] == pytest.approx(2 * records[0]["loss"], rel=1e-6)
-    with pytest.raises(ConfigError, match=r"returned \[\]; return the loss of each target"):
-        nj.train(config, tmp_path / "sum", data=data, loss=lambda logits, batch: logits.sum())
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "says"),
+    [
+        (lambda logits, batch: logits.sum(), ConfigError, r"returned float32\[\]; return the loss of"),
+        (lambda logits, batch: None, ConfigError, "returned NoneType; return the loss of each"),
+        (lambda logits, batch: (logits, 1), ConfigError, "returned tuple"),
+        (lambda logits, batch: batch["targets"], ConfigError, r"returned int32\[4, 16\]"),
+        (lambda logits, batch: batch["weight"], KeyError, "weight"),
+    ],
+)
+def test_a_loss_that_fails_leaves_nothing_behind(loss, error, says, tmp_path):
+    config = nj.run_preset("transformer_nano", OWN, **{**RUN, "steps": 1})
+    with pytest.raises(error, match=says):
+        nj.train(config, tmp_path / "run", data=Counting(), loss=loss)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_saved_step_begins_anew(tmp_path):
+    """A number that was not finite before the first checkpoint: the corrected run is another."""
+    folder, small = tmp_path / "run", {**RUN, "checkpoint_every": 100, "validate_every": 100}
+    bad = nj.run_preset("transformer_nano", OWN, **{**small, "learning_rate": 1e15, "clip": None})
+    with pytest.raises(TrainingError, match="nothing is saved yet"):
+        nj.train(run.replaced(bad, {"warmup": 0}), folder, data=Counting())
+    assert read_metrics(folder)
+    good = nj.run_preset("transformer_nano", OWN, **{**small, "steps": 2})
+    assert nj.train(good, folder, data=Counting()).trained.step == 2
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2]
+    assert run.load_config(folder).loop.steps == 2
+    with pytest.raises(ConfigError, match="learning_rate was 0.01"):
+        nj.train(bad, folder, data=Counting())
+
+
+def test_data_that_ends_or_breaks_keeps_the_steps_before_it(tmp_path):
+    config = nj.run_preset("transformer_nano", OWN, **{**RUN, "checkpoint_every": 100})
+
+    class Sized(Counting):
+        def __len__(self):
+            return 5
+
+    with pytest.raises(DataError, match="the data has 5 batches and the run takes .* steps=6"):
+        nj.train(config, tmp_path / "short", data=Sized())
+    assert not (tmp_path / "short").exists()
+
+    class Broken(Counting):
+        def __getitem__(self, step):
+            return [super().__getitem__(step)][step >= 4]
+
+    with pytest.raises(DataError, match="batch 4: the data raised IndexError.*give steps=4"):
+        nj.train(config, tmp_path / "run", data=Broken())
+    assert nj.load(tmp_path / "run").step == 4
+    assert nj.train(config, tmp_path / "run", data=Counting()).trained.step == 6
+
+
+def test_settings_that_own_data_would_drop_are_refused(own, tmp_path):
+    config, folder, _ = own
+    for changes, says in (
+        ({"files": ("a.txt",)}, "data and files=.*a.txt are both given"),
+        ({"context_rows": 4}, "context_rows=4 is a way to read text"),
+    ):
+        for place in (folder, tmp_path / "new"):
+            with pytest.raises(ConfigError, match=says):
+                nj.train(run.replaced(config, changes), place, data=Counting())
+
+
+def test_a_wsd_run_that_grows_before_its_cooldown_is_the_longer_run(tmp_path):
+    wsd = {**RUN, "schedule": "wsd", "cooldown": 2, "warmup": 2}
+    long = nj.run_preset("transformer_nano", OWN, **wsd)
+    short = run.replaced(long, {"steps": 4})
+    whole = nj.train(long, tmp_path / "whole", data=Counting())
+    nj.train(short, tmp_path / "grown", data=Counting())
+    shutil.rmtree(tmp_path / "grown" / "checkpoints" / "4")  # the cooldown began after step 2
+    grown = nj.train(long, tmp_path / "grown", data=Counting())
+    assert words(grown.state) == words(whole.state)
+    files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "grown")]
+    assert files[0] == files[1]
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "whole")]
+    np.testing.assert_allclose(rates, [0, 0.005, 0.01, 0.01, 0.01, 0.00525], rtol=1e-6)
 
 
 def test_each_row_of_ones_own_data_begins_afresh(tmp_path):

@@ -13,6 +13,7 @@ from nestedjax import training
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import DataError
 from nestedjax.training import (
+    Claimed,
     Hook,
     MetricsWriter,
     Saved,
@@ -104,7 +105,7 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
     expected, lines, _, _ = uninterrupted
     whole_run(tmp_path)
     result, seen, _ = whole_run(tmp_path)
-    assert seen == [Started(STEPS, STEPS)]
+    assert seen == [Started(STEPS, STEPS), Claimed(STEPS)]
     toy.assert_same_bits(result.state, expected.state)
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
     assert result.record == expected.record
