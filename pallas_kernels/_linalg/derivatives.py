@@ -55,8 +55,41 @@ def differentiable(
     return call
 
 
-def _linear(function, transpose, kept, tangents, like):
-    """`function(kept, tangents)`, whose outputs have the types of `like`."""
+def reverse_only(given: Any, operation: str) -> Any:
+    """`given`, a tree of what a kernel reads; forward mode is refused with what to do instead.
+
+    Raises:
+      NotImplementedError: in forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`).
+    """
+    advice = (
+        f"{operation} is a kernel, whose derivative is for reverse mode only: for forward mode "
+        "(jax.jvp, jax.jacfwd, jax.hessian) use implementation='xla'"
+    )
+
+    def refuse(kept, tangents):
+        raise NotImplementedError(advice)
+
+    @jax.custom_jvp
+    def same(a):
+        return a
+
+    @same.defjvp
+    def derivative(primals, tangents):
+        (a,), again = primals, same(*primals)  # refuses the next derivative as well
+        nothing = jax.lax.slice(a.reshape(-1), (0,), (0,))
+        maps = refuse, lambda kept, g: (g,)
+        return again, _linear(*maps, nothing, tuple(tangents), again, forward=False)
+
+    return jax.tree.map(
+        lambda a: same(a) if jax.numpy.issubdtype(a.dtype, jax.numpy.floating) else a, given
+    )
+
+
+def _linear(function, transpose, kept, tangents, like, *, forward=True):
+    """`function(kept, tangents)`, whose outputs have the types of `like`.
+
+    With `forward=False` it raises, which a vmap of the tangents alone (`jax.jacfwd`) does at once.
+    """
     leaves, tree = jax.tree.flatten(kept)
     inputs, of_inputs = jax.tree.flatten(tangents)
     outs, of_outs = jax.tree.flatten(like)
@@ -78,6 +111,7 @@ def _linear(function, transpose, kept, tangents, like):
         transpose=flat_transpose,
         kept=len(leaves),
         outs=tuple(map(jax.typeof, outs)),
+        forward=forward,
     )
     return jax.tree.unflatten(of_outs, found)
 
@@ -104,11 +138,13 @@ def _transposed(cotangents, *given, transpose, kept, **_):
     return [None] * kept + list(found)
 
 
-def _batched(data, given, axes, *, function, transpose, kept, outs):
+def _batched(data, given, axes, *, function, transpose, kept, outs, forward):
     """Inputs and outputs of the map have the mapped axis in front; `kept` has it where it comes."""
     if all(axis is None for axis in axes):
         options = dict(function=function, transpose=transpose, kept=kept, outs=outs)
-        return _linear_p.bind(*given, **options), [None] * len(outs)
+        return _linear_p.bind(*given, **options, forward=forward), [None] * len(outs)
+    if not forward and all(axis is None for axis in axes[:kept]):
+        function(*given)  # raises
     over = partial(jax.vmap, axis_size=data.size, spmd_axis_name=data.spmd_name)
     inputs = [
         over(lambda a: a, in_axes=axis)(array)
@@ -121,6 +157,7 @@ def _batched(data, given, axes, *, function, transpose, kept, outs):
         transpose=over(transpose, in_axes=(*axes[:kept], *[0] * len(outs))),
         kept=kept,
         outs=tuple(_mapped(aval, data) for aval in outs),
+        forward=forward,
     )
     return found, [0] * len(outs)
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._checks import check_axes, check_floats, check_integer
+from pallas_kernels._linalg.derivatives import reverse_only
 from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
 from pallas_kernels.mlp_memory.reference import mlp_memory_reference
@@ -106,13 +108,16 @@ def mlp_memory(
     Reference: Nested Learning (arXiv 2512.24695) eq. 79-93; spec C6.
     """
     rule = Rule() if rule is None else rule
+    _check_arrays(keys, values, initial, learning_rate, decay, momentum, queries, readout)
     gates = {"learning_rate": learning_rate, "decay": decay, "momentum": momentum}
     implementation = _check(keys, values, initial, gates, queries, readout, rule, implementation)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    check_integer("mlp_memory", "chunk_size", chunk_size, 1)
     if documents is not None:
         _check_documents(documents, initial, -(-keys.shape[-2] // chunk_size))
-    dtype = accumulation_dtype(initial.inner, keys)
+    if 0 in keys.shape[:-1]:
+        return _unchanged(initial, keys, queries)
+    given = (keys, values, initial, *gates.values(), queries, readout)
+    dtype = accumulation_dtype(*jax.tree.leaves(given))
     last = partial(jnp.swapaxes, axis1=-1, axis2=-2)
     tokens = Tokens(None if queries is None else last(queries), last(keys), last(values), **gates)
     batch = initial.inner.shape[:-3]
@@ -125,12 +130,23 @@ def mlp_memory(
     # A kernel reads its tokens as they are.
     kept = None if implementation in ("pallas_tpu", "pallas_gpu") else dtype
     tokens = jax.tree.map(partial(flat, dtype=kept), tokens)
+    if kept is None:
+        operation = f"mlp_memory(implementation={implementation!r})"
+        given = initial, tokens, readout, documents
+        initial, tokens, readout, documents = reverse_only(given, operation)
     run = _IMPLEMENTATIONS[implementation]
     reads, final = run(initial, tokens, readout, documents, rule=rule, chunk_size=chunk_size)
     final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
     if reads is not None:
         reads = last(reads.reshape(*batch, *reads.shape[1:])).astype(keys.dtype)
     return MemoryOutput(reads, final)
+
+
+def _unchanged(initial: FastWeights, keys, queries) -> MemoryOutput:
+    """No tokens, or no sequences: nothing is read, and the fast weights stay as they are."""
+    dtype = accumulation_dtype(*jax.tree.leaves((initial, keys)))
+    final = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), initial)
+    return MemoryOutput(None if queries is None else jnp.zeros(queries.shape, keys.dtype), final)
 
 
 def _flat(array, *, lead: int, dtype):
@@ -146,6 +162,21 @@ def _check_documents(documents: Documents, initial: FastWeights, chunks: int) ->
         found = getattr(documents, name).shape
         if found != shape:
             raise ValueError(f"documents.{name} has shape {found}, expected {shape}")
+
+
+def _check_arrays(keys, values, initial, learning_rate, decay, momentum, queries, readout) -> None:
+    """Refuse what is no array of real numbers, or has too few axes to be told apart."""
+    gates = {"learning_rate": learning_rate, "decay": decay, "momentum": momentum}
+    rows = {"keys": keys, "values": values, "queries": queries}
+    weights = {f"initial.{n}": a for n, a in initial._asdict().items()}
+    more = {} if readout is None else {f"readout.{n}": a for n, a in readout._asdict().items()}
+    check_floats("mlp_memory", **rows, **gates, **weights, **more)
+    for name, array in rows.items():
+        check_axes("mlp_memory", name, array, "[..., T, d]", 2)
+    for name, array in gates.items():
+        check_axes("mlp_memory", name, array, "[..., T], one number for each token", 1)
+    for name, array in weights.items():
+        check_axes("mlp_memory", name, array, "[..., n, f, d] or [..., n, d, f]", 3)
 
 
 def _check(keys, values, initial, gates, queries, readout, rule, implementation) -> str:
