@@ -14,7 +14,7 @@ from nestedjax.memory.parallel import delta_step, omega_step
 from nestedjax.memory.retention import Retention
 from nestedjax.memory.rules import Rule
 from nestedjax.memory.sequential import reference_step, running_token, sequential_step
-from nestedjax.memory.state import Memory, MemoryState, Tokens, initial_state, prepare
+from nestedjax.memory.state import Memory, MemoryState, Tokens, initial_state, prepare, running_start
 from nestedjax.memory.whole import KERNELS, Kernel, kernel_for
 
 _READS = ("running_prev", "running", "anchor")
@@ -83,6 +83,10 @@ def plan(
             f"{retention.name} retention maps the accumulator to weights by a nonlinear link, so "
             f'a {read} read needs every token\'s weights; read="anchor" is chunk-parallel',
         )
+    if rule.diagonal:
+        return Plan("sequential", f"{rule.name} decays every feature of a key by itself")
+    if rule.mean:
+        return Plan("omega", "a mean of rank-one gradients: one score matrix a weight matrix")
     if rule.window > 1:
         return Plan("omega", "sums of rank-one gradients: one score matrix a weight matrix")
     return Plan("delta", "rank-one writes at the anchor: one delta_rule chunk a weight matrix")
@@ -195,7 +199,9 @@ def associative_memory(
     level = Level(name or default, chunk_size, init, step, whole=whole, about=about)
     if read == "anchor":
         return level._replace(token=_anchored(memory))
-    return incremental(level, start=lambda params, state: state, token=_running(memory))
+    return incremental(
+        level, start=lambda params, state: running_start(memory, state), token=_running(memory)
+    )
 
 
 def _prepared(memory: Memory, state: MemoryState, x: Tokens) -> Tokens:
@@ -274,6 +280,11 @@ def _check_combination(
             f"the {objective.name} objective erases by itself; use it with gradient(), momentum() "
             f"or omega(), not with {rule.name}"
         )
+    if rule.mean and retention.name != "none":
+        raise ValueError(
+            f"{rule.name} starts every token's weights from those of the chunk's start, which "
+            f"{retention.name} retention would not keep; use none()"
+        )
     if rule.solve and not (linear and objective.factor is not None and quadratic):
         raise ValueError(
             f"{rule.name} has a closed form for matrix() with l2() and none() or decay() "
@@ -282,11 +293,13 @@ def _check_combination(
 
 
 def _check_tokens(memory: Memory, x: Tokens) -> None:
+    rule = memory.rule
     decay = {"required": True, "optional": x.decay is not None, "unused": False}
     fields = (
         ("learning_rate", x.learning_rate, True, memory.rule.name),
         ("decay", x.decay, decay[memory.retention.decay], memory.retention.name),
         ("momentum", x.momentum, memory.rule.momentum, memory.rule.name),
+        ("rate_offset", x.rate_offset, memory.rule.mean and x.rate_offset is not None, rule.name),
         ("threshold", x.threshold, memory.objective.token_threshold, memory.objective.name),
     )
     for field, given, needed, user in fields:
