@@ -6,7 +6,8 @@ share is in `_linalg` (products, inverses, factorisations and scans in plain JAX
 `_gpu`. The few pieces of it that other packages need as well are exported here.
 """
 
+from pallas_kernels._checks import check_floats, check_width
 from pallas_kernels._linalg.lapack import eigh, solve, stacked
 from pallas_kernels._linalg.numerics import accumulation_dtype
 
-__all__ = ["accumulation_dtype", "eigh", "solve", "stacked"]
+__all__ = ["accumulation_dtype", "check_floats", "check_width", "eigh", "solve", "stacked"]

@@ -39,7 +39,7 @@ def check_width(subject: str, dtype: Any) -> None:
     Raises:
       ValueError: it is float64, and jax_enable_x64 is off.
     """
-    if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+    if jnp.dtype(dtype) == jnp.float64 and jnp.zeros(0, float).dtype != jnp.float64:
         raise ValueError(
             f"{subject} float64, which jax rounds to float32: cast it to float32, or call "
             "jax.config.update('jax_enable_x64', True) before anything else"

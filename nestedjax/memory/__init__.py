@@ -8,14 +8,13 @@ from nestedjax.memory.named import (
     hope_dot,
     hope_l2,
     linear_attention,
-    longhorn,
-    longhorn_diagonal,
     normalised_linear_attention,
     oja_memory,
     retention_decays,
     retention_memory,
 )
 from nestedjax.memory.named_deep import memora, moneta, omega_memory, titans, ttt, yaad
+from nestedjax.memory.named_longhorn import longhorn, longhorn_diagonal
 from nestedjax.memory.objectives import (
     Objective,
     dot,

@@ -30,6 +30,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
 from nestedjax.levels import Level
 from nestedjax.memory import objectives, retention, rules
 from nestedjax.memory.architectures import matrix
@@ -95,7 +96,11 @@ def normalised_linear_attention(
 
     Returns:
       A level over `Tokens` with params `(M_0 [value_dim + 1, key_dim],)` and y [T, value_dim].
+
+    Raises:
+      ValueError: epsilon < 0.
     """
+    require_range("normalised_linear_attention: epsilon", epsilon, 0)
     plain = associative_memory(
         matrix(key_dim, value_dim + 1),
         objectives.dot(),
@@ -130,7 +135,12 @@ def normalised_linear_attention(
 
 
 def retention_decays(num_heads: int) -> Float[Array, " num_heads"]:
-    """RetNet's decays of the heads, `1 - 2^(-5-h)`, float32 [num_heads]."""
+    """RetNet's decays of the heads, `1 - 2^(-5-h)`, float32 [num_heads].
+
+    Raises:
+      ValueError: num_heads < 1.
+    """
+    require_range("retention_decays: num_heads", num_heads, 1, integer=True)
     return 1.0 - 2.0 ** (-5.0 - jnp.arange(num_heads, dtype=jnp.float32))
 
 
@@ -282,80 +292,6 @@ def hope_l2(
         read=read,
         implementation=implementation,
         name="hope_l2",
-    )
-
-
-def longhorn(
-    key_dim: int,
-    value_dim: int,
-    *,
-    chunk_size: int,
-    read: str = "running",
-    implementation: str = "xla",
-) -> Level:
-    """Longhorn by its theorem: DeltaNet with the implicit learning rate `eta / (1 + eta |k|^2)`.
-
-    `M_t = M_{t-1}(I - eta' k k^T) + eta' v k^T`, the exact minimiser of
-    `|M - M_{t-1}|^2 + eta |M k - v|^2`. The published architecture and its code keep only the
-    diagonal of `k k^T`: see `longhorn_diagonal`.
-
-    Args:
-      key_dim: features of a key.
-      value_dim: features of a value.
-      chunk_size: tokens; it changes the speed, not the result.
-      read: as in `associative_memory`.
-      implementation: as in `associative_memory`.
-
-    Returns:
-      A level over `Tokens`.
-    """
-    return associative_memory(
-        matrix(key_dim, value_dim),
-        objectives.dot(),
-        retention.none(),
-        rules.closed_form_delta(),
-        chunk_size=chunk_size,
-        read=read,
-        implementation=implementation,
-        name="longhorn",
-    )
-
-
-def longhorn_diagonal(
-    key_dim: int,
-    value_dim: int,
-    *,
-    chunk_size: int,
-    read: str = "running",
-    implementation: str = "xla",
-) -> Level:
-    """Longhorn as it is published: `M_mn = M'_mn (1 - eta' k_n^2) + eta' v_m k_n`.
-
-    `eta' = eta / (1 + eta |k|^2)` as in `longhorn`, whose `k k^T` is replaced by its diagonal, so
-    that the recurrence is elementwise.
-
-    Args:
-      key_dim: features of a key.
-      value_dim: features of a value.
-      chunk_size: tokens; it changes the speed, not the result.
-      read: as in `associative_memory`.
-      implementation: as in `associative_memory`.
-
-    Returns:
-      A level over `Tokens`.
-
-    Reference: Longhorn (arXiv 2407.14207), section 3.3 and `Longhorn.step` of its code. Departure:
-    there every channel m has an eta of its own; here one for all channels of a head.
-    """
-    return associative_memory(
-        matrix(key_dim, value_dim),
-        objectives.dot(),
-        retention.none(),
-        rules.diagonal_closed_form_delta(),
-        chunk_size=chunk_size,
-        read=read,
-        implementation=implementation,
-        name="longhorn_diagonal",
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
 from nestedjax.levels import Level, incremental
 from nestedjax.memory.architectures import Architecture, Weights
 from nestedjax.memory.features import FeatureMap, identity
@@ -14,8 +15,16 @@ from nestedjax.memory.parallel import delta_step, omega_step
 from nestedjax.memory.retention import Retention
 from nestedjax.memory.rules import Rule
 from nestedjax.memory.sequential import reference_step, running_token, sequential_step
-from nestedjax.memory.state import Memory, MemoryState, Tokens, initial_state, prepare, running_start
+from nestedjax.memory.state import (
+    Memory,
+    MemoryState,
+    Tokens,
+    initial_state,
+    prepare,
+    running_start,
+)
 from nestedjax.memory.whole import KERNELS, Kernel, kernel_for
+from pallas_kernels import check_floats
 
 _READS = ("running_prev", "running", "anchor")
 _IMPLEMENTATIONS = ("xla", "reference", *KERNELS)
@@ -167,8 +176,7 @@ def associative_memory(
       1. The anchor is the end of the previous chunk; the equations print the end of the present.
       2. The l2 objective is halved.
     """
-    if chunk_size < 1:
-        raise ValueError(f"associative_memory: chunk_size must be at least 1, got {chunk_size}")
+    require_range("associative_memory: chunk_size", chunk_size, 1, integer=True)
     chosen = plan(
         architecture, objective, retention, rule, read=read, implementation=implementation
     )
@@ -176,6 +184,14 @@ def associative_memory(
     execute = _STEPS[chosen.execution]
 
     def init(params: Weights) -> MemoryState:
+        if not isinstance(params, tuple):
+            raise ValueError(
+                f"{architecture.name} memory: initial weights are a {type(params).__name__}, "
+                f"expected a tuple of {len(architecture.shapes)}: make them with "
+                "architecture.init(key)"
+            )
+        named = {f"initial weight {i}": w for i, w in enumerate(params)}
+        check_floats(f"{architecture.name} memory", **named)
         shapes = tuple(w.shape for w in params)
         if shapes != architecture.shapes:
             raise ValueError(
@@ -207,6 +223,7 @@ def associative_memory(
 def _prepared(memory: Memory, state: MemoryState, x: Tokens) -> Tokens:
     """The tokens as the executions take them, if they are what the memory needs."""
     _check_tokens(memory, x)
+    _check_shapes(memory, x, state.weights[0].dtype)
     tokens = prepare(memory, x, state.weights[0].dtype)
     _check_widths(memory, tokens)
     return tokens
@@ -307,6 +324,28 @@ def _check_tokens(memory: Memory, x: Tokens) -> None:
             raise ValueError(f"{user} needs Tokens.{field}, which is None")
         if not needed and given is not None:
             raise ValueError(f"{user} has no use for Tokens.{field}; leave it None")
+
+
+def _check_shapes(memory: Memory, x: Tokens, dtype: jax.numpy.dtype) -> None:
+    who = f"{memory.architecture.name} memory"
+    given = {name: array for name, array in x._asdict().items() if array is not None}
+    check_floats(who, **{f"Tokens.{name}": array for name, array in given.items()})
+    if x.keys.ndim != 2:
+        raise ValueError(
+            f"{who}: keys have shape {x.keys.shape}, and a memory takes one sequence [T, dk]: give "
+            "a token its axis, or run a batch with jax.vmap or levels.run_batch"
+        )
+    length = x.keys.shape[0]
+    for name, array in given.items():
+        rows = name in ("keys", "values", "queries")
+        if array.ndim != (2 if rows else 1) or array.shape[0] != length:
+            expected = f"[{length}, features]" if rows else f"[{length}], one number for each token"
+            raise ValueError(f"{who}: {name} has shape {array.shape}, expected {expected}")
+        if array.dtype == jax.numpy.float64 and dtype != array.dtype:
+            raise ValueError(
+                f"{who}: {name} is float64 and would be rounded to the weights' {dtype}; cast it, "
+                "or make the weights float64"
+            )
 
 
 def _check_widths(memory: Memory, tokens: Tokens) -> None:

@@ -31,6 +31,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
+
 Gate = Float[Array, "*t"]  # one number for each token
 
 
@@ -171,8 +173,8 @@ def mean_gradient() -> Rule:
 
     It is defined with `none()` retention, as there is no running weight to decay.
 
-    Reference: TTT (arXiv 2407.04620), section 2.7 and its code (test-time-training/ttt-lm-pytorch,
-    `TTTBase.get_eta`: eta_ti is `token_idx_t lr_i`; `lr` there has the factor `base_lr / head_dim`).
+    Reference: TTT (arXiv 2407.04620) and its code (test-time-training/ttt-lm-pytorch, `ttt.py`,
+    `TTTBase.get_eta`: eta_ti is `token_idx_t lr_i`, whose `lr` has the factor `base_lr/head_dim`).
     """
     return Rule("mean_gradient", mean=True)
 
@@ -212,6 +214,5 @@ def implicit_omega(window: int) -> Rule:
 
 
 def _check_window(window: int) -> int:
-    if window < 1:
-        raise ValueError(f"omega rule: the window holds at least 1 token, got {window}")
+    require_range("omega: window", window, 1, integer=True)
     return window

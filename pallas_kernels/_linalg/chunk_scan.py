@@ -116,7 +116,9 @@ def _scan_transpose(chunk, size, axis, kept, cotangents):
 
 
 _scan = differentiable(
-    lambda state, tokens, chunk, size, axis: _forward(chunk, size, axis, state, tokens, keep=False)[0],
+    lambda state, tokens, chunk, size, axis: _forward(chunk, size, axis, state, tokens, keep=False)[
+        0
+    ],
     _scan_forward,
     _scan_tangent,
     _scan_transpose,

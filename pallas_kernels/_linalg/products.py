@@ -39,9 +39,9 @@ def _product(contract: tuple[int, int], transpose: Any) -> Any:
     )
 
 
-_nn = _product((1, 0), lambda form, a, b, g: (_nt(g, b, form), _tn(a, g, form)))
-_nt = _product((1, 1), lambda form, a, b, g: (_nn(g, b, form), _tn(g, a, form)))
-_tn = _product((0, 0), lambda form, a, b, g: (_nt(b, g, form), _nn(a, g, form)))
+_nn: Any = _product((1, 0), lambda form, a, b, g: (_nt(g, b, form), _tn(a, g, form)))
+_nt: Any = _product((1, 1), lambda form, a, b, g: (_nn(g, b, form), _tn(g, a, form)))
+_tn: Any = _product((0, 0), lambda form, a, b, g: (_nt(b, g, form), _nn(a, g, form)))
 
 
 def _same_batch(a, b):

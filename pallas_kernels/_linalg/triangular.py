@@ -7,7 +7,9 @@ Two neighbouring blocks A and B of the diagonal, with C below A, are merged by
 so that every level of the recursion doubles the size of the inverted blocks with two products.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ def _where(matrix, keep, other):
     return jnp.where(keep(row, column), matrix, other)
 
 
-_masked = differentiable(
+_masked: Callable[..., Any] = differentiable(
     _where,
     lambda *given: (_where(*given), None),
     lambda keep, other, _, tangents: _masked(tangents[0], keep, 0.0),

@@ -37,34 +37,44 @@ def delta_rule(
     `S_t = momentum_t S_{t-1} - learning_rate_t error_t x_t^T`; without momentum `S_t` is its last
     term. A term whose operand is None is switched off at trace time and costs nothing. DeltaNet is
     `error = -values`, `erase = learning_rate`; Gated DeltaNet `erase = decay * learning_rate`;
-    retention has neither erase nor momentum. Leading dimensions of size one broadcast.
+    retention has neither erase nor momentum. Leading dimensions of size one broadcast. Without
+    tokens the states come back as they are.
+
+    The recurrence stays bounded where no transition lengthens a row of W: with `decay_t` in [0, 1]
+    and `0 <= erase_t |x_t|^2 <= 1 + decay_t`, so with keys of norm at most 1 (the layers' `unit`
+    maps) and `erase` in [0, 1], and always with an implicit rate `eta / (1 + eta |x|^2)`. Beyond
+    that W grows by up to `|decay_t - erase_t |x_t|^2|` a token and overflows in every
+    implementation alike; a chunk in which it does is not finite from its first token on, in the
+    chunked forms. Nothing is clipped here.
 
     Args:
       x: keys, or the inputs of the weight matrix, [..., T, n].
       error: gradient with respect to the matrix's output, [..., T, m].
       learning_rate: inner learning rates, [..., T].
       initial: the memory before the first token, [..., m, n].
-      decay: fraction of the memory kept, in (0, 1], [..., T].
+      decay: fraction of the memory kept, in [0, 1], [..., T]; a negative one gives nan in the
+        chunked forms, which work with logarithms.
       erase: strength of the erasure along `x_t`, [..., T].
-      momentum: momentum coefficients in [0, 1], [..., T]; the chunked forms work with logarithms
-        and give the coefficient no gradient at exactly 0.
+      momentum: momentum coefficients in [0, 1], [..., T]; as with decay, the kernels give it no
+        gradient at exactly 0, "xla" and "reference" do.
       initial_momentum: [..., m, n]; zeros when None.
       queries: [..., T, n]; None reads nothing.
       read: "running_prev" reads `W_{t-1} q_t`, "running" `W_t q_t`, "anchor" `W_0 q_t`.
       chunk_size: tokens solved in parallel; changes the speed, not the result.
       implementation: "reference" (token by token), "xla" (chunk-parallel), "pallas_tpu" or
-        "pallas_gpu" (the same in one kernel each way; on a mesh only inside `jax.shard_map`) or
-        None, which is "xla": the kernels have been compiled for TPUs and for Hopper GPUs and
-        checked in interpret mode; neither has run on one.
+        "pallas_gpu" (the same in one kernel each way; on a mesh only inside `jax.shard_map`;
+        derivatives in reverse mode only) or None, which is "xla": the kernels have been compiled
+        for TPUs and for Hopper GPUs and checked in interpret mode; neither has run on one.
 
     Returns:
       `DeltaOutput(reads, final, final_momentum)`; reads in the dtype of `x`, states in at least
       float32.
 
     Raises:
-      ValueError: a shape, read or implementation that does not fit, with its value.
+      ValueError: a shape, dtype, read or implementation that does not fit, with its value.
       NotImplementedError: "pallas_tpu" in float64; "pallas_gpu" with momentum, in float64, with
-        other chunks than of 64 tokens, and with a memory that is not 64 k x 64 or 64 k x 128.
+        other chunks than of 64 tokens, and with a memory that is not 64 k x 64 or 64 k x 128;
+        either in forward mode (`jax.jvp`, `jax.hessian`).
 
     Example:
       >>> import jax.numpy as jnp

@@ -80,9 +80,10 @@ def mlp_memory(
       values: [..., T, d]; with a readout the inputs of the value memory.
       initial: fast weights at the start, leaves [..., n, f, d] and [..., n, d, f].
       learning_rate: inner learning rates, [..., T]; not with a readout.
-      decay: fraction of the memory kept, in (0, 1], [..., T]; not with a readout.
+      decay: fraction of the memory kept, in [0, 1], [..., T]; not with a readout. The chunked forms
+        work with logarithms: a negative one gives nan.
       momentum: momentum coefficients in [0, 1], [..., T]; given if `initial` has momenta. The
-        chunked forms work with logarithms and give the coefficient no gradient at exactly 0.
+        kernels give it, and the decay, no gradient at exactly 0; "xla" and "reference" do.
       queries: [..., T, d]; None reads nothing.
       readout: how learning rate and decay are read from the memories that make them.
       documents: where documents begin and what their memory begins as; None for one sequence that
@@ -103,7 +104,7 @@ def mlp_memory(
       ValueError: a shape or choice that does not fit, with its value.
       NotImplementedError: "pallas_tpu" in float64, or on a TPU that does not compile it;
         "pallas_gpu" in float64, in float32 with momentum, with `adaptive_query`, other chunks than
-        of 64 tokens and matrices of other than 64 x 64.
+        of 64 tokens and matrices of other than 64 x 64; either in forward mode (`jax.jvp`).
 
     Reference: Nested Learning (arXiv 2512.24695) eq. 79-93; spec C6.
     """
@@ -132,8 +133,8 @@ def mlp_memory(
     tokens = jax.tree.map(partial(flat, dtype=kept), tokens)
     if kept is None:
         operation = f"mlp_memory(implementation={implementation!r})"
-        given = initial, tokens, readout, documents
-        initial, tokens, readout, documents = reverse_only(given, operation)
+        operands = initial, tokens, readout, documents
+        initial, tokens, readout, documents = reverse_only(operands, operation)
     run = _IMPLEMENTATIONS[implementation]
     reads, final = run(initial, tokens, readout, documents, rule=rule, chunk_size=chunk_size)
     final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
@@ -184,6 +185,12 @@ def _check(keys, values, initial, gates, queries, readout, rule, implementation)
     for name, choices in CHOICES.items():
         if getattr(rule, name) not in choices:
             raise ValueError(f"{name}={getattr(rule, name)!r} is not one of {', '.join(choices)}")
+    for name, number in (
+        ("inner_clip", rule.inner_clip),
+        ("max_learning_rate", rule.max_learning_rate),
+    ):
+        if not (number is None or 0 < number < float("inf")):
+            raise ValueError(f"{name}={number!r} must be a number in (0, inf)")
     implementation = "xla" if implementation is None else implementation
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)
