@@ -1,6 +1,8 @@
 """The error of a setting that the caller can fix, and words for it; imports nothing slow."""
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable
 
 
@@ -25,6 +27,48 @@ def at_least(name: str, value: int | None, least: int) -> None:
     """
     if value is not None and value < least:
         raise ConfigError(f"{name}={value} must be at least {least}; give a larger number")
+
+
+def require_range(
+    name: str,
+    value: object,
+    low: int | float,
+    high: int | float = math.inf,
+    *,
+    closed: str = "both",
+    integer: bool = False,
+) -> None:
+    """Refuse a number outside of its range, or what is no number; an infinite end is never in it.
+
+    Args:
+      name: who takes it and what it is called, such as "omega: window".
+      value: what was given.
+      low: the lower end.
+      high: the upper end.
+      closed: which ends belong to the range: "both", "left", "right" or "neither".
+      integer: whether only integers are in it.
+
+    Raises:
+      ConfigError: it is not in the range; with its name, value and range.
+
+    Example:
+      >>> require_range("decay", 0.5, 0, 1)
+      >>> require_range("huber: threshold", 0.0, 0, closed="neither")
+      Traceback (most recent call last):
+      ...
+      nestedjax.errors.ConfigError: huber: threshold=0.0 must be a number in (0, inf)
+    """
+    kind = numbers.Integral if integer else numbers.Real
+    above = closed in ("both", "left") and low > -math.inf
+    below = closed in ("both", "right") and high < math.inf
+    if isinstance(value, kind) and not isinstance(value, bool):
+        number = float(value)
+        over = number >= low if above else number > low
+        if over and (number <= high if below else number < high):
+            return
+    what = "an integer" if integer else "a number"
+    ends = f"{'[' if above else '('}{low}, {high}{']' if below else ')'}"
+    raise ConfigError(f"{name}={value!r} must be {what} in {ends}")
 
 
 def near(name: str, known: Iterable[str]) -> str:

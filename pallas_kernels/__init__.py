@@ -6,8 +6,18 @@ share is in `_linalg` (products, inverses, factorisations and scans in plain JAX
 `_gpu`. The few pieces of it that other packages need as well are exported here.
 """
 
+from pallas_kernels._checks import check_floats, check_width
 from pallas_kernels._linalg.lapack import eigh, solve, stacked
 from pallas_kernels._linalg.norms import norm, unit
 from pallas_kernels._linalg.numerics import accumulation_dtype
 
-__all__ = ["accumulation_dtype", "eigh", "norm", "solve", "stacked", "unit"]
+__all__ = [
+    "accumulation_dtype",
+    "check_floats",
+    "check_width",
+    "eigh",
+    "norm",
+    "solve",
+    "stacked",
+    "unit",
+]

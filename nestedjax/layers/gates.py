@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
 from nestedjax.layers.boxes import slow
 from nestedjax.layers.linear import Linear
 from nestedjax.layers.norm import RMSNorm
@@ -61,7 +62,12 @@ def unit_silu(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
 
 
 def scaled(factor: float) -> FeatureMap:
-    """`factor * x`."""
+    """`factor * x`.
+
+    Raises:
+      ValueError: a factor that is not finite.
+    """
+    require_range("scaled: factor", factor, -math.inf)
     return lambda x: x * factor
 
 
@@ -136,7 +142,13 @@ class ExponentialDecay(nnx.Module):
 
 
 def constant(values: float | Sequence[float]) -> Maker:
-    """The same number at every token, without weights: one for all heads, or one for each."""
+    """The same number at every token, without weights: one for all heads, or one for each.
+
+    Raises:
+      ValueError: a value that is not finite; when it is made, other than one or one for each head.
+    """
+    for value in [values] if isinstance(values, int | float) else values:
+        require_range("constant: value", value, -math.inf)
 
     def make(config: Sizes, heads: Heads, *, rngs: nnx.Rngs) -> Constant:
         own = [values] * heads.heads if isinstance(values, int | float) else list(values)
@@ -156,7 +168,13 @@ def sigmoid(*, bias: float | None = None, maximum: float = 1.0, scale: float = 1
       bias: b at the start; None for a gate without one.
       maximum: its upper bound; 2 lets a delta rule reflect.
       scale: W is drawn from normal(0, 0.02 * scale).
+
+    Raises:
+      ValueError: maximum <= 0, scale < 0, or a bias that is not finite.
     """
+    require_range("sigmoid: bias", 0.0 if bias is None else bias, -math.inf)
+    require_range("sigmoid: maximum", maximum, 0, closed="neither")
+    require_range("sigmoid: scale", scale, 0)
 
     def make(config: Sizes, heads: Heads, *, rngs: nnx.Rngs) -> Projected:
         return Projected(config, heads, bias=bias, maximum=maximum, scale=scale, rngs=rngs)
@@ -172,6 +190,25 @@ def exponential_decay() -> Maker:
     Reference: Mamba2 (arXiv 2405.21060); Gated DeltaNet (arXiv 2412.06464).
     """
     return ExponentialDecay
+
+
+# What the numbers of a slot are multiplied with has to stay bounded.
+_SLOTS = {"learning_rate": (0.0, math.inf), "decay": (0.0, 1.0), "momentum": (0.0, 1.0)}
+
+
+def check_slot(slot: str, gate: Any) -> None:
+    """Refuse a gate that leaves the range of its slot, as far as it says so without its input.
+
+    Raises:
+      ValueError: a constant outside of it, or a sigmoid with a larger maximum.
+    """
+    if slot not in _SLOTS:
+        return
+    if isinstance(gate, Constant):
+        for value in gate.values:
+            require_range(f"{slot}: constant", value, *_SLOTS[slot])
+    if isinstance(gate, Projected):
+        require_range(f"{slot}: maximum of sigmoid", gate.maximum, *_SLOTS[slot])
 
 
 # Outputs: from reads [B, T, H, v] to what the output projection is given.
@@ -289,7 +326,12 @@ def empty(*, rows: int | None = None) -> Maker:
 
     Args:
       rows: in place of value_dim; None for value_dim.
+
+    Raises:
+      ValueError: rows < 1.
     """
+    if rows is not None:
+        require_range("empty: rows", rows, 1, integer=True)
 
     def make(config: Sizes, heads: Heads, *, rngs: nnx.Rngs) -> Empty:
         return Empty(config, (heads.heads, rows or heads.value_dim, heads.key_dim))
@@ -315,6 +357,7 @@ __all__ = [
     "FeatureMap",
     "Heads",
     "Maker",
+    "check_slot",
     "constant",
     "elu_plus_one",
     "empty",

@@ -157,6 +157,8 @@ class MemoryMixer(Layer):
         names = ("learning_rate", "decay", "momentum", "threshold")
         makers = dict(zip(names, (learning_rate, decay, momentum, threshold), strict=True))
         made = {n: make(config, shape, rngs=rngs) for n, make in makers.items() if make is not None}
+        for slot, gate in made.items():
+            gates.check_slot(slot, gate)
         self.gates = nnx.data(made)
         self.start = start(config, shape, rngs=rngs)
         self.output = output(config, shape, rngs=rngs)

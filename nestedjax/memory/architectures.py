@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Key
 
+from nestedjax.errors import require_range
+from pallas_kernels import check_width
+
 Weights = tuple[Float[Array, "_ _"], ...]  # one [out, in] for every matrix
 Features = tuple[Float[Array, "..."], ...]  # one [..., in] or [..., out] for every matrix
 Multiply = Callable[[int, Float[Array, "*b n"]], Float[Array, "*b m"]]
@@ -52,7 +55,12 @@ class Architecture(NamedTuple):
         return self.shapes[-1][0]
 
     def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Weights:
-        """Random weights, normal with the standard deviations `scales`."""
+        """Random weights, normal with the standard deviations `scales`.
+
+        Raises:
+          ValueError: dtype is float64, and jax_enable_x64 is off.
+        """
+        check_width(f"{self.name} memory: dtype is", dtype)
         keys = jax.random.split(key, len(self.shapes))
         return tuple(
             scale * jax.random.normal(k, shape, dtype)
@@ -124,7 +132,11 @@ def matrix(key_dim: int, value_dim: int, *, scale: float = 0.0) -> Architecture:
       key_dim: features of a key.
       value_dim: features of a value.
       scale: standard deviation of the initial matrix; 0 starts with an empty memory.
+
+    Raises:
+      ValueError: a width < 1, or a negative scale.
     """
+    _check_widths("matrix", (key_dim, value_dim), scale)
     return Architecture(
         "matrix", ((value_dim, key_dim),), (scale,), lambda multiply, x: multiply(0, x)
     )
@@ -145,10 +157,11 @@ def mlp(
         others is `in ** -0.5`.
 
     Raises:
-      ValueError: fewer than two widths.
+      ValueError: fewer than two widths, a width < 1, or a negative scale.
     """
     if len(widths) < 2:
         raise ValueError(f"mlp memory: give at least the key and the value width, got {widths}")
+    _check_widths("mlp", widths, output_scale)
     shapes = tuple((out, into) for into, out in zip(widths[:-1], widths[1:], strict=True))
     scales = tuple(into**-0.5 for into in widths[:-1])
 
@@ -200,8 +213,12 @@ def gated_mlp(
       activation: s.
       output_scale: as in `residual_mlp`.
 
+    Raises:
+      ValueError: a width < 1, or a negative scale.
+
     Reference: ATLAS (arXiv 2505.23735).
     """
+    _check_widths("gated_mlp", (dim, hidden), output_scale)
 
     def body(multiply: Multiply, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         return multiply(2, activation(multiply(0, x)) * multiply(1, x))
@@ -215,6 +232,12 @@ def gated_mlp(
         inputs=(0, 1),
         activation=activation,
     )
+
+
+def _check_widths(name: str, widths: Sequence[int], scale: float) -> None:
+    for width in widths:
+        require_range(f"{name} memory: width", width, 1, integer=True)
+    require_range(f"{name} memory: scale", scale, 0)
 
 
 def _check_residual(name: str, key_dim: int, value_dim: int) -> None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
+
 FeatureMap = Callable[[Float[Array, "*b d"]], Float[Array, "*b f"]]
 
 
@@ -15,9 +17,20 @@ def identity(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return x
 
 
+def extreme(size: Float[Array, "*b"], *, low: float = 1e-15) -> Float[Array, "*b"]:
+    """What to divide by before numbers of this size are squared: 1 unless float32 has no square.
+
+    The result is a constant to autodiff, for functions that do not depend on it.
+    """
+    size = jax.lax.stop_gradient(size)
+    return jnp.where((size > 1e15) | ((size < low) & (size > 0)), size, jnp.ones_like(size))
+
+
 def l2_normalise(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """`x / sqrt(|x|^2 + 1e-12)` over the last axis: norm 1, and 0 with a finite derivative at 0."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+    scale = extreme(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0), low=0.0)
+    x = x / scale
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12 / scale / scale)
 
 
 def elu_plus_one(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -39,8 +52,7 @@ def polynomial(degree: int) -> FeatureMap:
     Raises:
       ValueError: degree < 0.
     """
-    if degree < 0:
-        raise ValueError(f"polynomial feature map: degree must be at least 0, got {degree}")
+    require_range("polynomial: degree", degree, 0, integer=True)
 
     def features(x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         power = jnp.ones_like(x[..., :1])

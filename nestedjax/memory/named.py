@@ -13,6 +13,8 @@ where a paper has no learning rate, the tokens bring one of 1.
 | `hope_dot` | `M = M'(a I - eta k k^T) + eta v k^T` | eta, a |
 | `hope_l2` | `M = M'(a I - eta k k^T) - eta (M_0 k - v) k^T` | eta, a |
 | `longhorn` | `delta_net` with `eta / (1 + eta |k|^2)` | eta |
+| `longhorn_diagonal` | the same with `diag(k^2)` in place of `k k^T` | eta |
+| `ttt` | `M = M_0 - 1/j sum_{since the chunk's start} eta_i grad_i` | eta, rate_offset |
 | `oja_memory` | `M = a M' + eta (v k^T - v (M_0^T v)^T)` | eta, a |
 | `omega_memory` | `M = a M' - sum_window eta_i grad_i` | eta, a |
 | `titans` | `S = mu S' - eta grad; M = a M' + S` | eta, a, momentum mu |
@@ -28,6 +30,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
 from nestedjax.levels import Level
 from nestedjax.memory import objectives, retention, rules
 from nestedjax.memory.architectures import matrix
@@ -93,7 +96,11 @@ def normalised_linear_attention(
 
     Returns:
       A level over `Tokens` with params `(M_0 [value_dim + 1, key_dim],)` and y [T, value_dim].
+
+    Raises:
+      ValueError: epsilon < 0.
     """
+    require_range("normalised_linear_attention: epsilon", epsilon, 0)
     plain = associative_memory(
         matrix(key_dim, value_dim + 1),
         objectives.dot(),
@@ -128,7 +135,12 @@ def normalised_linear_attention(
 
 
 def retention_decays(num_heads: int) -> Float[Array, " num_heads"]:
-    """RetNet's decays of the heads, `1 - 2^(-5-h)`, float32 [num_heads]."""
+    """RetNet's decays of the heads, `1 - 2^(-5-h)`, float32 [num_heads].
+
+    Raises:
+      ValueError: num_heads < 1.
+    """
+    require_range("retention_decays: num_heads", num_heads, 1, integer=True)
     return 1.0 - 2.0 ** (-5.0 - jnp.arange(num_heads, dtype=jnp.float32))
 
 
@@ -280,38 +292,6 @@ def hope_l2(
         read=read,
         implementation=implementation,
         name="hope_l2",
-    )
-
-
-def longhorn(
-    key_dim: int,
-    value_dim: int,
-    *,
-    chunk_size: int,
-    read: str = "running",
-    implementation: str = "xla",
-) -> Level:
-    """Longhorn: DeltaNet with the implicit learning rate `eta / (1 + eta |k|^2)`.
-
-    Args:
-      key_dim: features of a key.
-      value_dim: features of a value.
-      chunk_size: tokens; it changes the speed, not the result.
-      read: as in `associative_memory`.
-      implementation: as in `associative_memory`.
-
-    Returns:
-      A level over `Tokens`.
-    """
-    return associative_memory(
-        matrix(key_dim, value_dim),
-        objectives.dot(),
-        retention.none(),
-        rules.closed_form_delta(),
-        chunk_size=chunk_size,
-        read=read,
-        implementation=implementation,
-        name="longhorn",
     )
 
 

@@ -80,6 +80,41 @@ def titans(
     )
 
 
+def ttt(
+    architecture: Architecture,
+    *,
+    chunk_size: int,
+    read: str = "running",
+    implementation: str = "xla",
+) -> Level:
+    """The memory of TTT: l2 objective, mini-batches whose gradients are averaged (`mean_gradient`).
+
+    TTT-Linear has `matrix`, TTT-MLP `mlp`; the paper's mini-batch has 16 tokens.
+
+    Args:
+      architecture: e.g. `matrix` or `mlp`.
+      chunk_size: tokens of a mini-batch; part of the model.
+      read: as in `associative_memory`.
+      implementation: as in `associative_memory`.
+
+    Returns:
+      A level over `Tokens` (with `rate_offset` where it is learned).
+
+    Reference: TTT (arXiv 2407.04620). Departures: the paper's inner model has a bias and a layer
+    norm with a residual, `M(k) = k + LN(W k + b)`; here it is the architecture.
+    """
+    return associative_memory(
+        architecture,
+        objectives.l2(),
+        retention.none(),
+        rules.mean_gradient(),
+        chunk_size=chunk_size,
+        read=read,
+        implementation=implementation,
+        name="ttt",
+    )
+
+
 def moneta(
     architecture: Architecture,
     *,

@@ -22,6 +22,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
+from nestedjax.memory.features import extreme
+
 Vectors = Float[Array, "*b dv"]  # outputs, values and errors
 Numbers = Float[Array, "*b"]  # losses
 Thresholds = Float[Array, "*b"] | None  # one for each token, or None
@@ -62,11 +65,13 @@ def _square(residual: Vectors) -> Numbers:
 
 def _norm(residual: Vectors) -> Float[Array, "*b 1"]:
     """|r| over the last axis, with derivative 0 in place of nan at r = 0."""
-    square = jnp.sum(residual * residual, axis=-1, keepdims=True)
+    scale = extreme(jnp.max(jnp.abs(residual), axis=-1, keepdims=True, initial=0.0))
+    square = jnp.sum((residual / scale) ** 2, axis=-1, keepdims=True)
     # The inner `where` keeps sqrt away from 0: its derivative there, times the 0 that the outer one
     # passes back, would be nan.
     positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, jnp.ones_like(square))), 0.0)
+    root = jnp.sqrt(jnp.where(positive, square, jnp.ones_like(square)))
+    return jnp.where(positive, scale * root, 0.0)
 
 
 def _unit(residual: Vectors) -> Vectors:
@@ -88,7 +93,11 @@ def l2(factor: float = 1.0) -> Objective:
 
     Args:
       factor: 1 for the half objective of the equations, 2 for the unhalved one of the prose.
+
+    Raises:
+      ValueError: factor <= 0.
     """
+    require_range("l2: factor", factor, 0, closed="neither")
     return Objective(
         name="l2",
         loss=lambda output, value, threshold: 0.5 * factor * _square(output - value),
@@ -106,13 +115,18 @@ def lp(p: float) -> Objective:
 
     Raises:
       ValueError: p < 1 (not convex). For 1 <= p < 2 the exact gradient is not differentiable at
-        r = 0: take `smooth_lp` where an outer gradient is needed.
+        r = 0, where its derivative is taken as 0: take `smooth_lp` for a smooth outer gradient.
     """
-    _check_p(p)
+    require_range("lp: p", p, 1)
 
     def error(output: Vectors, value: Vectors, threshold: Thresholds) -> Vectors:
         residual = output - value
-        return jnp.sign(residual) * jnp.abs(residual) ** (p - 1)
+        if p == 2:
+            return residual
+        size = jnp.abs(residual)
+        positive = size > 0  # |r|^(p-2), a factor of the derivative, is infinite at 0 for p < 2
+        power = jnp.where(positive, size, jnp.ones_like(size)) ** (p - 1)
+        return jnp.where(positive, jnp.sign(residual) * power, 0.0)
 
     return Objective(name="lp", loss=_lp_loss(p), error=error)
 
@@ -122,20 +136,27 @@ def smooth_lp(p: float, *, sharpness: float = 10.0, epsilon: float = 1e-6) -> Ob
 
     The error is not the exact derivative of `loss`; it tends to it as the sharpness grows.
 
+    Raises:
+      ValueError: p < 1, or sharpness or epsilon <= 0.
+
     Reference: MIRAS (arXiv 2504.13173), Moneta; p = 3 there.
     """
-    _check_p(p)
+    require_range("smooth_lp: p", p, 1)
+    require_range("smooth_lp: sharpness", sharpness, 0, closed="neither")
+    require_range("smooth_lp: epsilon", epsilon, 0, closed="neither")
 
     def error(output: Vectors, value: Vectors, threshold: Thresholds) -> Vectors:
         residual = output - value
-        return jnp.tanh(sharpness * residual) * (residual**2 + epsilon) ** ((p - 1) / 2)
+        scale = extreme(jnp.abs(residual), low=0.0)
+        square = (residual / scale) ** 2 + epsilon / scale / scale
+        return jnp.tanh(sharpness * residual) * scale ** (p - 1) * square ** ((p - 1) / 2)
 
     return Objective(name="smooth_lp", loss=_lp_loss(p), error=error)
 
 
-def _check_p(p: float) -> None:
-    if p < 1:
-        raise ValueError(f"lp objective: p must be at least 1, got {p}")
+def _check_threshold(name: str, threshold: float | None) -> None:
+    if threshold is not None:
+        require_range(f"{name}: threshold", threshold, 0, closed="neither")
 
 
 def _threshold(
@@ -153,7 +174,11 @@ def huber(threshold: float | None = None) -> Objective:
 
     Args:
       threshold: d > 0; None takes each token's own from `Tokens.threshold`.
+
+    Raises:
+      ValueError: threshold <= 0.
     """
+    _check_threshold("huber", threshold)
 
     def loss(output: Vectors, value: Vectors, token: Thresholds) -> Numbers:
         size = jnp.abs(output - value)
@@ -175,7 +200,11 @@ def huber_norm(threshold: float | None = None) -> Objective:
 
     Args:
       threshold: d > 0; None takes each token's own from `Tokens.threshold`.
+
+    Raises:
+      ValueError: threshold <= 0.
     """
+    _check_threshold("huber_norm", threshold)
 
     def loss(output: Vectors, value: Vectors, token: Thresholds) -> Numbers:
         norm = _norm(output - value)
@@ -198,8 +227,12 @@ def huber_mixture(threshold: float | None = None) -> Objective:
     Args:
       threshold: d > 0; None takes each token's own from `Tokens.threshold`.
 
+    Raises:
+      ValueError: threshold <= 0.
+
     Reference: MIRAS (arXiv 2504.13173), Yaad.
     """
+    _check_threshold("huber_mixture", threshold)
 
     def loss(output: Vectors, value: Vectors, token: Thresholds) -> Numbers:
         residual = output - value
@@ -219,7 +252,11 @@ def robust(radius: float) -> Objective:
     """Worst case of l2 over value shifts of norm `radius`: `1/2 |r|^2 + radius |r|`.
 
     Its error is `r + radius r/|r|` (0 at r = 0).
+
+    Raises:
+      ValueError: radius < 0.
     """
+    require_range("robust: radius", radius, 0)
 
     def loss(output: Vectors, value: Vectors, threshold: Thresholds) -> Numbers:
         residual = output - value

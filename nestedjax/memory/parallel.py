@@ -3,16 +3,17 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
 from nestedjax.memory.state import (
     Memory,
     MemoryState,
     Tokens,
+    mean_rates,
     next_window,
     with_window,
 )
-from pallas_kernels.delta_rule import delta_chunk
+from pallas_kernels.delta_rule import chunk_tables, delta_chunk
 
 
 def delta_step(
@@ -68,45 +69,30 @@ def delta_step(
     return MemoryState(weights, momentum, None), reads
 
 
-def omega_coefficients(
-    decay: Float[Array, " C"] | None, count: int, window: int, dtype: DTypeLike
-) -> Float[Array, "C W"]:
+def omega_coefficients(kept: Float[Array, "C C"], window: int) -> Float[Array, "C W"]:
     """How much of gradient i is in the accumulator after token t.
 
     `kappa[t, i] = sum_{s <= t, s - window < i <= s} prod_{j = s+1..t} decay_j`: gradient i is added
     by every token s whose window it is in, and each addition has decayed since.
 
     Args:
-      decay: [C], or None for 1.
-      count: C.
+      kept: [C, C], the products of decay over the tokens s+1..t, row t, column s; 0 for s > t.
       window: tokens, c.
-      dtype: of the result.
 
     Returns:
       [C, c - 1 + C], the columns starting c - 1 tokens before the chunk.
     """
+    count = kept.shape[0]
     rows = jnp.arange(count)
-    lower = rows[:, None] >= rows[None, :]
-    if decay is None:
-        kept = lower.astype(dtype)
-    else:
-        # differences of cumulative logs are <= 0 where they are used: nothing overflows
-        total = log_decay(decay)
-        kept = jnp.exp(jnp.where(lower, total[:, None] - total[None, :], -jnp.inf))
     columns = jnp.arange(window - 1 + count)
     inside = (columns[None, :] >= rows[:, None]) & (columns[None, :] < rows[:, None] + window)
-    return kept @ inside.astype(dtype)
-
-
-def log_decay(decay: Float[Array, " C"]) -> Float[Array, " C"]:
-    """Cumulative logarithm of the decays; a decay of 0 counts as the smallest normal number."""
-    return jnp.cumsum(jnp.log(jnp.maximum(decay, jnp.finfo(decay.dtype).tiny)))
+    return kept @ inside.astype(kept.dtype)
 
 
 def omega_step(
     memory: Memory, state: MemoryState, tokens: Tokens
 ) -> tuple[MemoryState, Float[Array, "C dv"]]:
-    """One chunk of the Omega rule: one score matrix for each weight matrix, and no solve.
+    """One chunk of a sum of gradients: one score matrix for each weight matrix, and no solve.
 
     Without erasure the writes do not depend on each other: the weights after token t are the
     decayed anchor plus `sum_i kappa[t, i]` times gradient i, and a read of them is a masked product
@@ -123,10 +109,17 @@ def omega_step(
     anchor = memory.link(state.weights)
     extended = with_window(state, tokens)
     inputs, errors = memory.factors(anchor, extended)
-    count, dtype = len(tokens.learning_rate), tokens.learning_rate.dtype
-    kappa = omega_coefficients(tokens.decay, count, memory.rule.window, dtype)
+    count = len(tokens.learning_rate)
+    if not count:
+        return state, jnp.zeros_like(tokens.values)
+    tables = chunk_tables(tokens.learning_rate, tokens.decay, None)
+    kept = jnp.ones_like(tokens.learning_rate)
+    if memory.rule.mean:
+        kappa = tables.decay * mean_rates(jnp.arange(count, dtype=jnp.int32), tokens)[:, None]
+    else:
+        kept = kept if tables.decay_start is None else tables.decay_start
+        kappa = omega_coefficients(tables.decay, memory.rule.window)
     kappa = kappa * extended.learning_rate[None, :]
-    kept = jnp.ones((count,), dtype) if tokens.decay is None else jnp.exp(log_decay(tokens.decay))
     final = tuple(
         kept[-1] * a - (kappa[-1][:, None] * e).T @ x
         for a, e, x in zip(state.weights, errors, inputs, strict=True)

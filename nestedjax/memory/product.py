@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
 from nestedjax.levels import Level, incremental
 from nestedjax.memory.architectures import Architecture, Weights
 from nestedjax.memory.features import FeatureMap, identity
@@ -21,8 +22,10 @@ from nestedjax.memory.state import (
     Tokens,
     initial_state,
     prepare,
+    running_start,
 )
 from nestedjax.memory.whole import KERNELS, Kernel, kernel_for
+from pallas_kernels import check_floats
 
 _READS = ("running_prev", "running", "anchor")
 _IMPLEMENTATIONS = ("xla", "reference", *KERNELS)
@@ -90,6 +93,10 @@ def plan(
             f"{retention.name} retention maps the accumulator to weights by a nonlinear link, so "
             f'a {read} read needs every token\'s weights; read="anchor" is chunk-parallel',
         )
+    if rule.diagonal:
+        return Plan("sequential", f"{rule.name} decays every feature of a key by itself")
+    if rule.mean:
+        return Plan("omega", "a mean of rank-one gradients: one score matrix a weight matrix")
     if rule.window > 1:
         return Plan("omega", "sums of rank-one gradients: one score matrix a weight matrix")
     return Plan("delta", "rank-one writes at the anchor: one delta_rule chunk a weight matrix")
@@ -170,8 +177,7 @@ def associative_memory(
       1. The anchor is the end of the previous chunk; the equations print the end of the present.
       2. The l2 objective is halved.
     """
-    if chunk_size < 1:
-        raise ValueError(f"associative_memory: chunk_size must be at least 1, got {chunk_size}")
+    require_range("associative_memory: chunk_size", chunk_size, 1, integer=True)
     chosen = plan(
         architecture, objective, retention, rule, read=read, implementation=implementation
     )
@@ -179,6 +185,14 @@ def associative_memory(
     execute = _STEPS[chosen.execution]
 
     def init(params: Weights) -> MemoryState:
+        if not isinstance(params, tuple):
+            raise ValueError(
+                f"{architecture.name} memory: initial weights are a {type(params).__name__}, "
+                f"expected a tuple of {len(architecture.shapes)}: make them with "
+                "architecture.init(key)"
+            )
+        named = {f"initial weight {i}": w for i, w in enumerate(params)}
+        check_floats(f"{architecture.name} memory", **named)
         shapes = tuple(w.shape for w in params)
         if shapes != architecture.shapes:
             raise ValueError(
@@ -204,12 +218,15 @@ def associative_memory(
     )
     if read == "anchor":
         return level._replace(token=_anchored(memory))
-    return incremental(level, start=lambda params, state: state, token=_running(memory))
+    return incremental(
+        level, start=lambda params, state: running_start(memory, state), token=_running(memory)
+    )
 
 
 def _prepared(memory: Memory, state: MemoryState, x: Tokens) -> Tokens:
     """The tokens as the executions take them, if they are what the memory needs."""
     _check_tokens(memory, x)
+    _check_shapes(memory, x, state.weights[0].dtype)
     tokens = prepare(memory, x, state.weights[0].dtype)
     _check_widths(memory, tokens)
     return tokens
@@ -283,6 +300,11 @@ def _check_combination(
             f"the {objective.name} objective erases by itself; use it with gradient(), momentum() "
             f"or omega(), not with {rule.name}"
         )
+    if rule.mean and retention.name != "none":
+        raise ValueError(
+            f"{rule.name} starts every token's weights from those of the chunk's start, which "
+            f"{retention.name} retention would not keep; use none()"
+        )
     if rule.solve and not (linear and objective.factor is not None and quadratic):
         raise ValueError(
             f"{rule.name} has a closed form for matrix() with l2() and none() or decay() "
@@ -291,11 +313,13 @@ def _check_combination(
 
 
 def _check_tokens(memory: Memory, x: Tokens) -> None:
+    rule = memory.rule
     decay = {"required": True, "optional": x.decay is not None, "unused": False}
     fields = (
         ("learning_rate", x.learning_rate, True, memory.rule.name),
         ("decay", x.decay, decay[memory.retention.decay], memory.retention.name),
         ("momentum", x.momentum, memory.rule.momentum, memory.rule.name),
+        ("rate_offset", x.rate_offset, memory.rule.mean and x.rate_offset is not None, rule.name),
         ("threshold", x.threshold, memory.objective.token_threshold, memory.objective.name),
     )
     for field, given, needed, user in fields:
@@ -303,6 +327,28 @@ def _check_tokens(memory: Memory, x: Tokens) -> None:
             raise ValueError(f"{user} needs Tokens.{field}, which is None")
         if not needed and given is not None:
             raise ValueError(f"{user} has no use for Tokens.{field}; leave it None")
+
+
+def _check_shapes(memory: Memory, x: Tokens, dtype: jax.numpy.dtype) -> None:
+    who = f"{memory.architecture.name} memory"
+    given = {name: array for name, array in x._asdict().items() if array is not None}
+    check_floats(who, **{f"Tokens.{name}": array for name, array in given.items()})
+    if x.keys.ndim != 2:
+        raise ValueError(
+            f"{who}: keys have shape {x.keys.shape}, and a memory takes one sequence [T, dk]: give "
+            "a token its axis, or run a batch with jax.vmap or levels.run_batch"
+        )
+    length = x.keys.shape[0]
+    for name, array in given.items():
+        rows = name in ("keys", "values", "queries")
+        if array.ndim != (2 if rows else 1) or array.shape[0] != length:
+            expected = f"[{length}, features]" if rows else f"[{length}], one number for each token"
+            raise ValueError(f"{who}: {name} has shape {array.shape}, expected {expected}")
+        if array.dtype == jax.numpy.float64 and dtype != array.dtype:
+            raise ValueError(
+                f"{who}: {name} is float64 and would be rounded to the weights' {dtype}; cast it, "
+                "or make the weights float64"
+            )
 
 
 def _check_widths(memory: Memory, tokens: Tokens) -> None:

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nestedjax.errors import require_range
+
 Matrix = Float[Array, "*w"]  # the shape of the weights, whatever it is
 Number = Float[Array, ""]
 
@@ -70,8 +72,7 @@ def kl(scale: float = 1.0) -> Retention:
 
     Reference: MIRAS (arXiv 2504.13173), Memora.
     """
-    if scale <= 0:
-        raise ValueError(f"kl retention: the simplex needs scale > 0, got {scale}")
+    require_range("kl: scale", scale, 0, closed="neither")
     # decay log W differs from decay A by a constant in each row, which softmax ignores.
     return Retention("kl", decay="optional", link=lambda a: scale * jax.nn.softmax(a, axis=-1))
 
@@ -85,13 +86,20 @@ def elastic_net(sparsity: float) -> Retention:
     Raises:
       ValueError: sparsity < 0.
     """
-    if sparsity < 0:
-        raise ValueError(f"elastic_net retention: sparsity must be at least 0, got {sparsity}")
+    require_range("elastic_net: sparsity", sparsity, 0)
 
     def shrink(weight: Matrix, learning_rate: Number) -> Matrix:
         return jnp.sign(weight) * jnp.maximum(jnp.abs(weight) - learning_rate * sparsity, 0.0)
 
     return Retention("elastic_net", decay="optional", shrink=shrink)
+
+
+def _size(a: Matrix) -> Number:
+    """What to divide A by before it is raised to a power, so that its norm is about 1.
+
+    A constant to autodiff: the links do not depend on it.
+    """
+    return jnp.maximum(jax.lax.stop_gradient(jnp.max(jnp.abs(a))), _EPSILON**0.5)
 
 
 def lq(q: float) -> Retention:
@@ -100,12 +108,12 @@ def lq(q: float) -> Retention:
     Raises:
       ValueError: q <= 1 (no dual norm).
     """
-    if q <= 1:
-        raise ValueError(f"lq retention: q must be greater than 1, got {q}")
+    require_range("lq: q", q, 1, closed="neither")
     p = q / (q - 1)
 
     def link(a: Matrix) -> Matrix:
-        square = a * a + _EPSILON
+        size = _size(a)
+        square = (a / size) ** 2 + _EPSILON / size / size
         norm = jnp.sum(square ** (p / 2)) ** (1 / p)
         # sign(A) |A|^(p-1) without a sign, whose derivative would be 0
         return a * square ** ((p - 2) / 2) / norm ** (p - 2)
@@ -121,12 +129,12 @@ def lq_printed(q: float) -> Retention:
     Raises:
       ValueError: q <= 1.
     """
-    if q <= 1:
-        raise ValueError(f"lq_printed retention: q must be greater than 1, got {q}")
+    require_range("lq_printed: q", q, 1, closed="neither")
 
     def link(a: Matrix) -> Matrix:
-        norm = jnp.sum((a * a + _EPSILON) ** (q / 2)) ** (1 / q)
-        return a / norm ** (q - 2)
+        size = _size(a)
+        norm = jnp.sum(((a / size) ** 2 + _EPSILON / size / size) ** (q / 2)) ** (1 / q)
+        return (a / size) / norm ** (q - 2) * size ** (3 - q)
 
     return Retention("lq_printed", decay="optional", link=link)
 

@@ -15,11 +15,13 @@ with eta the learning rate of the token:
 | `explicit_delta` | eta | eta |
 | `implicit_delta` | `eta / (1 + eta |x|^2)` | eta |
 | `closed_form_delta` | `eta / (1 + eta |x|^2)` | the same |
+| `diagonal_closed_form_delta` | the same, of `x^2` in place of `x x^T` | the same |
 | `coupled_delta` | decay eta | eta |
 | `input_delta` | as `delta`, only on matrices that read the key (reading R2) | eta |
 | `functional_delta` | 0; the error is `error + body(k)` (reading R4) | eta |
 | `with_momentum(rule)` | as the rule | as the rule |
 | `omega(window)` | 0 | sum of the gradients of the last `window` tokens |
+| `mean_gradient` | 0 | mean of the gradients since the chunk's start, from its weights |
 | `implicit_omega(window)` | exact minimiser over the window (linear, l2) | |
 """
 
@@ -28,6 +30,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from nestedjax.errors import require_range
 
 Gate = Float[Array, "*t"]  # one number for each token
 
@@ -45,6 +49,9 @@ class Rule(NamedTuple):
       input_only: erase only on the matrices whose layer input is the key.
       functional: adds the gradient of `1/2 |body(k)|^2` to the objective's.
       solve: the update is the exact minimiser over the window, not a gradient step.
+      diagonal: `x_t x_t^T` is replaced by its diagonal in the erasure.
+      mean: the weights are those of the chunk's start, less the mean of its gradients up to the
+        token.
     """
 
     name: str
@@ -55,6 +62,8 @@ class Rule(NamedTuple):
     input_only: bool = False
     functional: bool = False
     solve: bool = False
+    diagonal: bool = False
+    mean: bool = False
 
 
 def gradient() -> Rule:
@@ -68,7 +77,7 @@ def with_momentum(rule: Rule) -> Rule:
     Raises:
       ValueError: the rule sums the gradients of a window already.
     """
-    if rule.window > 1 or rule.solve:
+    if rule.window > 1 or rule.solve or rule.mean:
         raise ValueError(f"with_momentum: {rule.name} sums a window of gradients; drop one of them")
     return rule._replace(name=f"{rule.name}+momentum", momentum=True)
 
@@ -108,13 +117,27 @@ def implicit_delta() -> Rule:
 def closed_form_delta() -> Rule:
     """The exact minimiser of the DGD step: erase and write both `eta / (1 + eta |x|^2)` (B9).
 
-    With the dot objective on a linear memory this is Longhorn.
+    With the dot objective on a linear memory this is Longhorn as its theorem states it.
     """
     return Rule(
         "closed_form_delta",
         erase=_implicit,
         write=lambda learning_rate, square: learning_rate / (1.0 + learning_rate * square),
     )
+
+
+def diagonal_closed_form_delta() -> Rule:
+    """`closed_form_delta` with `x x^T` replaced by its diagonal: `W_mn (1 - eta' x_n^2)`.
+
+    `eta' = eta / (1 + eta |x|^2)` as there, so that every factor is in (0, 1]. With the dot
+    objective on a linear memory this is what Longhorn computes. Every feature of the key decays on
+    its own, and nothing is erased across features: for keys with one non-zero feature the two rules
+    are the same.
+
+    Reference: Longhorn (arXiv 2407.14207), section 3.3 and its code (Cranial-XIX/longhorn,
+    `models/longhorn.py`, `Longhorn.step`).
+    """
+    return closed_form_delta()._replace(name="diagonal_closed_form_delta", diagonal=True)
 
 
 def coupled_delta() -> Rule:
@@ -137,6 +160,23 @@ def functional_delta() -> Rule:
     `1/2 |body(k)|^2` at the anchor is added to the objective's.
     """
     return Rule("functional_delta", functional=True)
+
+
+def mean_gradient() -> Rule:
+    """TTT's mini-batch descent: `W_t = W_a - rate_j sum_{i = a+1..t} eta_i g_i`, `rate_j = 1/j`.
+
+    `W_a` are the weights at the start of the chunk, `j = t - a` is the token's place in it, counted
+    from 1, and `g_i` the gradient of token i at `W_a`. The weights at the chunk's end, with
+    `rate_C = 1/C`, start the next one. So the weights of a token follow the mean of the gradients
+    so far, and the write of one token shrinks as the chunk goes on. `Tokens.rate_offset`, if it is
+    given, is added: `rate_j = max(0, 1/j + rate_offset_t)`, TTT's learnable `token_idx`.
+
+    It is defined with `none()` retention, as there is no running weight to decay.
+
+    Reference: TTT (arXiv 2407.04620) and its code (test-time-training/ttt-lm-pytorch, `ttt.py`,
+    `TTTBase.get_eta`: eta_ti is `token_idx_t lr_i`, whose `lr` has the factor `base_lr/head_dim`).
+    """
+    return Rule("mean_gradient", mean=True)
 
 
 def omega(window: int) -> Rule:
@@ -174,6 +214,5 @@ def implicit_omega(window: int) -> Rule:
 
 
 def _check_window(window: int) -> int:
-    if window < 1:
-        raise ValueError(f"omega rule: the window holds at least 1 token, got {window}")
+    require_range("omega: window", window, 1, integer=True)
     return window

@@ -18,7 +18,9 @@ from nestedjax.memory.state import (
     MemoryState,
     Tokens,
     Window,
+    mean_rates,
     next_window,
+    running_start,
     with_window,
 )
 from pallas_kernels import solve
@@ -57,12 +59,21 @@ def _write(
     for m, (a, s, x) in enumerate(zip(carry.weights, added, inputs, strict=True)):
         erase = memory.erase(m, learning_rate, decay, x)
         new = decay * a + s
-        if erase is not None:
+        if erase is not None and memory.rule.diagonal:
+            new = new - erase * a * (x * x)[None, :]
+        elif erase is not None:
             new = new - erase * jnp.outer(a @ x, x)
         weights.append(
             new if memory.retention.shrink is None else memory.retention.shrink(new, learning_rate)
         )
     return _Carry(tuple(weights), None if carry.momentum is None else added)
+
+
+def _averaged(anchor: Weights, old: _Carry, gradients: Weights, rate: Array) -> _Carry:
+    """`mean_gradient`: `momentum` is the sum of the chunk's gradients up to the token."""
+    assert old.momentum is not None
+    sums = tuple(s + g for s, g in zip(old.momentum, gradients, strict=True))
+    return _Carry(tuple(a - rate * s for a, s in zip(anchor, sums, strict=True)), sums)
 
 
 def _read(
@@ -104,9 +115,9 @@ def reference_step(
     window = memory.rule.window
 
     def token_step(
-        carry: tuple[_Carry, Any], token: Tokens
+        carry: tuple[_Carry, Any], inputs: tuple[Tokens, Array]
     ) -> tuple[tuple[_Carry, Any], Float[Array, " dv"]]:
-        old, past = carry
+        (old, past), (token, place) = carry, inputs
         present = jax.tree.map(
             lambda x: x[None],
             Window(token.keys, token.values, token.learning_rate, token.threshold),
@@ -120,14 +131,19 @@ def reference_step(
             new = _solve(memory, old, recent, token)
         else:
             each = jax.vmap(lambda one: _dense_gradients(memory, anchor, one))(recent)
-            inputs, _ = memory.factors(anchor, token)
-            new = _write(memory, old, tuple(g.sum(0) for g in each), inputs, token)
+            gradients = tuple(g.sum(0) for g in each)
+            if memory.rule.mean:
+                new = _averaged(anchor, old, gradients, mean_rates(place, token))
+            else:
+                new = _write(memory, old, gradients, memory.factors(anchor, token)[0], token)
         past = None if past is None else jax.tree.map(lambda x: x[-(window - 1) :], recent)
         return (new, past), _read(memory, anchor, old, new, token.queries)
 
-    start = (_Carry(state.weights, state.momentum), state.window)
-    (end, past), reads = jax.lax.scan(token_step, start, tokens)
-    return MemoryState(end.weights, end.momentum, past), reads
+    first = running_start(memory, state)
+    places = jnp.arange(len(tokens.learning_rate), dtype=jnp.int32)
+    start = (_Carry(first.weights, first.momentum), state.window)
+    (end, past), reads = jax.lax.scan(token_step, start, (tokens, places))
+    return MemoryState(end.weights, end.momentum if memory.rule.momentum else None, past), reads
 
 
 def sequential_step(
@@ -197,6 +213,11 @@ def running_token(
             (memory.write(recent.learning_rate, x)[:, None] * e).T @ x
             for x, e in zip(inputs, errors, strict=True)
         )
-        new = _write(memory, old, gradients, tuple(x[-1] for x in inputs), token)
+        if running.place is not None:
+            new = _averaged(weights, old, gradients, mean_rates(running.place, token))
+        else:
+            new = _write(memory, old, gradients, tuple(x[-1] for x in inputs), token)
     read = _read(memory, weights, old, new, token.queries)
-    return MemoryState(new.weights, new.momentum, next_window(memory, recent)), read[None]
+    place = None if running.place is None else running.place + 1
+    after = MemoryState(new.weights, new.momentum, next_window(memory, recent), place)
+    return after, read[None]

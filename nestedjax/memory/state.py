@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nestedjax.memory.architectures import Architecture, Features, Weights
 from nestedjax.memory.features import FeatureMap
@@ -26,6 +26,7 @@ class Tokens(NamedTuple):
         the retention has no use for it.
       momentum: [T] in [0, 1]; None unless the rule has momentum.
       threshold: [T], > 0; None unless the objective's threshold depends on the token.
+      rate_offset: [T]; None unless the rule is `mean_gradient`, which adds it to 1/j.
     """
 
     keys: Float[Array, "*T dk"]
@@ -36,6 +37,7 @@ class Tokens(NamedTuple):
     decay: Float[Array, "*T"] | None = None
     momentum: Float[Array, "*T"] | None = None
     threshold: Float[Array, "*T"] | None = None
+    rate_offset: Float[Array, "*T"] | None = None
 
 
 # the axes of one sequence's arrays, as `Level.ndim` says them
@@ -58,11 +60,14 @@ class MemoryState(NamedTuple):
       weights: a tuple of [m, n]; where the retention has a link, the accumulators of the weights.
       momentum: like `weights`; None for a rule without momentum.
       window: the `window - 1` tokens before the chunk; None for a rule without a window.
+      place: tokens since the chunk's start; None but inside a chunk of `mean_gradient`, where
+        `momentum` is the sum of the gradients since then.
     """
 
     weights: Weights
     momentum: Weights | None
     window: Window | None
+    place: Int[Array, ""] | None = None  # shape=(), dtype=int32
 
 
 class Memory(NamedTuple):
@@ -136,6 +141,22 @@ def initial_state(memory: Memory, params: Weights) -> MemoryState:
         )
     momentum = tuple(jnp.zeros_like(w) for w in weights) if memory.rule.momentum else None
     return MemoryState(weights, momentum, window)
+
+
+def running_start(memory: Memory, state: MemoryState) -> MemoryState:
+    """The state inside a chunk, before its first token."""
+    if not memory.rule.mean:
+        return state
+    sums = tuple(jnp.zeros_like(w) for w in state.weights)
+    return state._replace(momentum=sums, place=jnp.zeros((), jnp.int32))
+
+
+def mean_rates(place: Int[Array, "*t"], tokens: Tokens) -> Float[Array, "*t"]:
+    """`rate_j` of `mean_gradient` for tokens with `place` tokens of their chunk before them."""
+    rate = 1.0 / (place + 1).astype(tokens.learning_rate.dtype)
+    if tokens.rate_offset is None:
+        return rate
+    return jnp.maximum(rate + tokens.rate_offset, 0.0)
 
 
 def prepare(memory: Memory, tokens: Tokens, dtype: jnp.dtype) -> Tokens:

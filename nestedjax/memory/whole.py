@@ -55,7 +55,7 @@ def kernel_for(memory: Memory, implementation: str, chunk_size: int) -> Kernel:
 
     if memory.retention.link is not None or memory.retention.shrink is not None:
         raise refuse(f"no kernel has {memory.retention.name} retention")
-    if rule.window > 1 or rule.solve:
+    if rule.window > 1 or rule.solve or rule.mean or rule.diagonal:
         raise refuse(f"no kernel has the rule {rule.name}")
     if architecture.name == "matrix":
         if architecture.scales[0]:

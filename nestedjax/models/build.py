@@ -6,6 +6,7 @@ from nestedjax.models.config import ModelConfig
 from nestedjax.models.in_context import InContextModel
 from nestedjax.models.language_model import LanguageModel
 from nestedjax.models.presets import PRESETS
+from pallas_kernels import check_width
 
 Model = LanguageModel | InContextModel
 
@@ -22,7 +23,8 @@ def build(preset: str | ModelConfig, *, rngs: nnx.Rngs) -> Model:
       continuum memory's lifetime is "in_context".
 
     Raises:
-      ValueError: if there is no such preset, or it is no model configuration.
+      ValueError: if there is no such preset, it is no model configuration, or its dtype is float64
+        and jax_enable_x64 is off.
 
     Example:
       >>> from flax import nnx
@@ -39,6 +41,7 @@ def build(preset: str | ModelConfig, *, rngs: nnx.Rngs) -> Model:
         raise ValueError(
             f"cannot build a {type(preset).__name__}; use a preset's name or a ModelConfig"
         )
+    check_width(f"{type(preset).__name__}: dtype is", preset.dtype)
     model = LanguageModel(preset, rngs=rngs)
     cms = preset.continuum
     if cms is not None and cms.lifetime == "in_context":

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._linalg.derivatives import differentiable
+
 # (state, tokens of a chunk) -> (state, outputs): trees of arrays; it captures no arrays
 Chunk = Callable[[Any, Any], tuple[Any, Any]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def chunk_scan(chunk: Chunk, size: int, axis: int, state: Any, tokens: Any) -> tuple[Any, Any]:
     """Run `chunk` over chunks of `size` tokens, each recomputed in the backward pass.
 
@@ -32,7 +33,7 @@ def chunk_scan(chunk: Chunk, size: int, axis: int, state: Any, tokens: Any) -> t
     Returns:
       The state after the last chunk, and the outputs, a tree of arrays of T tokens.
     """
-    return _forward(chunk, size, axis, state, tokens, keep=False)[0]
+    return _scan(state, tokens, chunk, size, axis)
 
 
 def _slice(tree, index, size, axis):
@@ -49,13 +50,17 @@ def _put(into, tree, index, size, axis):
     )
 
 
+def _whole(leaf, *, axis, size):
+    """Zeros like `leaf`, but for `size` tokens."""
+    shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
+    return jnp.zeros(shape, leaf.dtype, device=leaf.sharding)
+
+
 def _forward(chunk, size, axis, state, tokens, *, keep):
     count = jax.tree.leaves(tokens)[0].shape[axis] // size
     _, out = jax.eval_shape(lambda s, t: chunk(s, _slice(t, 0, size, axis)), state, tokens)
 
-    def whole(leaf):
-        shape = (*leaf.shape[:axis], count * size, *leaf.shape[axis + 1 :])
-        return jnp.zeros(shape, leaf.dtype, device=leaf.sharding)
+    whole = partial(_whole, axis=axis, size=count * size)
 
     def step(carry, index):
         state, outputs = carry
@@ -66,12 +71,34 @@ def _forward(chunk, size, axis, state, tokens, *, keep):
     return carry, starts
 
 
-def _scan_fwd(chunk, size, axis, state, tokens):
+def _scan_forward(state, tokens, chunk, size, axis):
     found, starts = _forward(chunk, size, axis, state, tokens, keep=True)
     return found, (starts, tokens)
 
 
-def _scan_bwd(chunk, size, axis, kept, cotangents):
+def _scan_tangent(chunk, size, axis, kept, tangents):
+    """The same scan of the tangents, of each chunk at its stored start."""
+    (starts, tokens), (of_state, of_tokens) = kept, tangents
+    whole = partial(_whole, axis=axis, size=jax.tree.leaves(tokens)[0].shape[axis])
+    primal = jax.eval_shape(
+        lambda starts, t: chunk(jax.tree.map(lambda a: a[0], starts), _slice(t, 0, size, axis)),
+        starts,
+        tokens,
+    )
+
+    def step(carry, given):
+        of_state, of_outputs = carry
+        index, start = given
+        here = [_slice(tree, index, size, axis) for tree in (tokens, of_tokens)]
+        _, (of_state, of_out) = jax.jvp(chunk, (start, here[0]), (of_state, here[1]))
+        return (of_state, _put(of_outputs, of_out, index, size, axis)), None
+
+    begin = (of_state, jax.tree.map(whole, primal[1]))
+    count = jax.tree.leaves(starts)[0].shape[0]
+    return jax.lax.scan(step, begin, (jnp.arange(count), starts))[0]
+
+
+def _scan_transpose(chunk, size, axis, kept, cotangents):
     starts, tokens = kept
     of_state, of_outputs = cotangents
     count = jax.tree.leaves(tokens)[0].shape[axis] // size
@@ -88,4 +115,12 @@ def _scan_bwd(chunk, size, axis, kept, cotangents):
     return of_state, of_tokens
 
 
-chunk_scan.defvjp(_scan_fwd, _scan_bwd)
+_scan = differentiable(
+    lambda state, tokens, chunk, size, axis: _forward(chunk, size, axis, state, tokens, keep=False)[
+        0
+    ],
+    _scan_forward,
+    _scan_tangent,
+    _scan_transpose,
+    static=3,
+)

@@ -2,17 +2,16 @@
 
 JAX's own rule computes the gradient of a product's second operand transposed, and then copies it
 into place; for small matrices the copies cost as much as the products. Here each gradient is one
-product that comes out in the layout of its operand. Reverse mode only, of any order.
+product that comes out in the layout of its operand.
 """
 
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from pallas_kernels._linalg.derivatives import differentiable
 from pallas_kernels._linalg.numerics import PLAIN, Form, dot
 from pallas_kernels._linalg.triangular import invert_unit_lower, masked
 
@@ -21,26 +20,28 @@ from pallas_kernels._linalg.triangular import invert_unit_lower, masked
 INVERSE = "invert_unit_lower"
 
 
-def _product(contract: tuple[int, int]) -> Any:
-    return jax.custom_vjp(lambda a, b, form: dot(a, b, contract, form), nondiff_argnums=(2,))
+def _product(contract: tuple[int, int], transpose: Any) -> Any:
+    """The product, with `transpose(form, a, b, g)` the gradients of both operands."""
 
-
-_nn, _nt, _tn = _product((1, 0)), _product((1, 1)), _product((0, 0))
-
-
-def _keep(form_of_product):
-    """The forward rule: keep both operands, rounded if the product rounds them."""
+    def product(a, b, form):
+        return dot(a, b, contract, form)
 
     def forward(a, b, form):
-        a, b = form.operand(a), form.operand(b)
-        return form_of_product(a, b, form), (a, b)
+        a, b = form.operand(a), form.operand(b)  # kept rounded if the product rounds them
+        return product(a, b, form), (a, b)
 
-    return forward
+    def tangent(form, kept, tangents):
+        (a, b), (of_a, of_b) = kept, tangents
+        return product(of_a, b, form) + product(a, of_b, form)
+
+    return differentiable(
+        product, forward, tangent, lambda form, kept, g: transpose(form, *kept, g), static=1
+    )
 
 
-_nn.defvjp(_keep(_nn), lambda form, kept, g: (_nt(g, kept[1], form), _tn(kept[0], g, form)))
-_nt.defvjp(_keep(_nt), lambda form, kept, g: (_nn(g, kept[1], form), _tn(g, kept[0], form)))
-_tn.defvjp(_keep(_tn), lambda form, kept, g: (_nt(kept[1], g, form), _nn(kept[0], g, form)))
+_nn: Any = _product((1, 0), lambda form, a, b, g: (_nt(g, b, form), _tn(a, g, form)))
+_nt: Any = _product((1, 1), lambda form, a, b, g: (_nn(g, b, form), _tn(g, a, form)))
+_tn: Any = _product((0, 0), lambda form, a, b, g: (_nt(b, g, form), _nn(a, g, form)))
 
 
 def _same_batch(a, b):
@@ -69,17 +70,18 @@ def tn(
     return _tn(*_same_batch(a, b), form)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scaled(a, b, scale, form):
-    return scale[..., None, :] * dot(a, b, (1, 0), form)
-
-
-def _scaled_fwd(a, b, scale, form):
+def _scaled_forward(a, b, scale, form):
     a, b = form.operand(a), form.operand(b)
-    return _scaled(a, b, scale, form), (a, b, scale)
+    return scale[..., None, :] * dot(a, b, (1, 0), form), (a, b, scale)
 
 
-def _scaled_bwd(form, kept, g):
+def _scaled_tangent(form, kept, tangents):
+    (a, b, scale), (of_a, of_b, of_scale) = kept, tangents
+    product = _nn(of_a, b, form) + _nn(a, of_b, form)
+    return scale[..., None, :] * product + of_scale[..., None, :] * _nn(a, b, form)
+
+
+def _scaled_transpose(form, kept, g):
     a, b, scale = kept
     # One product serves two gradients: scaled it is that of b, and its overlap with b, which is
     # sum_i g_in (a b)_in for column n, is that of the scale. The product a b is not needed again.
@@ -88,7 +90,13 @@ def _scaled_bwd(form, kept, g):
     return _nt(scale[..., None, :] * g, b, form), scale[..., None, :] * back, of_scale
 
 
-_scaled.defvjp(_scaled_fwd, _scaled_bwd)
+_scaled = differentiable(
+    lambda *given: _scaled_forward(*given)[0],
+    _scaled_forward,
+    _scaled_tangent,
+    _scaled_transpose,
+    static=1,
+)
 
 
 def scaled_nn(
@@ -102,18 +110,27 @@ def scaled_nn(
     return _scaled(a, b, jnp.broadcast_to(scale, (*a.shape[:-2], scale.shape[-1])), form)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gram(x: Float[Array, "*b k n"], form: Form = PLAIN) -> Float[Array, "*b n n"]:
     """x^T x; its gradient is one product, x (g + g^T), where autodiff would take two."""
-    return dot(x, x, (0, 0), form)
+    return _gram(x, form)
 
 
-def _gram_fwd(x, form):
+def _gram_forward(x, form):
     x = form.operand(x)
-    return gram(x, form), x
+    return dot(x, x, (0, 0), form), x
 
 
-gram.defvjp(_gram_fwd, lambda form, x, g: (_nn(x, g + jnp.swapaxes(g, -1, -2), form),))
+def _symmetric(g):
+    return g + jnp.swapaxes(g, -1, -2)
+
+
+_gram = differentiable(
+    lambda x, form: dot(x, x, (0, 0), form),
+    _gram_forward,
+    lambda form, x, tangents: _symmetric(_tn(x, tangents[0], form)),
+    lambda form, x, g: (_nn(x, _symmetric(g), form),),
+    static=1,
+)
 
 
 def _inverses(lowers, form: Form):
@@ -128,12 +145,7 @@ def _inverses(lowers, form: Form):
     return [part.reshape(lower.shape) for part, lower in zip(parts, lowers, strict=True)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _solve(lowers, rights, named, form):
-    return _solve_fwd(lowers, rights, named, form)[0]
-
-
-def _solve_fwd(lowers, rights, named, form):
+def _solve_forward(lowers, rights, named, form):
     inverses = [form.operand(inverse) for inverse in _inverses(lowers, form)]
     # the name is given here, since it is this value, and no copy of it, that the gradient needs
     inverses = [
@@ -145,7 +157,16 @@ def _solve_fwd(lowers, rights, named, form):
     return solutions, (inverses, solutions)
 
 
-def _solve_bwd(named, form, kept, gradients):
+def _solve_tangent(named, form, kept, tangents):
+    # X (I + L)^T = right, so dX (I + L)^T = d right - X dL^T
+    of_solutions = []
+    for inverse, solution, of_lower, of_right in zip(*kept, *tangents, strict=True):
+        of_lower = masked(of_lower, lambda i, j: i > j)
+        of_solutions.append(_nt(of_right - _nt(solution, of_lower, form), inverse, form))
+    return tuple(of_solutions)
+
+
+def _solve_transpose(named, form, kept, gradients):
     # X = right T^T with T = (I + L)^-1. So right gets g T, and with dT = -T dL T the matrix L gets
     # -(g T)^T X: two products, and none of them forms dT.
     of_lowers, of_rights = [], []
@@ -156,7 +177,13 @@ def _solve_bwd(named, form, kept, gradients):
     return tuple(of_lowers), tuple(of_rights)
 
 
-_solve.defvjp(_solve_fwd, _solve_bwd)
+_solve = differentiable(
+    lambda *given: _solve_forward(*given)[0],
+    _solve_forward,
+    _solve_tangent,
+    _solve_transpose,
+    static=2,
+)
 
 
 def solve_unit_lower(

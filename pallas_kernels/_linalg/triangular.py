@@ -7,12 +7,15 @@ Two neighbouring blocks A and B of the diagonal, with C below A, are merged by
 so that every level of the recursion doubles the size of the inverted blocks with two products.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._linalg.derivatives import differentiable
 from pallas_kernels._linalg.numerics import PLAIN, Form, dot
 
 BLOCK = 16  # inverted as a whole, under masks; larger matrices are merged from such blocks
@@ -29,8 +32,7 @@ def masked(matrix, keep, *, other: float = 0.0):
     return _masked(matrix, keep, other)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _masked(matrix, keep, other):
+def _where(matrix, keep, other):
     shape = (1,) * (matrix.ndim - 2) + matrix.shape[-2:]
     row, column = (
         jax.lax.broadcasted_iota(jnp.int32, shape, matrix.ndim - axis) for axis in (2, 1)
@@ -38,9 +40,12 @@ def _masked(matrix, keep, other):
     return jnp.where(keep(row, column), matrix, other)
 
 
-_masked.defvjp(
-    lambda matrix, keep, other: (_masked(matrix, keep, other), None),
+_masked: Callable[..., Any] = differentiable(
+    _where,
+    lambda *given: (_where(*given), None),
+    lambda keep, other, _, tangents: _masked(tangents[0], keep, 0.0),
     lambda keep, other, _, g: (_masked(g, keep, 0.0),),
+    static=2,
 )
 
 

@@ -4,9 +4,12 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._checks import check_floats
+from pallas_kernels._linalg.derivatives import reverse_only
 from pallas_kernels.attention import cudnn, pallas_tpu
 from pallas_kernels.attention.cudnn import attention_cudnn
 from pallas_kernels.attention.masks import Masks
@@ -92,7 +95,10 @@ def attention(
     if implementation == "cudnn" and _platform() != "cuda":
         raise NotImplementedError(f"implementation='cudnn' needs a CUDA device, not {_platform()}")
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    return _IMPLEMENTATIONS[implementation](queries, keys, values, masks, scale)
+    given = (queries, keys, values)
+    if implementation in ("cudnn", "pallas_tpu"):
+        given = reverse_only(given, f"attention(implementation={implementation!r})")
+    return _IMPLEMENTATIONS[implementation](*given, masks, scale)
 
 
 def default_implementation(
@@ -155,6 +161,7 @@ def _platform() -> str:
 
 def _checked(queries, keys, values, causal, window, prefix, documents) -> Masks:
     """Check everything; leave out the masks that mask nothing."""
+    check_floats("attention", queries=queries, keys=keys, values=values)
     if queries.ndim != 4 or keys.ndim != 4:
         raise ValueError(
             f"attention needs queries [B, T, H, K] and keys [B, S, G, K], got {queries.shape} and "
@@ -195,6 +202,8 @@ def _checked_prefix(prefix, batch, total):
         if prefix < 0:
             raise ValueError(f"prefix={prefix} must be a number of tokens >= 0")
         return min(prefix, total)
+    if not isinstance(prefix, jax.Array | np.ndarray):
+        raise ValueError(f"prefix={prefix!r} must be an int, or an integer array [{batch}]")
     if prefix.shape != (batch,) or not jnp.issubdtype(prefix.dtype, jnp.integer):
         raise ValueError(
             f"prefix is {prefix.dtype}{list(prefix.shape)}, expected an int or integers [{batch}]"
@@ -206,6 +215,11 @@ def _checked_documents(documents, batch, length, total):
     if documents is None:
         return None
     pair = documents if isinstance(documents, tuple) else (documents, documents)
+    if len(pair) != 2 or not all(isinstance(a, jax.Array | np.ndarray) for a in pair):
+        raise ValueError(
+            f"documents is a {type(documents).__name__}, expected integers [{batch}, {length}] or "
+            "a pair of them: make them with jnp.asarray"
+        )
     for name, numbers, count in zip(("queries", "keys"), pair, (length, total), strict=True):
         if numbers.shape != (batch, count) or not jnp.issubdtype(numbers.dtype, jnp.integer):
             raise ValueError(

@@ -1,15 +1,17 @@
 """The public face of the delta rule: validates, picks an implementation, casts back."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._checks import broadcast, check_axes, check_floats, check_integer
+from pallas_kernels._linalg.derivatives import reverse_only
 from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from pallas_kernels.delta_rule.reference import delta_rule_reference
 from pallas_kernels.delta_rule.types import DeltaOutput, Operands
 from pallas_kernels.delta_rule.xla import delta_chunk_xla, delta_rule_xla
 
+_GATES = ("learning_rate", "decay", "erase", "momentum")
 _READS = ("running_prev", "running", "anchor")
 _IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
@@ -35,34 +37,44 @@ def delta_rule(
     `S_t = momentum_t S_{t-1} - learning_rate_t error_t x_t^T`; without momentum `S_t` is its last
     term. A term whose operand is None is switched off at trace time and costs nothing. DeltaNet is
     `error = -values`, `erase = learning_rate`; Gated DeltaNet `erase = decay * learning_rate`;
-    retention has neither erase nor momentum. Leading dimensions of size one broadcast.
+    retention has neither erase nor momentum. Leading dimensions of size one broadcast. Without
+    tokens the states come back as they are.
+
+    The recurrence stays bounded where no transition lengthens a row of W: with `decay_t` in [0, 1]
+    and `0 <= erase_t |x_t|^2 <= 1 + decay_t`, so with keys of norm at most 1 (the layers' `unit`
+    maps) and `erase` in [0, 1], and always with an implicit rate `eta / (1 + eta |x|^2)`. Beyond
+    that W grows by up to `|decay_t - erase_t |x_t|^2|` a token and overflows in every
+    implementation alike; a chunk in which it does is not finite from its first token on, in the
+    chunked forms. Nothing is clipped here.
 
     Args:
       x: keys, or the inputs of the weight matrix, [..., T, n].
       error: gradient with respect to the matrix's output, [..., T, m].
       learning_rate: inner learning rates, [..., T].
       initial: the memory before the first token, [..., m, n].
-      decay: fraction of the memory kept, in (0, 1], [..., T].
+      decay: fraction of the memory kept, in [0, 1], [..., T]; a negative one gives nan in the
+        chunked forms, which work with logarithms.
       erase: strength of the erasure along `x_t`, [..., T].
-      momentum: momentum coefficients in [0, 1], [..., T]; the chunked forms work with logarithms
-        and give the coefficient no gradient at exactly 0.
+      momentum: momentum coefficients in [0, 1], [..., T]; as with decay, the kernels give it no
+        gradient at exactly 0, "xla" and "reference" do.
       initial_momentum: [..., m, n]; zeros when None.
       queries: [..., T, n]; None reads nothing.
       read: "running_prev" reads `W_{t-1} q_t`, "running" `W_t q_t`, "anchor" `W_0 q_t`.
       chunk_size: tokens solved in parallel; changes the speed, not the result.
       implementation: "reference" (token by token), "xla" (chunk-parallel), "pallas_tpu" or
-        "pallas_gpu" (the same in one kernel each way; on a mesh only inside `jax.shard_map`) or
-        None, which is "xla": the kernels have been compiled for TPUs and for Hopper GPUs and
-        checked in interpret mode; neither has run on one.
+        "pallas_gpu" (the same in one kernel each way; on a mesh only inside `jax.shard_map`;
+        derivatives in reverse mode only) or None, which is "xla": the kernels have been compiled
+        for TPUs and for Hopper GPUs and checked in interpret mode; neither has run on one.
 
     Returns:
       `DeltaOutput(reads, final, final_momentum)`; reads in the dtype of `x`, states in at least
       float32.
 
     Raises:
-      ValueError: a shape, read or implementation that does not fit, with its value.
+      ValueError: a shape, dtype, read or implementation that does not fit, with its value.
       NotImplementedError: "pallas_tpu" in float64; "pallas_gpu" with momentum, in float64, with
-        other chunks than of 64 tokens, and with a memory that is not 64 k x 64 or 64 k x 128.
+        other chunks than of 64 tokens, and with a memory that is not 64 k x 64 or 64 k x 128;
+        either in forward mode (`jax.jvp`, `jax.hessian`).
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,21 +87,24 @@ def delta_rule(
       Nested Learning (arXiv 2512.24695) eq. 88-93; DeltaNet (arXiv 2406.06484) for the WY form.
     """
     implementation = _check_choices(read, implementation)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    check_integer("delta_rule", "chunk_size", chunk_size, 1)
     gates = (learning_rate, decay, erase, momentum)
-    x, error, queries = _tokens_last(x, error, queries)
-    operands = _prepare(x, error, gates, initial, initial_momentum, queries)
+    given = x, error, gates, initial, initial_momentum, queries
+    operands = _prepare("delta_rule", *given)
+    if operands.x.shape[-1] == 0 or 0 in operands.initial.shape[:-2]:
+        return _tokens_first(_unchanged(operands), x.dtype)
     if implementation == "reference":
         out = delta_rule_reference(operands, read=read)
     elif implementation == "xla":
         out = delta_rule_xla(operands, read=read, chunk_size=chunk_size)
     elif implementation == "pallas_tpu":
+        operands = reverse_only(operands, "delta_rule(implementation='pallas_tpu')")
         out = delta_rule_pallas_tpu(operands, read=read, chunk_size=chunk_size)
     else:
         # Mosaic GPU is imported where it is asked for: it needs absl, which jax does not require
         from pallas_kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
 
+        operands = reverse_only(operands, "delta_rule(implementation='pallas_gpu')")
         dtype = _multiplied(x, error, queries)
         out = delta_rule_pallas_gpu(operands, read=read, chunk_size=chunk_size, dtype=dtype)
     return _tokens_first(out, x.dtype)
@@ -121,15 +136,22 @@ def delta_chunk(
         raise ValueError(
             f"delta_chunk has no implementation={implementation!r}; use 'xla', or delta_rule"
         )
-    gates, dtype = (learning_rate, decay, erase, momentum), x.dtype
-    x, error, queries = _tokens_last(x, error, queries)
-    operands = _prepare(x, error, gates, initial, initial_momentum, queries)
+    gates = (learning_rate, decay, erase, momentum)
+    operands = _prepare("delta_chunk", x, error, gates, initial, initial_momentum, queries)
+    if operands.x.shape[-1] == 0 or 0 in operands.initial.shape[:-2]:
+        return _tokens_first(_unchanged(operands), x.dtype)
     form = delta_rule_reference if implementation == "reference" else delta_chunk_xla
-    return _tokens_first(form(operands, read=read), dtype)
+    return _tokens_first(form(operands, read=read), x.dtype)
 
 
-def _tokens_last(*arrays):
-    return tuple(None if a is None else jnp.swapaxes(a, -1, -2) for a in arrays)
+def _unchanged(operands: Operands) -> DeltaOutput:
+    """No tokens, or no sequences: nothing is read, and the states stay as they are."""
+    reads, initial = None, operands.initial
+    if operands.queries is not None:
+        batch = jnp.broadcast_shapes(initial.shape[:-2], operands.queries.shape[:-2])
+        tokens = operands.x.shape[-1]
+        reads = jnp.zeros((*batch, initial.shape[-2], tokens), initial.dtype)
+    return DeltaOutput(reads, initial, operands.initial_momentum)
 
 
 def _tokens_first(out: DeltaOutput, dtype) -> DeltaOutput:
@@ -157,30 +179,51 @@ def _check_choices(read, implementation):
     return implementation
 
 
-def _prepare(x, error, gates, initial, initial_momentum, queries) -> Operands:
-    """Check the shapes, cast to the accumulation dtype, give the states the batch's shape."""
-    n, m, length = x.shape[-2], error.shape[-2], x.shape[-1]
-    if initial.shape[-2:] != (m, n):
-        raise ValueError(f"initial has shape {initial.shape}, expected [..., {m}, {n}]")
-    tokens = {"error": error.shape[-1]}
-    for name, gate in zip(("learning_rate", "decay", "erase", "momentum"), gates, strict=True):
-        if gate is not None:
-            tokens[name] = gate.shape[-1]
-    for name, count in tokens.items():
+def _prepare(name, x, error, gates, initial, initial_momentum, queries) -> Operands:
+    """Check everything, cast to the accumulation dtype, give the states the batch's shape.
+
+    Tokens come first and are last in the operands.
+    """
+    rows = {"x": x, "error": error, "queries": queries}
+    states = {"initial": initial, "initial_momentum": initial_momentum}
+    named = dict(zip(_GATES, gates, strict=True))
+    check_floats(name, **rows, **named, **states)
+    _check_shapes(name, rows, named, states)
+    arrays = {n: a for n, a in (rows | named | states).items() if a is not None}
+    dtype = accumulation_dtype(*arrays.values())
+    leading = {n: a.shape[:-1] if n in _GATES else a.shape[:-2] for n, a in arrays.items()}
+    broadcast(name, **leading)
+    # More queries than memories leave the memories as many as they are.
+    batch = broadcast(name, **{n: shape for n, shape in leading.items() if n != "queries"})
+    arrays = {n: jnp.asarray(a).astype(dtype) for n, a in arrays.items()}
+    arrays |= {n: jnp.swapaxes(arrays[n], -1, -2) for n in rows if n in arrays}
+    shape = (*batch, *initial.shape[-2:])
+    arrays["initial"] = jnp.broadcast_to(arrays["initial"], shape)
+    if "momentum" in arrays:
+        velocity = arrays.get("initial_momentum", jnp.zeros(shape, dtype))
+        arrays["initial_momentum"] = jnp.broadcast_to(velocity, shape)
+    return Operands(**arrays)
+
+
+def _check_shapes(name, rows, gates, states) -> None:
+    for n, array in rows.items():
+        check_axes(name, n, array, "[..., T, features]", 2)
+    for n, array in states.items():
+        check_axes(name, n, array, "[..., m, n]", 2)
+    for n, array in gates.items():
+        check_axes(name, n, array, "[..., T], one number for each token", 1)
+    length, n = rows["x"].shape[-2:]
+    m = rows["error"].shape[-1]
+    for key, array in states.items():
+        if array is not None and array.shape[-2:] != (m, n):
+            raise ValueError(f"{name}: {key} has shape {array.shape}, expected [..., {m}, {n}]")
+    queries = rows["queries"]
+    if queries is not None and queries.shape[-1] != n:
+        raise ValueError(f"{name}: queries have {queries.shape[-1]} features where x has {n}")
+    counts = {key: array.shape[-2] for key, array in rows.items() if array is not None}
+    counts |= {key: array.shape[-1] for key, array in gates.items() if array is not None}
+    for key, count in counts.items():
         if count != length:
-            raise ValueError(f"{name} has {count} tokens where x has {length}")
-    if initial_momentum is not None and gates[3] is None:
-        raise ValueError("initial_momentum is given without momentum: pass momentum too")
-    dtype = accumulation_dtype(initial, x)
-    given = [gate.shape[:-1] for gate in gates if gate is not None]
-    batch = jnp.broadcast_shapes(*given, *(a.shape[:-2] for a in (x, error, initial)))
-    initial = jnp.broadcast_to(initial, (*batch, m, n))
-    if gates[3] is not None:
-        if initial_momentum is None:
-            initial_momentum = jnp.zeros_like(initial)
-        initial_momentum = jnp.broadcast_to(initial_momentum, (*batch, m, n))
-    learning_rate, decay, erase, momentum = gates
-    operands = Operands(
-        x, error, learning_rate, initial, decay, erase, momentum, initial_momentum, queries
-    )
-    return jax.tree.map(lambda array: array.astype(dtype), operands)
+            raise ValueError(f"{name}: {key} has {count} tokens where x has {length}")
+    if states["initial_momentum"] is not None and gates["momentum"] is None:
+        raise ValueError(f"{name}: initial_momentum is given without momentum: pass momentum too")

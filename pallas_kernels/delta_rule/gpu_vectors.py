@@ -12,8 +12,9 @@ from pallas_kernels.delta_rule.gpu_chunk import VECTORS
 
 
 def logs_of(decay):
-    """The logarithms of the decay gate; log 0 would give inf - inf in the sums."""
-    return jnp.log(jnp.maximum(decay, jnp.finfo(jnp.float32).tiny))
+    """The logarithms of the decay gate; log 0 would give inf - inf in the sums, < 0 gives nan."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.log(jnp.where(jnp.abs(decay) < tiny, tiny, decay))
 
 
 def log_sums(logs):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels._linalg.chunk_scan import chunk_scan
+from pallas_kernels._linalg.derivatives import differentiable
 from pallas_kernels._linalg.numerics import PLAIN, Form
 from pallas_kernels._linalg.products import gram, nn, nt, scaled_nn, solve_unit_lowers, tn
 from pallas_kernels._linalg.triangular import masked
@@ -51,8 +52,10 @@ class Tables(NamedTuple):
 
 
 def _logs(gate):
-    # log 0 would give inf - inf; the smallest normal number keeps every difference finite
-    return jnp.log(jnp.maximum(gate, jnp.finfo(gate.dtype).tiny))
+    # log 0 would give inf - inf; the smallest normal number keeps every difference finite. A
+    # negative gate is outside of its range, and gives nan.
+    tiny = jnp.finfo(gate.dtype).tiny
+    return jnp.log(jnp.where(jnp.abs(gate) < tiny, tiny, gate))
 
 
 def _turned(row):
@@ -82,6 +85,45 @@ def _products(row, column):
     return jnp.exp(masked(column - row, lambda i, j: i >= j, other=-jnp.inf))
 
 
+def _made(gate, form: Form):
+    """The products of a gate over all stretches of the chunk, and over those from its start."""
+    row, column = _log_sums(gate, form)
+    return _products(row, column), jnp.exp(row[..., 0, :])
+
+
+def _made_and_kept(gate, form: Form):
+    return (made := _made(gate, form)), made
+
+
+def _stretches(table, start):
+    """[..., t, C + 1]: the products up to the token before t, and as last column from the start."""
+    first = _before(start, axis=start.ndim - 1, first=1.0)
+    return jnp.concatenate([_before(table, axis=table.ndim - 2), first[..., None]], axis=-1)
+
+
+def _made_tangent(form, kept, tangents):
+    table, start = kept
+    moved = nn(table, tangents[0][..., :, None] * _stretches(table, start), form)
+    return moved[..., :-1], moved[..., -1]
+
+
+def _made_transpose(form, kept, cotangents):
+    # A product over a stretch, by one of its gates, is the product before the gate times that after
+    # it. Through the logarithms it would be divided by the gate, which magnifies rounding errors.
+    table, start = kept
+    of_table, of_start = cotangents
+    after = tn(table, jnp.concatenate([of_table, of_start[..., None]], axis=-1), form)
+    return (jnp.sum(after * _stretches(table, start), axis=-1),)
+
+
+_exact = differentiable(_made, _made_and_kept, _made_tangent, _made_transpose, static=1)
+
+
+def _gate_products(gate, form: Form):
+    # A kernel has no room for one more product of C^3, and differentiates the logarithms.
+    return _made(gate, form) if form.dense else _exact(gate, form)
+
+
 def _before(table, *, axis: int, first: float = 0.0):
     """The table one token earlier: row t becomes row t - 1, row 1 becomes `first`."""
     ahead = jax.lax.full_like(jax.lax.slice_in_dim(table, 0, 1, axis=axis), first)
@@ -105,17 +147,14 @@ def chunk_tables(learning_rate, decay, momentum, form: Form = PLAIN) -> Tables:
         products = masked(ones, lambda i, j: i >= j)
         decay_start = None
     else:
-        sums = _log_sums(decay, form)
-        products, decay_start = _products(*sums), jnp.exp(sums[0][..., 0, :])
+        products, decay_start = _gate_products(decay, form)
     before = _before(products, axis=products.ndim - 2)
     if momentum is None:
         return Tables(products, before, products, before, decay_start, None, None, None)
-    row, column = _log_sums(momentum, form)
+    velocity, momentum_start = _gate_products(momentum, form)
     # kap = Gam The as matrices [t, i]: every path of write i through the momentum (The_{i,s}) into
     # the memory at token s, and from there on through its decay (Gam_{s,t})
-    write = nn(products, _products(row, column), form)
-    row = row[..., 0, :]
-    momentum_start = jnp.exp(row)
+    write = nn(products, velocity, form)
     return Tables(
         products,
         before,
@@ -123,7 +162,7 @@ def chunk_tables(learning_rate, decay, momentum, form: Form = PLAIN) -> Tables:
         _before(write, axis=write.ndim - 2),
         decay_start,
         momentum_start,
-        jnp.exp(row[..., -1:] - row),
+        velocity[..., -1, :],
         nt(momentum_start[..., None, :], products, form)[..., 0, :],
     )
 

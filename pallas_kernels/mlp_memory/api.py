@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._checks import check_axes, check_floats, check_integer
+from pallas_kernels._linalg.derivatives import reverse_only
 from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.mlp_memory.pallas_tpu import mlp_memory_pallas_tpu
 from pallas_kernels.mlp_memory.reference import mlp_memory_reference
@@ -78,9 +80,10 @@ def mlp_memory(
       values: [..., T, d]; with a readout the inputs of the value memory.
       initial: fast weights at the start, leaves [..., n, f, d] and [..., n, d, f].
       learning_rate: inner learning rates, [..., T]; not with a readout.
-      decay: fraction of the memory kept, in (0, 1], [..., T]; not with a readout.
+      decay: fraction of the memory kept, in [0, 1], [..., T]; not with a readout. The chunked forms
+        work with logarithms: a negative one gives nan.
       momentum: momentum coefficients in [0, 1], [..., T]; given if `initial` has momenta. The
-        chunked forms work with logarithms and give the coefficient no gradient at exactly 0.
+        kernels give it, and the decay, no gradient at exactly 0; "xla" and "reference" do.
       queries: [..., T, d]; None reads nothing.
       readout: how learning rate and decay are read from the memories that make them.
       documents: where documents begin and what their memory begins as; None for one sequence that
@@ -101,18 +104,21 @@ def mlp_memory(
       ValueError: a shape or choice that does not fit, with its value.
       NotImplementedError: "pallas_tpu" in float64, or on a TPU that does not compile it;
         "pallas_gpu" in float64, in float32 with momentum, with `adaptive_query`, other chunks than
-        of 64 tokens and matrices of other than 64 x 64.
+        of 64 tokens and matrices of other than 64 x 64; either in forward mode (`jax.jvp`).
 
     Reference: Nested Learning (arXiv 2512.24695) eq. 79-93; spec C6.
     """
     rule = Rule() if rule is None else rule
+    _check_arrays(keys, values, initial, learning_rate, decay, momentum, queries, readout)
     gates = {"learning_rate": learning_rate, "decay": decay, "momentum": momentum}
     implementation = _check(keys, values, initial, gates, queries, readout, rule, implementation)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    check_integer("mlp_memory", "chunk_size", chunk_size, 1)
     if documents is not None:
         _check_documents(documents, initial, -(-keys.shape[-2] // chunk_size))
-    dtype = accumulation_dtype(initial.inner, keys)
+    if 0 in keys.shape[:-1]:
+        return _unchanged(initial, keys, queries)
+    given = (keys, values, initial, *gates.values(), queries, readout)
+    dtype = accumulation_dtype(*jax.tree.leaves(given))
     last = partial(jnp.swapaxes, axis1=-1, axis2=-2)
     tokens = Tokens(None if queries is None else last(queries), last(keys), last(values), **gates)
     batch = initial.inner.shape[:-3]
@@ -125,12 +131,23 @@ def mlp_memory(
     # A kernel reads its tokens as they are.
     kept = None if implementation in ("pallas_tpu", "pallas_gpu") else dtype
     tokens = jax.tree.map(partial(flat, dtype=kept), tokens)
+    if kept is None:
+        operation = f"mlp_memory(implementation={implementation!r})"
+        operands = initial, tokens, readout, documents
+        initial, tokens, readout, documents = reverse_only(operands, operation)
     run = _IMPLEMENTATIONS[implementation]
     reads, final = run(initial, tokens, readout, documents, rule=rule, chunk_size=chunk_size)
     final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
     if reads is not None:
         reads = last(reads.reshape(*batch, *reads.shape[1:])).astype(keys.dtype)
     return MemoryOutput(reads, final)
+
+
+def _unchanged(initial: FastWeights, keys, queries) -> MemoryOutput:
+    """No tokens, or no sequences: nothing is read, and the fast weights stay as they are."""
+    dtype = accumulation_dtype(*jax.tree.leaves((initial, keys)))
+    final = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), initial)
+    return MemoryOutput(None if queries is None else jnp.zeros(queries.shape, keys.dtype), final)
 
 
 def _flat(array, *, lead: int, dtype):
@@ -148,11 +165,32 @@ def _check_documents(documents: Documents, initial: FastWeights, chunks: int) ->
             raise ValueError(f"documents.{name} has shape {found}, expected {shape}")
 
 
+def _check_arrays(keys, values, initial, learning_rate, decay, momentum, queries, readout) -> None:
+    """Refuse what is no array of real numbers, or has too few axes to be told apart."""
+    gates = {"learning_rate": learning_rate, "decay": decay, "momentum": momentum}
+    rows = {"keys": keys, "values": values, "queries": queries}
+    weights = {f"initial.{n}": a for n, a in initial._asdict().items()}
+    more = {} if readout is None else {f"readout.{n}": a for n, a in readout._asdict().items()}
+    check_floats("mlp_memory", **rows, **gates, **weights, **more)
+    for name, array in rows.items():
+        check_axes("mlp_memory", name, array, "[..., T, d]", 2)
+    for name, array in gates.items():
+        check_axes("mlp_memory", name, array, "[..., T], one number for each token", 1)
+    for name, array in weights.items():
+        check_axes("mlp_memory", name, array, "[..., n, f, d] or [..., n, d, f]", 3)
+
+
 def _check(keys, values, initial, gates, queries, readout, rule, implementation) -> str:
     """The implementation, if everything fits."""
     for name, choices in CHOICES.items():
         if getattr(rule, name) not in choices:
             raise ValueError(f"{name}={getattr(rule, name)!r} is not one of {', '.join(choices)}")
+    for name, number in (
+        ("inner_clip", rule.inner_clip),
+        ("max_learning_rate", rule.max_learning_rate),
+    ):
+        if not (number is None or 0 < number < float("inf")):
+            raise ValueError(f"{name}={number!r} must be a number in (0, inf)")
     implementation = "xla" if implementation is None else implementation
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)

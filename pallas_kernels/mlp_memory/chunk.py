@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import delta_rule
+from pallas_kernels._linalg.derivatives import differentiable
 from pallas_kernels._linalg.numerics import PLAIN, Form
 from pallas_kernels._linalg.products import nn, tn
 from pallas_kernels.delta_rule import Operands
@@ -34,29 +35,33 @@ def _gelu(z):
     return z * share, share + z * turn, curvature
 
 
-@jax.custom_vjp
 def activation(z):
     """GELU, as the paper leaves sigma open; in the tanh form, whose slope is cheap."""
-    return _gelu(z)[0]
+    return _activation(z)
 
 
-# Written by hand so that only the slope is kept: what autodiff keeps would fill a kernel's memory.
-activation.defvjp(lambda z: _gelu(z)[:2], lambda slope, g: (g * slope,))
-
-
-@jax.custom_vjp
 def activation_and_slope(z):
     """GELU and its derivative from one tanh."""
-    return _gelu(z)[:2]
+    return _activation_and_slope(z)
 
 
-def _activation_and_slope_fwd(z):
+def _activation_and_slope_forward(z):
     value, slope, curvature = _gelu(z)
     return (value, slope), (slope, curvature)
 
 
-activation_and_slope.defvjp(
-    _activation_and_slope_fwd, lambda kept, g: (g[0] * kept[0] + g[1] * kept[1],)
+# Written by hand so that only the slope is kept: what autodiff keeps would fill a kernel's memory.
+_activation = differentiable(
+    lambda z: _gelu(z)[0],
+    lambda z: _gelu(z)[:2],
+    lambda slope, tangents: tangents[0] * slope,
+    lambda slope, g: (g * slope,),
+)
+_activation_and_slope = differentiable(
+    lambda z: _gelu(z)[:2],
+    _activation_and_slope_forward,
+    lambda kept, tangents: (tangents[0] * kept[0], tangents[0] * kept[1]),
+    lambda kept, g: (g[0] * kept[0] + g[1] * kept[1],),
 )
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._checks import check_floats, check_integer
+from pallas_kernels._linalg.derivatives import reverse_only
 from pallas_kernels._linalg.numerics import accumulation_dtype
 from pallas_kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from pallas_kernels.selective_scan.reference import selective_scan_reference
@@ -79,10 +81,9 @@ def selective_scan(
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r} is not one of {known}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    check_integer("selective_scan", "chunk_size", chunk_size, 1)
     _check_shapes(x, step, decay, write, read, skip, initial)
-    dtype = accumulation_dtype(x, decay)
+    dtype = accumulation_dtype(*jax.tree.leaves((x, step, decay, write, read, skip, initial)))
     if initial is None:
         initial = jnp.zeros((*x.shape[:-2], *decay.shape), dtype)
     if implementation == "reference":
@@ -91,7 +92,10 @@ def selective_scan(
         form = partial(selective_scan_xla, chunk_size=chunk_size, sequential=_on_cpu())
     else:
         form = partial(selective_scan_pallas_tpu, chunk_size=chunk_size)
-    operands = jax.tree.map(lambda a: a.astype(dtype), (x, step, decay, write, read, initial))
+    given = (x, step, decay, write, read, initial)
+    operands = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), given)
+    if implementation == "pallas_tpu":
+        operands = reverse_only(operands, "selective_scan(implementation='pallas_tpu')")
     y, final = form(*operands)
     if skip is not None:
         y = y + skip.astype(dtype).reshape((1,) * (x.ndim - 1) + skip.shape) * operands[0]
@@ -103,6 +107,8 @@ def _on_cpu() -> bool:
 
 
 def _check_shapes(x, step, decay, write, read, skip, initial) -> None:
+    arrays = {"x": x, "step": step, "decay": decay, "write": write, "read": read}
+    check_floats("selective_scan", **arrays, skip=skip, initial=initial)
     if x.ndim < 2 or decay.ndim != 2 or decay.shape[0] != x.shape[-1]:
         raise ValueError(f"decay has shape {decay.shape}, expected [D, N] for x {x.shape}")
     per_token = (*x.shape[:-1], decay.shape[1])

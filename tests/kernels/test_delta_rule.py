@@ -173,7 +173,7 @@ def test_states_stay_float32_under_bfloat16():
     [
         ({"read": "later"}, "read='later'"),
         ({"implementation": "cuda"}, "implementation='cuda'"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1 token, got 0"),
+        ({"chunk_size": 0}, "chunk_size=0 must be an integer, at least 1"),
         ({"initial": jnp.zeros((2, 3, 4))}, "initial has shape"),
         ({"learning_rate": jnp.zeros((2, 3))}, "learning_rate has 3 tokens where x has 11"),
         ({"initial_momentum": jnp.zeros((2, 5, 4))}, "without momentum"),

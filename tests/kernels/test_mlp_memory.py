@@ -257,7 +257,7 @@ def test_mistakes_are_named(x64):
     refused = [
         (given | dict(implementation="cuda"), "implementation='cuda' is not one of reference"),
         (given | dict(rule=Rule(read="now")), "read='now' is not one of running_prev"),
-        (given | dict(chunk_size=0), "chunk_size must be at least 1 token, got 0"),
+        (given | dict(chunk_size=0), "chunk_size=0 must be an integer, at least 1"),
         (given | dict(learning_rate=given["momentum"]), "a readout makes learning_rate"),
         (rest, "learning_rate and decay are missing"),
         (given | dict(queries=None), "5 memories and queries, got 5 memories and queries=None"),

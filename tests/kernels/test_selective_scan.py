@@ -142,7 +142,7 @@ def test_states_stay_float32_under_bfloat16():
     ("change", "message"),
     [
         ({"implementation": "cuda"}, "implementation='cuda' is not one of reference, xla"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1 token, got 0"),
+        ({"chunk_size": 0}, "chunk_size=0 must be an integer, at least 1"),
         ({"decay": jnp.zeros((2, 4))}, r"decay has shape \(2, 4\), expected \[D, N\]"),
         ({"step": jnp.zeros((2, 1, 3))}, r"step has shape \(2, 1, 3\), expected \(2, 13, 3\)"),
         ({"initial": jnp.zeros((3, 4))}, r"initial has shape \(3, 4\), expected \(2, 3, 4\)"),

@@ -81,6 +81,7 @@ def erase_rate(rule, learning_rate, decay, square, reads_key):
         "explicit_delta": learning_rate,
         "implicit_delta": learning_rate / (1 + learning_rate * square),
         "closed_form_delta": learning_rate / (1 + learning_rate * square),
+        "diagonal_closed_form_delta": learning_rate / (1 + learning_rate * square),
         "coupled_delta": decay * learning_rate,
         "input_delta": bounded if reads_key else 0.0,
     }.get(rule, 0.0)
@@ -97,7 +98,7 @@ def gradients(names, weights, token):
     if objective == "oja":
         inputs = (token["keys"] - weights[0].T @ token["values"],)
     learning_rates = [token["learning_rate"]] * len(weights)
-    if rule == "closed_form_delta":
+    if rule.endswith("closed_form_delta"):
         learning_rates = [
             learning_rate / (1 + learning_rate * (x @ x))
             for learning_rate, x in zip(learning_rates, inputs, strict=True)
@@ -135,13 +136,18 @@ def run(names, params, tokens, chunk_size):
 
     for t, token in enumerate(tokens):
         if t % chunk_size == 0:
-            anchor = linked()
+            anchor, summed = linked(), [0.0] * len(held)
         read("anchor", anchor)
         read("running_prev", linked())
         learning_rate, decay = token["learning_rate"], token.get("decay", 1.0)
         recent = tokens[max(0, t - window + 1) : t + 1]
         if rule == "implicit_omega":
             held = [solve(held[0], decay, recent)]
+        elif rule == "mean_gradient":
+            found, _ = gradients(names, anchor, token)
+            summed = [s + g for s, g in zip(summed, found, strict=True)]
+            rate = max(0.0, 1 / (t % chunk_size + 1) + token.get("rate_offset", 0.0))
+            held = [a - rate * s for a, s in zip(anchor, summed, strict=True)]
         else:
             each = [gradients(names, anchor, past)[0] for past in recent]
             total = [sum(parts) for parts in zip(*each, strict=True)]
@@ -150,7 +156,10 @@ def run(names, params, tokens, chunk_size):
             for m, x in enumerate(inputs):
                 momenta[m] = token.get("momentum", 0.0) * momenta[m] - total[m]
                 erase = erase_rate(rule, learning_rate, decay, x @ x, reads_key[m])
-                held[m] = decay * held[m] - erase * np.outer(held[m] @ x, x) + momenta[m]
+                erased = np.outer(held[m] @ x, x)
+                if rule == "diagonal_closed_form_delta":
+                    erased = held[m] * x**2
+                held[m] = decay * held[m] - erase * erased + momenta[m]
                 if retention == "elastic_net":
                     held[m] = np.sign(held[m]) * np.maximum(
                         np.abs(held[m]) - learning_rate * 0.1, 0

@@ -47,6 +47,8 @@ RULES = {
     "input_delta": nm.input_delta(),
     "functional_delta": nm.functional_delta(),
     "delta+momentum": nm.with_momentum(nm.delta()),
+    "diagonal_closed_form_delta": nm.diagonal_closed_form_delta(),
+    "mean_gradient": nm.mean_gradient(),
     "omega": nm.omega(3),
     "implicit_omega": nm.implicit_omega(3),
 }
@@ -89,6 +91,8 @@ POINTS = [
     ("matrix", "oja", "decay", "omega"),
     ("mlp", "dot", "none", "delta"),
     ("mlp", "huber", "decay", "momentum"),
+    ("matrix", "l2", "none", "mean_gradient"),
+    ("mlp", "huber", "none", "mean_gradient"),
     ("gated", "l2", "decay", "delta+momentum"),
     ("gated", "smooth_lp", "decay", "omega"),
     ("deep", "l2", "kl", "momentum"),
@@ -99,6 +103,7 @@ CORE = [
     ("matrix", "l2", "decay", "implicit_omega"),
     ("matrix", "oja", "decay", "gradient"),
     ("mlp", "huber", "decay", "omega"),
+    ("mlp", "huber", "none", "mean_gradient"),
     ("deep", "l2", "decay", "delta+momentum"),
     ("deep", "l2", "kl", "momentum"),
     ("deep", "robust", "elastic_net", "gradient"),
@@ -132,4 +137,6 @@ def tokens(names, length, dtype=np.float32, seed=1):
         decay=gate(0.8, 0.99, retention.decay != "unused"),
         momentum=gate(0.3, 0.9, rule.momentum),
         threshold=gate(0.5, 1.0, objective.token_threshold),
+        # below -1/4 the rates of a chunk's later tokens are 0
+        rate_offset=gate(-0.4, 0.2, rule.mean and objective.token_threshold),
     )
