@@ -23,6 +23,7 @@ FLOORS = {
     "nestedjax.data": 1,
     "nestedjax.checkpoint": 1,
     "nestedjax.errors": 1,
+    "nestedjax.fields": 1,
     "nestedjax.version": 1,
     "nestedjax.memory": 2,
     "nestedjax.optim": 3,

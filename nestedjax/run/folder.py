@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from nestedjax.errors import ConfigError, one_line
+from nestedjax.fields import shown
 from nestedjax.run.config import RunConfig
 from nestedjax.run.saved import from_json, to_json
 from nestedjax.run.settings import changed
@@ -44,10 +45,13 @@ def read_config(path: str | os.PathLike, modules: Sequence[str] = ()) -> RunConf
       ConfigError: it cannot be read.
     """
     try:
-        return from_json(json.loads(epath.Path(path).read_text()), modules)
+        text = epath.Path(path).read_text()
+        if not text.strip():
+            raise ValueError("it is empty")
+        return from_json(json.loads(text), modules)
     except ConfigError as error:
         raise ConfigError(f"{os.fspath(path)}: {one_line(error)}") from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(
             f"{os.fspath(path)} is no run configuration ({one_line(error)}); restore it, or use a"
             " new folder"
@@ -60,6 +64,8 @@ def load_config(folder: str | os.PathLike, modules: Sequence[str] = ()) -> RunCo
     Raises:
       ConfigError: `config.json` cannot be read.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"folder is {shown(folder)}; give the path of a run folder")
     path = epath.Path(folder) / "config.json"
     try:
         found = path.exists()

@@ -13,6 +13,7 @@ from nestedjax import models, sharding, training
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import Tokenizer
 from nestedjax.errors import ConfigError
+from nestedjax.fields import shown
 from nestedjax.run.assemble import Built, build, new_state, optimizer
 from nestedjax.run.config import RunConfig, check
 from nestedjax.run.data import Batches, OwnData, own_batches, text_of, tokenizer_of
@@ -110,7 +111,7 @@ def train(
       >>> result.trained.step
       2
     """
-    _require_types(run, folder, mesh)
+    _require_types(run, folder, mesh, loss=loss, on_event=on_event)
     run = check(_with_given(run, data, loss))
     saved = load_config(folder)
     if saved is None:
@@ -152,14 +153,17 @@ def train(
     return Result(trained, result.record, result.stopped_by, result.state)
 
 
-def _require_types(run: Any, folder: Any, mesh: Any) -> None:
-    """Refuse what is no run, folder or mesh, by name."""
+def _require_types(run: Any, folder: Any, mesh: Any, **functions: Any) -> None:
+    """Refuse what is no run, folder, mesh or function, by name."""
     if not isinstance(run, RunConfig):
-        raise ConfigError(f"run is {type(run).__name__}; make one with run_preset")
+        raise ConfigError(f"run is {shown(run)}; make one with run_preset")
     if not isinstance(folder, str | os.PathLike):
-        raise ConfigError(f"folder is {folder!r}; give a path")
+        raise ConfigError(f"folder is {shown(folder)}; give a path")
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise ConfigError(f"mesh is {mesh!r}; make one with nestedjax.sharding.make_mesh")
+        raise ConfigError(f"mesh is {shown(mesh)}; make one with nestedjax.sharding.make_mesh")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ConfigError(f"{name} is {shown(function)}; give a function, or leave it out")
 
 
 def _watcher(
