@@ -10,9 +10,8 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
-
-import msgspec
 
 from nestedjax.errors import ConfigError
 
@@ -29,11 +28,11 @@ class Range(NamedTuple):
       without: a bound that does not belong to the range itself.
     """
 
-    low: float
-    high: float = FLOAT32
+    low: int | float
+    high: int | float = FLOAT32
     without: Literal["", "low", "high"] = ""
 
-    def problem(self, value: float) -> str:
+    def problem(self, value: int | float) -> str:
         """What a value must be that it is not; "" inside the range.
 
         Example:
@@ -146,22 +145,24 @@ def shown(value: Any) -> str:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    if typing.get_origin(kind) is tuple and not isinstance(value, tuple):
-        return False  # JSON has lists in their place, a configuration has not
-    if kind is Any:
-        return True
-    if isinstance(kind, type) and kind not in (int, float):
-        return isinstance(value, kind)
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError:
-        return False
-    except TypeError:  # a type of the user's own that JSON cannot hold
-        return True
-    return True
+    """Whether a value has a type; True and False are no numbers."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _fits(value, args[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in args)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in args)
+    if origin is tuple and args[1:] == (...,):
+        return isinstance(value, tuple) and all(_fits(part, args[0]) for part in value)
+    if kind in (int, float):
+        wanted = int if kind is int else int | float
+        return isinstance(value, wanted) and not isinstance(value, bool)
+    whole = origin or kind
+    return isinstance(value, whole) if isinstance(whole, type) and kind is not Any else True
 
 
-def _numbers(value: Any) -> typing.Iterator[float]:
+def _numbers(value: Any) -> Iterator[int | float]:
     if isinstance(value, tuple):
         for part in value:
             yield from _numbers(part)
@@ -175,5 +176,5 @@ def _parts(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(inner)
 
 
-def _plain(bound: float) -> str:
+def _plain(bound: int | float) -> str:
     return f"{bound:g}" if isinstance(bound, float) else str(bound)

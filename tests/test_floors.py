@@ -22,7 +22,7 @@ FLOORS = {
     "nestedjax.sharding": 1,
     "nestedjax.data": 1,
     "nestedjax.checkpoint": 1,
-    "nestedjax.errors": 1,
+    "nestedjax.errors": 0,
     "nestedjax.fields": 1,
     "nestedjax.version": 1,
     "nestedjax.memory": 2,
