@@ -177,8 +177,7 @@ def _of_another_optimizer(chosen: str, flag: str) -> str | None:
     have = [n for n in optim.menu.OPTIMIZERS if argument in optim.menu.arguments(n)]
     if have:
         return f"{chosen} does not have it; these do: {', '.join(have)} (--optimizer NAME)"
-    own = [f"--optimizer.{n.replace('_', '-')}" for n in optim.menu.arguments(chosen)]
-    return f"{chosen} has {', '.join(own) or 'no arguments of its own'}"
+    return None
 
 
 def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

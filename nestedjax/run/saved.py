@@ -36,16 +36,16 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return {"layout": LAYOUT, **found, "model": model}
 
 
-def from_json(values: Mapping[str, Any], modules: Sequence[str] = ()) -> RunConfig:
+def from_json(values: Any, modules: Sequence[str] = ()) -> RunConfig:
     """A run from its JSON object.
 
     Args:
-      values: from `to_json`; settings that are missing take their defaults.
+      values: what `to_json` returned; settings that are missing take their defaults.
       modules: names of the modules to import, in which its model's class may be.
 
     Raises:
-      ValueError: it is no run; `ConfigError` if it is another layout's, or its model's class is in
-        no module that was named.
+      ValueError: it is no run, with the key and the value; `ConfigError` if it is another layout's,
+        or its model's class is in no module that was named.
     """
     values = dict(_object(values, ""))
     model = dict(_object(values.get("model", {}), "model"))
