@@ -62,6 +62,7 @@ Positive = Annotated[float, Range(0, without="low")]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 1, without="high")]
+Heads = Annotated[int, Range(1, 2**16)]  # some mixers make one number for each
 Taps = Annotated[int, Range(0, 128)]  # of a convolution, whose loop over them is unrolled
 RotaryBase = Annotated[float, Range(1)]
 
@@ -100,11 +101,15 @@ def check_value(name: str, value: Any, kind: Any, bounds: Range | None = None) -
         raise ConfigError(f"{name}={shown(value)}{each} must be {problem}{other}")
 
 
-@functools.cache
 def hints(cls: type) -> dict[str, Any]:
     """The annotations of a dataclass's fields, ranges among them."""
+    return _hints(cls)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
     found = typing.get_type_hints(cls, include_extras=True)
-    return {name: found[name] for name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
+    return {name: found[name] for name in cls.__dataclass_fields__}
 
 
 def range_of(kind: Any) -> Range | None:
@@ -130,9 +135,14 @@ def meaning(kind: Any) -> str:
         return f"a tuple, each part {meaning(args[0])}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(meaning, args))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }
     words |= {type(None): "none", dict: "a mapping"}
-    return words.get(origin or kind) or getattr(kind, "__name__", str(kind))
+    return words.get(origin or kind, getattr(kind, "__name__", str(kind)))
 
 
 def shown(value: Any) -> str:

@@ -232,7 +232,7 @@ def _one(kind: Any) -> Any:
     return _one(several[0]) if several else kind
 
 
-def _near(flag: str, error: cyclopts.CycloptsError) -> str:
+def _near(flag: str, error: cyclopts.UnknownOptionError) -> str:
     """What may have been meant by a flag that does not exist."""
     known = [name for a in error.argument_collection or () for name in a.names]
     also = ALSO_CALLED.get(flag.replace("_", "-").lower())

@@ -196,7 +196,11 @@ def _parameter(key: str, setting: Setting, group: Group) -> inspect.Parameter:
         more["negative"] = f"--{path}{dot}no-{last}"
     elif (word := WORDS.get(kind)) is not None:
         more["metavar"] = word
-    doc = setting.doc if setting.range is None else f"{setting.doc} {str(setting.range).capitalize()}."
+    doc = (
+        setting.doc
+        if setting.range is None
+        else f"{setting.doc} {str(setting.range).capitalize()}."
+    )
     how = Parameter(flag, help=doc, group=group, **more)
     return inspect.Parameter(
         key, inspect.Parameter.KEYWORD_ONLY, default=setting.value, annotation=Annotated[kind, how]

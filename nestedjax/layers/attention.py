@@ -5,7 +5,7 @@ import dataclasses
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from nestedjax.fields import Count, RotaryBase, Taps, check_fields
+from nestedjax.fields import Count, Heads, RotaryBase, Taps, check_fields
 from nestedjax.layers.boxes import size, slow
 from nestedjax.layers.convolution import CausalConv
 from nestedjax.layers.layer import Layer
@@ -28,7 +28,7 @@ class AttentionConfig:
       conv: width of a causal convolution on the input, or 0.
     """
 
-    heads: Count
+    heads: Heads
     context: Count
     theta: RotaryBase = 1e4
     qk_norm: bool = False

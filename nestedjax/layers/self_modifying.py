@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nestedjax import memory
-from nestedjax.fields import Count, Positive, Range, check_fields
+from nestedjax.fields import Count, Heads, Positive, Range, check_fields
 from nestedjax.levels import Level, flow, incremental
 from pallas_kernels import accumulation_dtype
 from pallas_kernels.mlp_memory import (
@@ -75,7 +75,7 @@ class SelfModifyingConfig:
         since M = identity, both matrices zero, is a fixed point.
     """
 
-    heads: Count = 2
+    heads: Heads = 2
     head_dim: Count = 64
     hidden: Count = 64
     chunk_size: Count = 16

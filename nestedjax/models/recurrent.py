@@ -4,7 +4,7 @@ import dataclasses
 
 from flax import nnx
 
-from nestedjax.fields import Count
+from nestedjax.fields import Count, Heads
 from nestedjax.layers import FeedForward, MemoryMixer, head_dim
 from nestedjax.models.block import Block
 from nestedjax.models.config import ModelConfig
@@ -21,7 +21,7 @@ class RecurrentConfig(ModelConfig):
     """
 
     hidden: Count
-    heads: Count = 4
+    heads: Heads = 4
     chunk_size: Count = 64
 
     def mixer(self, wide: int, *, rngs: nnx.Rngs) -> MemoryMixer:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Any, Literal
 
+from nestedjax import models
 from nestedjax.errors import ConfigError
 from nestedjax.fields import (
     Count,
@@ -15,7 +16,6 @@ from nestedjax.fields import (
     check_fields,
     shown,
 )
-from nestedjax import models
 from nestedjax.optim import menu
 from nestedjax.training import LoopConfig
 

@@ -83,7 +83,8 @@ def require_config(folder: str | os.PathLike, modules: Sequence[str] = ()) -> Ru
     config = load_config(folder, modules)
     if config is None:
         raise ConfigError(
-            f"no run in {os.fspath(folder) or repr('')}; make one with nestedjax train PRESET --run DIR"
+            f"no run in {os.fspath(folder) or repr('')};"
+            " make one with nestedjax train PRESET --run DIR"
         )
     return config
 

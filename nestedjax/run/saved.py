@@ -143,7 +143,7 @@ def type_name(config: ModelConfig) -> str:
     return f"{type(config).__module__}:{type(config).__qualname__}"
 
 
-def class_of(name: str, modules: Sequence[str] = ()) -> type:
+def class_of(name: Any, modules: Sequence[str] = ()) -> type:
     """The class that `type_name` named; only modules that were named are imported.
 
     Raises:

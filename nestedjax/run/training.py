@@ -188,7 +188,7 @@ def _watcher(
 
 def _with_given(run: RunConfig, data: Any, loss: Any) -> RunConfig:
     """The run with a note of what is not its own."""
-    given = tuple(n for n, v in (("data", data), ("loss", loss)) if v is not None)
+    given: tuple[Any, ...] = ("data",) * (data is not None) + ("loss",) * (loss is not None)
     if data is not None:  # contexts of several rows are a way to read text files
         own = dataclasses.replace(run.data, files=(), context_rows=None)
         run = dataclasses.replace(run, data=own)

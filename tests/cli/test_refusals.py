@@ -1,6 +1,7 @@
 """Bad input: one line that says what to do, exit code 2, and nothing lost."""
 
 import gc
+import json
 import shutil
 import signal
 import warnings
@@ -77,6 +78,29 @@ def test_names_and_files(arguments, says, tmp_path, monkeypatch, capsys):
         ("--length 4", "length=4 is shorter than a chunk of 32 tokens"),
         ("--length 80", "length=80 is not a multiple of the chunk of 32 tokens; use length=64"),
         ("--microbatches 3", "microbatches=3 does not divide batch=8"),
+        ("--lr 1", "no flag --lr; did you mean --learning-rate?"),
+        ("--bs 1", "no flag --bs; did you mean --batch?"),
+        ("--wd 1", "no flag --wd; did you mean --weight-decay?"),
+        ("--layers=", "--layers '': expected a whole number"),
+        ("--width 1e3", "--width 1e3: expected a whole number"),
+        ("--steps 2.7", "--steps 2.7: expected a whole number"),
+        ("--sample-every 2.5", "--sample-every 2.5: expected a whole number or none"),
+        ("--run=", "--run '': is empty; name one"),
+        ("--data", "--data needs a value"),
+        ("--cms.periods --steps 3", "--cms.periods needs a value"),
+        ("--literal --no-literal", "--no-literal is said twice, or its opposite is"),
+        ("-- --steps 3", "unexpected --; leave it out"),
+        ("--seed 9223372036854775808", "must be at most 9223372036854775807"),
+        ("--clip nan", "clip=nan must be a finite number, more than 0, or none"),
+        ("--memory.max-learning-rate nan", "memory.max_learning_rate=nan must be a finite number"),
+        ("--memory.inner-clip 0", "memory.inner_clip=0.0 must be more than 0, or none"),
+        ("--cms.inner.learning-rate 1e9", "must be at most 1000"),
+        ("--cms.hidden 0", "cms.hidden=0 must be at least 1"),
+        ("--mesh data=0", "data=0: the size of a mesh axis is a positive integer"),
+        ("--batch 16", "set cms.periods to 4096 4096 8192 16384, or change batch or length"),
+        ("--dtype float64", "set JAX_ENABLE_X64=1, or use dtype=float32"),
+        ("--implementation triton", "expected one of xla, pallas_tpu, pallas_gpu"),
+        ("--remat all", "expected one of none, tokens, full, dots"),
         ("--cms.periods 100 250", "100 does not divide 250"),
         ("--cms.periods 3000 6000", "of the 2048 tokens in one step (batch x length); set cms.per"),
         ("--memory.objective magic", "objective='magic' is not one of l2, dot"),
@@ -184,6 +208,51 @@ def test_a_number_that_is_not_finite_is_named(text, tmp_path, capsys):
     code, _, err = command(capsys, *TRAIN, tmp_path / "run", "--data", text, *settings)
     assert code == 1 and err.count("\n") == 1
     assert "step 2: level " in err and "lower learning_rate" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "(it is empty)"),
+        (b"[]", "([] is not an object {...})"),
+        (b"null", "(None is not an object {...})"),
+        (b"\xff\xfe", "can't decode byte"),
+        (b"[" * 100_000, "maximum recursion depth exceeded"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        ({"width": "16"}, "(model.width='16' must be a whole number)"),
+        ({"width": None}, "(model.width=None must be a whole number)"),
+        ({"width": 2**70}, "(model: width=1180591620717411303424 must be at most 2147483647)"),
+        ({"dtype": "float8"}, "(model.dtype='float8' must be one of float32, bfloat16, float64)"),
+        ({"attention": {"heads": 2}}, "(model.attention: object missing required field context)"),
+        ({"attention": 3}, "(model.attention=3 must be an object {...})"),
+        ({"type": "os:path"}, "type='os:path': no model 'path' in os; its class is a subclass of"),
+        ({"type": "nestedjax.run.config:DataConfig"}, "no model 'DataConfig' in nestedjax.run"),
+        ({"type": None}, "(its model's type is None, not module:Class)"),
+        ({"breadth": 1}, "(unknown setting 'model.breadth'; did you mean"),
+        (("layout", "2"), "(layout='2' must be a whole number; this reads 2)"),
+        (("layout", []), "(layout=[] must be a whole number; this reads 2)"),
+        (("seed", float("nan")), "(seed=nan must be a whole number)"),
+        (
+            ("optimizer", {"weight_decay": float("nan")}),
+            "(optimizer: weight_decay=nan must be a fi",
+        ),
+        (("given", ["x"]), "(given=['x'] must be a tuple, each part one of data, loss)"),
+    ],
+)
+def test_a_configuration_names_the_file_the_key_and_the_value(
+    text, says, trained, tmp_path, capsys
+):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/config.json"
+    if not isinstance(text, bytes):
+        whole = json.loads((trained / "config.json").read_text())
+        if isinstance(text, dict):
+            text = ("model", {**whole["model"], **text})
+        text = json.dumps({**whole, text[0]: text[1]}).encode()
+    path.write_bytes(text)
+    for arguments in ((*TRAIN, tmp_path / "run"), ("eval", tmp_path / "run")):
+        line = refused(capsys, *arguments)
+        assert f"{path}" in line and says in line
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path, capsys, monkeypatch):

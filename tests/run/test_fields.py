@@ -28,9 +28,7 @@ def configurations(config):
             yield from configurations(value)
 
 
-EVERY = {
-    type(part): part for preset in PRESETS for part in configurations(nj.run_preset(preset))
-}
+EVERY = {type(part): part for preset in PRESETS for part in configurations(nj.run_preset(preset))}
 
 
 def numeric(kind):

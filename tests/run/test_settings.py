@@ -43,6 +43,7 @@ def test_the_mapping_changes_the_model_and_keywords_the_run():
     assert run.replaced(other, {"optimizer": "adamw"}).optimizer.arguments == {}
     slow = nj.run_preset("hope_nano", optimizer={"name": "m3", "period": (5, 20)})
     assert run.settings(slow)["optimizer.period"].value == (5, 20)
+    assert run.from_json(json.loads(json.dumps(run.to_json(slow)))) == slow
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,11 @@ def test_the_mapping_changes_the_model_and_keywords_the_run():
         ({}, {"width": 3}, "width is a setting of the model: give it as {'width': ...}"),
         ({"width": 3.5}, {}, "width=3.5 must be a whole number"),
         ({"memory.chunk_size": True}, {}, "memory.chunk_size=True must be a whole number"),
-        ({"cms.periods": (1, "x")}, {}, "cms.periods=(1, 'x') must be a tuple, each part a whole number or none"),
+        (
+            {"cms.periods": (1, "x")},
+            {},
+            "cms.periods=(1, 'x') must be a tuple, each part a whole number or none",
+        ),
         ({"dtype": "float8"}, {}, "dtype='float8' must be one of float32, bfloat16, float64"),
         ({}, {"optimizer": "m4"}, "no optimizer 'm4'; there are adamuon, adamw"),
         ({}, {"optimizer": {"name": "m3", "beta": 1}}, "m3 has no argument 'beta'; it has b1"),
@@ -182,7 +187,10 @@ def test_what_is_no_configuration_is_refused():
         ({"seed": "0"}, "seed='0' must be a whole number"),
         ({"speed": 1}, "unknown setting 'speed'"),
         ({"data": {**whole["data"], "breadth": 1}}, "unknown setting 'data.breadth'"),
-        ({"model": {**whole["model"], "cms": {"periods": [1]}}}, "model.cms: object missing required field hidden"),
+        (
+            {"model": {**whole["model"], "cms": {"periods": [1]}}},
+            "model.cms: object missing required field hidden",
+        ),
         ({"optimizer": {**whole["optimizer"], "arguments": {"beta": 1}}}, "no argument 'beta'"),
     ):
         with pytest.raises(ValueError, match=says):
