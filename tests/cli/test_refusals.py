@@ -39,6 +39,14 @@ def tree(folder):
         (["train", "hope_nano", "--data", "empty.txt"], "file is empty: {here}/empty.txt"),
         (["train", "hope_nano", "--data", "folder"], "no text in folder {here}/folder"),
         (["train", "hope_nano", "--tokenizer", "no.model"], "tokenizer file not found"),
+        (["train", "hope_nano", "--run="], "--run '': is empty; name one"),
+        (["train", "hope_nano", "--run", ""], "--run '': is empty; name one"),
+        (["eval", "--run", "x"], "no flag --run; --help lists all of them"),
+        (["generate", "x", "--tokens", "2.5"], "--tokens 2.5: expected a whole number"),
+        (["generate", "x", "--periods", "x"], "--periods x: expected a whole number or none"),
+        (["levels", "hope_nano", "--plot", ""], "--plot '': is empty; name a .png file"),
+        (["levels", "hope_nano", "--import", ""], "no module '' to import"),
+        (["train", "--lr", "1", "hope_nano"], "no flag --lr; did you mean --learning-rate?"),
         (["train", "hope_nano", "--run", "empty.txt"], "is a file, not a run folder"),
         (["train", "hope_nano", "--run", "empty.txt/run"], "cannot"),
         (["train", "hope_nano", "--run", "folder"], "holds photo.jpg but no run"),
@@ -85,7 +93,7 @@ def test_names_and_files(arguments, says, tmp_path, monkeypatch, capsys):
         ("--width 1e3", "--width 1e3: expected a whole number"),
         ("--steps 2.7", "--steps 2.7: expected a whole number"),
         ("--sample-every 2.5", "--sample-every 2.5: expected a whole number or none"),
-        ("--run=", "--run '': is empty; name one"),
+        ("--config=", "--config '': is empty; name one"),
         ("--data", "--data needs a value"),
         ("--cms.periods --steps 3", "--cms.periods needs a value"),
         ("--literal --no-literal", "--no-literal is said twice, or its opposite is"),
@@ -211,7 +219,7 @@ def test_a_number_that_is_not_finite_is_named(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("wrong", "says"),
     [
         (b"", "(it is empty)"),
         (b"[]", "([] is not an object {...})"),
@@ -240,16 +248,16 @@ def test_a_number_that_is_not_finite_is_named(text, tmp_path, capsys):
     ],
 )
 def test_a_configuration_names_the_file_the_key_and_the_value(
-    text, says, trained, tmp_path, capsys
+    wrong, says, trained, tmp_path, capsys
 ):
     (tmp_path / "run").mkdir()
     path = tmp_path / "run/config.json"
-    if not isinstance(text, bytes):
+    if not isinstance(wrong, bytes):
         whole = json.loads((trained / "config.json").read_text())
-        if isinstance(text, dict):
-            text = ("model", {**whole["model"], **text})
-        text = json.dumps({**whole, text[0]: text[1]}).encode()
-    path.write_bytes(text)
+        if isinstance(wrong, dict):
+            wrong = ("model", {**whole["model"], **wrong})
+        wrong = json.dumps({**whole, wrong[0]: wrong[1]}).encode()
+    path.write_bytes(wrong)
     for arguments in ((*TRAIN, tmp_path / "run"), ("eval", tmp_path / "run")):
         line = refused(capsys, *arguments)
         assert f"{path}" in line and says in line

@@ -72,6 +72,8 @@ def invented(message, arguments):
     flags = [flag.rstrip(".") for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", message)]
     settings = re.findall(r"(?<![\w.-])([a-z][a-z_0-9]*(?:\.[a-z_0-9]+)*)=", message)
     ends = {part for name in names for part in (name, name.rpartition(".")[2])} | WORDS
+    if "is no run configuration" in message:  # which names keys of a file
+        settings = []
     return [f for f in flags if f not in known and f not in given] + [
         s for s in settings if s not in ends and s not in given
     ]
