@@ -24,6 +24,7 @@ FLOORS = {
     "nestedjax.sharding": 1,
     "nestedjax.data": 1,
     "nestedjax.checkpoint": 1,
+    "nestedjax.fields": 1,
     "nestedjax.version": 1,
     "nestedjax.memory": 2,
     "nestedjax.optim": 3,

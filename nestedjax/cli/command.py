@@ -1,12 +1,13 @@
 """One command: cyclopts reads its flags, and its mistakes become one line."""
 
+import inspect
 import shutil
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -14,6 +15,43 @@ from cyclopts.help import HelpPanel, PlainFormatter
 from rich.console import Console, ConsoleOptions
 
 from nestedjax.errors import near
+from nestedjax.fields import meaning
+from nestedjax.fields import shown as literal
+
+# What others call our flags -> what they are called here.
+ALSO_CALLED = {
+    "--files": "--data",
+    "--lr": "--learning-rate",
+    "--wd": "--weight-decay",
+    "--bs": "--batch",
+    "--batch-size": "--batch",
+    "--seq-len": "--length",
+    "--seq-length": "--length",
+    "--sequence-length": "--length",
+    "--context-length": "--length",
+    "--max-steps": "--steps",
+    "--num-steps": "--steps",
+    "--iterations": "--steps",
+    "--epochs": "--steps",
+    "--eval-every": "--validate-every",
+    "--save-every": "--checkpoint-every",
+    "--grad-clip": "--clip",
+    "--warmup-steps": "--warmup",
+    "--d-model": "--width",
+    "--hidden-size": "--width",
+    "--n-layers": "--layers",
+    "--num-layers": "--layers",
+    "--depth": "--layers",
+    "--vocab-size": "--vocab",
+    "--precision": "--dtype",
+    "--out": "--run",
+    "--output": "--run",
+    "--dir": "--run",
+    "--max-tokens": "--tokens",
+    "--max-new-tokens": "--tokens",
+}
+MANY = (1, 100_000)  # values of a flag that takes several; none at all is a mistake
+Hint = Callable[[str], str | None]
 
 
 class UsageError(ValueError):
@@ -43,7 +81,13 @@ class _Formatter(PlainFormatter):
 
 
 def parse(
-    prog: str, function: Callable[..., Any], argv: Sequence[str], *, about: str, example: str
+    prog: str,
+    function: Callable[..., Any],
+    argv: Sequence[str],
+    *,
+    about: str,
+    example: str,
+    hint: Hint = lambda flag: None,
 ) -> Callable[[], Any] | None:
     """Read the arguments of a command.
 
@@ -53,6 +97,7 @@ def parse(
       argv: the arguments.
       about: what the command does, for `--help`.
       example: printed below the flags.
+      hint: what to say of an unknown flag; None for the names near to it.
 
     Returns:
       A call of the function, or None if `--help` was asked for and printed.
@@ -61,7 +106,7 @@ def parse(
       UsageError: a flag or value that does not exist.
     """
     app = _app(prog, about=about, help_epilogue=f"example:\n{example}")
-    app.default(function)
+    app.default(_strict(function))
     try:
         if {"--help", "-h"} & {*argv}:
             app["--help"].show = False  # type: ignore[misc]
@@ -69,7 +114,7 @@ def parse(
             return None
         _, bound, _ = app.parse_args(list(argv), exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
-        raise UsageError(_sentence(error)) from error
+        raise UsageError(_sentence(error, hint)) from error
     return partial(function, *bound.args, **bound.kwargs)
 
 
@@ -98,9 +143,49 @@ def _app(prog: str, *, about: str, **options: Any) -> App:
         help_formatter=_Formatter(),
         version_flags=[],
         console=Console(width=width, highlight=False),
-        default_parameter=Parameter(consume_multiple=True, negative=(), show_default=shown),
+        default_parameter=Parameter(consume_multiple=MANY, negative=(), show_default=shown),
         **options,
     )
+
+
+def _strict(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with whole numbers that are read as such: the library rounds 2.7 to 3."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    parameters = [
+        p.replace(annotation=_whole_numbers(p.annotation)) for p in signature.parameters.values()
+    ]
+    called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    called.__doc__ = function.__doc__
+    return called
+
+
+def _whole_numbers(kind: Any) -> Any:
+    """A type with a converter of our own at every int in it."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is int:
+        return Annotated[int, Parameter(converter=_whole)]
+    if origin is Annotated:
+        return Annotated[(_whole_numbers(args[0]), *args[1:])]
+    if origin in (typing.Union, types.UnionType):
+        if {*args} == {int, type(None)}:  # the converter then stands for the whole of it
+            return Annotated[int, Parameter(converter=_whole_or_none)] | None
+        return typing.Union[tuple(map(_whole_numbers, args))]  # noqa: UP007
+    if origin is tuple:
+        return tuple[tuple(p if p is ... else _whole_numbers(p) for p in args)]  # type: ignore[misc]
+    return kind
+
+
+def _whole(kind: Any, tokens: Sequence[Any]) -> int:
+    del kind
+    return int(tokens[0].value)
+
+
+def _whole_or_none(kind: Any, tokens: Sequence[Any]) -> int | None:
+    return None if tokens[0].value.lower() in ("none", "null") else _whole(kind, tokens)
 
 
 def shown(value: Any) -> str:
@@ -112,36 +197,44 @@ def shown(value: Any) -> str:
     return str(value).replace("\n", "\\n")
 
 
-def _sentence(error: cyclopts.CycloptsError) -> str:
+def _sentence(error: cyclopts.CycloptsError, hint: Hint = lambda flag: None) -> str:
     """The error on one line, with the value and what is expected, or the nearest names."""
     token, argument = getattr(error, "token", None), error.argument
     if isinstance(error, cyclopts.UnknownOptionError) and token is not None:
-        known = [name for a in error.argument_collection or () for name in a.names]
-        hint = near(token.keyword, known)
-        hint = hint if hint.startswith("did") else "--help lists all of them"
-        return f"no flag {token.keyword}; {hint}"
+        flag = token.keyword or token.value
+        return f"no flag {_text(flag)}; {hint(flag) or _near(flag, error)}"
+    if isinstance(error, cyclopts.RepeatArgumentError) and token is not None:
+        return f"{token.keyword} is said twice, or its opposite is: give it once"
     if isinstance(error, cyclopts.CoercionError) and token is not None and argument is not None:
-        kind = typing.get_args(argument.field_info.annotation)[0]
-        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-        return f"{token.keyword} {token.value}: expected {meaning(kind)}"
+        kind = _one(argument.field_info.annotation)
+        return f"{token.keyword} {_text(token.value)}: expected {meaning(kind)}"
     if isinstance(error, cyclopts.MissingArgumentError) and argument is not None:
         name = argument.names[0]
         count = argument.token_count()[0]
         needs = "a value" if count < 2 else f"{count} values"
         return f"{name} needs {needs}" if name.startswith("-") else f"{name} is missing"
     if isinstance(error, cyclopts.UnusedCliTokensError):
-        return f"unexpected {' '.join(error.unused_tokens or ())}"
+        return f"unexpected {_text(' '.join(error.unused_tokens or ()))}"
     return " ".join(str(error).split())
 
 
-def meaning(kind: Any) -> str:
-    """What text stands for a value of a type, in words."""
+def _text(given: str) -> str:
+    """What was given, as it was if that is one short line."""
+    return given if given.strip() and given.isprintable() and len(given) < 100 else literal(given)
+
+
+def _one(kind: Any) -> Any:
+    """The type of one value, where a flag takes one or several or none."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin is tuple:
-        return meaning(args[0])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(meaning, args))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(kind, "none" if kind is type(None) else getattr(kind, "__name__", str(kind)))
+    if origin in (Annotated, tuple):
+        return _one(args[0])
+    several = [part for part in args if typing.get_origin(part) is tuple]
+    return _one(several[0]) if several else kind
+
+
+def _near(flag: str, error: cyclopts.UnknownOptionError) -> str:
+    """What may have been meant by a flag that does not exist."""
+    known = [name for a in error.argument_collection or () for name in a.names]
+    also = ALSO_CALLED.get(flag.replace("_", "-").lower())
+    found = f"did you mean {also}?" if also in known else near(flag, known)
+    return found if found.startswith("did") else "--help lists all of them"

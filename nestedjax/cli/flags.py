@@ -6,6 +6,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Group, Parameter
@@ -60,6 +61,9 @@ def named(argv: Sequence[str], *, folders: bool = False) -> Named:
       UsageError, ConfigError: a flag that decides which flags there are has a wrong value.
     """
     early = given(_early, argv)
+    for flag in ("run", "config"):
+        if early.get(flag) == "":  # an unset variable of a shell, as in --run "$FOLDER"
+            raise UsageError(f"--{flag} '': is empty; name one")
     import_modules(early.get("modules", ()))
     values = {flag for flag in ("--run", "--config", "--tokenizer", "--import", "--data", "--mesh")}
     values |= {"--optimizer", "--plot"}
@@ -141,6 +145,8 @@ def read(
     chosen = found.early.get("optimizer")
     if chosen in optim.menu.OPTIMIZERS:
         config = run.replaced(config, {"optimizer": chosen})
+    if "--" in found.rest:
+        raise UsageError("unexpected --; leave it out")
     settings = {
         n.replace(".", "__"): s for n, s in run.settings(config).items() if _is_flag(s.kind)
     }
@@ -158,8 +164,20 @@ def read(
 
     collect.__signature__ = inspect.Signature([*mine, *flags])  # type: ignore[attr-defined]
     collect.__doc__ = own.__doc__
-    call = parse(prog, collect, found.rest, about=about, example=example)
+    hint = partial(_of_another_optimizer, config.optimizer.name)
+    call = parse(prog, collect, found.rest, about=about, example=example, hint=hint)
     return None if call is None else call()
+
+
+def _of_another_optimizer(chosen: str, flag: str) -> str | None:
+    """What to say of an argument that the chosen optimizer does not have."""
+    group, _, argument = flag.replace("-", "_").partition(".")
+    if group != "__optimizer":
+        return None
+    have = [n for n in optim.menu.OPTIMIZERS if argument in optim.menu.arguments(n)]
+    if have:
+        return f"{chosen} does not have it; these do: {', '.join(have)} (--optimizer NAME)"
+    return None
 
 
 def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -178,7 +196,12 @@ def _parameter(key: str, setting: Setting, group: Group) -> inspect.Parameter:
         more["negative"] = f"--{path}{dot}no-{last}"
     elif (word := WORDS.get(kind)) is not None:
         more["metavar"] = word
-    how = Parameter(flag, help=setting.doc, group=group, **more)
+    doc = (
+        setting.doc
+        if setting.range is None
+        else f"{setting.doc} {str(setting.range).capitalize()}."
+    )
+    how = Parameter(flag, help=doc, group=group, **more)
     return inspect.Parameter(
         key, inspect.Parameter.KEYWORD_ONLY, default=setting.value, annotation=Annotated[kind, how]
     )

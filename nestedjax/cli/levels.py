@@ -78,6 +78,8 @@ def _show(config: Any, own: dict[str, Any]) -> int:
     from nestedjax.errors import ConfigError
 
     system, picture = run.nested_system(config), own.get("plot")
+    if picture == "":
+        raise UsageError("--plot '': is empty; name a .png file")
     if picture is not None:
         from nestedjax.cli.levels_plot import plot
 

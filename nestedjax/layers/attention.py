@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nestedjax.fields import Count, Heads, RotaryBase, Taps, check_fields
 from nestedjax.layers.boxes import slow
 from nestedjax.layers.convolution import CausalConv
 from nestedjax.layers.layer import Layer
@@ -28,11 +29,14 @@ class AttentionConfig:
       conv: width of a causal convolution on the input, or 0.
     """
 
-    heads: int
-    context: int
-    theta: float = 1e4
+    heads: Heads
+    context: Count
+    theta: RotaryBase = 1e4
     qk_norm: bool = False
-    conv: int = 0
+    conv: Taps = 0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class Attention(Layer):
@@ -53,8 +57,8 @@ class Attention(Layer):
         width, dtype = config.width, config.dtype
         if width % (2 * attention.heads):
             raise ValueError(
-                f"{attention.heads} heads need a width that {2 * attention.heads} divides (an even"
-                f" number of features a head), got {width}."
+                f"heads={attention.heads} need a width that {2 * attention.heads} divides (an even"
+                f" number of features a head), got width={width}; change either"
             )
         heads = (attention.heads, width // attention.heads)
         axes = ("embed", "heads", "head_dim")

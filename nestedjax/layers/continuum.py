@@ -7,15 +7,15 @@ sequence its own, written every C_l tokens of it. Both descend the model's own l
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nestedjax.fields import Count, Decay, NonNegative, Positive, Range, check_fields
 from nestedjax.layers.boxes import slow
-from nestedjax.layers.choices import choose
 from nestedjax.layers.feed_forward import MLP
 from nestedjax.layers.layer import Layer
 from nestedjax.layers.norm import RMSNorm
@@ -39,23 +39,20 @@ class InnerConfig:
         constant (first-order MAML).
     """
 
-    learning_rate: float = 0.1
+    learning_rate: Annotated[float, Range(0, 1000)] = 0.1
     optimizer: Literal["sgd", "momentum", "adamw"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
+    momentum: Decay = 0.9
+    weight_decay: NonNegative = 0.0
+    clip: Positive | None = 1.0
     reduction: Literal["mean", "sum"] = "mean"
     second_order: bool = True
 
     def __post_init__(self):
-        choose("optimizer", self.optimizer, ("sgd", "momentum", "adamw"))
-        choose("reduction", self.reduction, ("mean", "sum"))
+        check_fields(self)
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(
                 f"weight_decay={self.weight_decay} is of optimizer='adamw', got {self.optimizer!r}"
             )
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip={self.clip} must be positive, or None for no clipping")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +73,8 @@ class CMSConfig:
       start: how the starts of form "nested" move: "fomaml", "reptile" or "frozen".
     """
 
-    periods: tuple[int | None, ...]
-    hidden: int
+    periods: tuple[Count | None, ...]
+    hidden: Count
     form: Literal["sequential", "headwise", "nested"] = "sequential"
     mlp: Literal["gelu", "swiglu"] = "gelu"
     lifetime: Literal["stream", "in_context"] = "stream"
@@ -85,10 +82,9 @@ class CMSConfig:
     start: Literal["fomaml", "reptile", "frozen"] = "fomaml"
 
     def __post_init__(self):
+        check_fields(self)
         if not self.periods:
             raise ValueError("periods=(): a continuum memory needs at least one block")
-        if any(period is not None and period < 1 for period in self.periods):
-            raise ValueError(f"periods={self.periods}: each must be None or at least 1 token")
         timed = self.timed
         for fast, later in zip(timed, timed[1:], strict=False):
             if later % fast:
@@ -96,9 +92,6 @@ class CMSConfig:
                     f"periods={self.periods}: {fast} does not divide {later}; list the fast blocks"
                     " first, each period a multiple of the one before"
                 )
-        choose("form", self.form, ("sequential", "headwise", "nested"))
-        choose("lifetime", self.lifetime, ("stream", "in_context"))
-        choose("start", self.start, ("fomaml", "reptile", "frozen"))
         if self.start != "fomaml" and self.form != "nested":
             raise ValueError(f"start={self.start!r} is of form='nested', got form={self.form!r}")
         if self.lifetime == "in_context" and not timed:

@@ -16,13 +16,14 @@ matrices uses each layer's own input.
 import dataclasses
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nestedjax import memory
+from nestedjax.fields import Count, Heads, Positive, Range, check_fields
 from nestedjax.levels import Level, flow, incremental
 from pallas_kernels import accumulation_dtype
 from pallas_kernels.mlp_memory import (
@@ -42,6 +43,7 @@ from pallas_kernels.mlp_memory import (
     write_chunk,
 )
 
+Logit = Annotated[float, Range(-80, 80)]  # beyond, a sigmoid is 0 or 1 in float32
 MEMORIES = ("key", "learning_rate", "decay", "value", "memory")
 
 
@@ -73,11 +75,11 @@ class SelfModifyingConfig:
         since M = identity, both matrices zero, is a fixed point.
     """
 
-    heads: int = 2
-    head_dim: int = 64
-    hidden: int = 64
-    chunk_size: int = 16
-    projection_chunk_size: int | None = None
+    heads: Heads = 2
+    head_dim: Count = 64
+    hidden: Count = 64
+    chunk_size: Count = 16
+    projection_chunk_size: Count | None = None
     objective: str = "l2"
     dgd: str = "layerwise"
     erase: str = "clipped"
@@ -85,19 +87,17 @@ class SelfModifyingConfig:
     read: str = "running_prev"
     values: str = "self"
     adaptive_query: bool = False
-    max_learning_rate: float = 1.0
-    inner_clip: float | None = 1.0
-    decay_bias: float = 9.0
+    max_learning_rate: Positive = 1.0
+    inner_clip: Positive | None = 1.0
+    decay_bias: Logit = 9.0
 
     def __post_init__(self):
+        check_fields(self)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        for name in ("heads", "head_dim", "hidden", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         sizes = self.chunk_sizes
-        if min(sizes) < 1 or max(sizes) % min(sizes):
+        if max(sizes) % min(sizes):
             raise ValueError(
                 f"chunk_size={sizes[0]} and projection_chunk_size={sizes[1]}: one must divide the "
                 "other; change either"

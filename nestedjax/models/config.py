@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from flax import nnx
 
+from nestedjax.fields import Count, check_fields
 from nestedjax.layers import CMSConfig
-from nestedjax.layers.choices import choose
 from nestedjax.models.block import Block
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -34,17 +34,15 @@ class ModelConfig:
         "pallas_tpu" or "pallas_gpu" (one kernel each way, on such a device only).
     """
 
-    vocab: int
-    width: int
-    layers: int
+    vocab: Count
+    width: Count
+    layers: Count
     dtype: Dtype = dataclasses.field(default="float32", kw_only=True)
     remat: Remat = dataclasses.field(default="none", kw_only=True)
     implementation: Implementation = dataclasses.field(default="xla", kw_only=True)
 
     def __post_init__(self):
-        for name in ("vocab", "width", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_fields(self)
         if self.layers % self.pattern:
             raise ValueError(
                 f"layers={self.layers} is not a multiple of the pattern of {self.pattern} blocks"
@@ -54,9 +52,6 @@ class ModelConfig:
                 f"implementation={self.implementation!r} is how memories run, and a"
                 f" {type(self).__name__} has none; leave it out"
             )
-        choose("dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        choose("remat", self.remat, ("none", "tokens", "full", "dots"))
-        choose("implementation", self.implementation, ("xla", "pallas_tpu", "pallas_gpu"))
 
     def block(self, *, rngs: nnx.Rngs) -> Block | tuple[Block, ...]:
         """One block, or the blocks of a pattern that the model repeats.

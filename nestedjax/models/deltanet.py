@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 
 from nestedjax import memory
+from nestedjax.fields import Taps
 from nestedjax.layers import MemoryMixer, gates
 from nestedjax.models.presets import linear_presets
 from nestedjax.models.recurrent import RecurrentConfig
@@ -18,10 +19,10 @@ class DeltaNetConfig(RecurrentConfig):
     of this package have.
 
     Attributes:
-      conv: width in tokens of the convolution on queries, keys and values.
+      conv: width in tokens of the convolution on queries, keys and values; 0 for none.
     """
 
-    conv: int = 4
+    conv: Taps = 4
 
     def mixer(self, wide: int, *, rngs: nnx.Rngs) -> MemoryMixer:
         """Unit keys and queries, a learning rate in (0, 1) for every token and head."""

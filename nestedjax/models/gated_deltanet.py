@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 
 from nestedjax import memory
+from nestedjax.fields import Taps
 from nestedjax.layers import MemoryMixer, gates
 from nestedjax.models.presets import linear_presets
 from nestedjax.models.recurrent import RecurrentConfig
@@ -18,10 +19,10 @@ class GatedDeltaNetConfig(RecurrentConfig):
     twice), heads as wide as the sizes of this package have them.
 
     Attributes:
-      conv: width in tokens of the convolution on queries, keys and values.
+      conv: width in tokens of the convolution on queries, keys and values; 0 for none.
     """
 
-    conv: int = 4
+    conv: Taps = 4
 
     def mixer(self, wide: int, *, rngs: nnx.Rngs) -> MemoryMixer:
         """DeltaNet's with a decay for every token and head, and a gated output."""

@@ -1,5 +1,6 @@
 """Which weights of a model learn at which period, and the outer optimizer that does it."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,6 +87,7 @@ def optimizer(
       >>> tx = models.optimizer(model, lambda period: optax.adamw(1e-3), step_tokens=tokens)
     """
     config = model.config
+    _require_multiples(config, step_tokens)
     steps = in_steps(periods(config), step_tokens=step_tokens)
     groups = {label: (every, make(every or 1)) for label, every in steps.items()}
     names = labels(nnx.state(model, nnx.Param), config)
@@ -93,6 +95,24 @@ def optimizer(
     if len(chain) > 1 and config.continuum.form == "nested":
         return nested_by_period(groups, names, chain=chain, rule=config.continuum.start)
     return by_period(groups, names)
+
+
+def _require_multiples(config: ModelConfig, step_tokens: int) -> None:
+    """Refuse periods that steps do not make up, with periods near to them that they do."""
+    timed = [period for period in periods(config).values() if period is not None]
+    cms = config.continuum
+    if cms is None or all(period % step_tokens == 0 for period in timed):
+        return
+    name = next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) is cms)
+    fitting, before = [], step_tokens
+    for period in cms.periods:
+        before = before if period is None else -(-period // before) * before
+        fitting.append("none" if period is None else str(before))
+    raise ValueError(
+        f"{name}.periods={cms.periods} are tokens, not all multiples of the {step_tokens} tokens in"
+        f" one step (batch x length); set {name}.periods to {' '.join(fitting)}, or change batch or"
+        " length"
+    )
 
 
 def step_tokens_by_label(config: ModelConfig, *, step_tokens: int) -> Mapping[str, int]:

@@ -4,6 +4,7 @@ import dataclasses
 
 from flax import nnx
 
+from nestedjax.fields import Count, Heads
 from nestedjax.layers import FeedForward, MemoryMixer, head_dim
 from nestedjax.models.block import Block
 from nestedjax.models.config import ModelConfig
@@ -19,15 +20,9 @@ class RecurrentConfig(ModelConfig):
       chunk_size: tokens solved in parallel; for a linear memory it changes only the speed.
     """
 
-    hidden: int
-    heads: int = 4
-    chunk_size: int = 64
-
-    def __post_init__(self):
-        ModelConfig.__post_init__(self)
-        for name in ("hidden", "heads", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+    hidden: Count
+    heads: Heads = 4
+    chunk_size: Count = 64
 
     def mixer(self, wide: int, *, rngs: nnx.Rngs) -> MemoryMixer:
         """The sequence mixer, with heads of `wide` features."""

@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 
 from nestedjax import memory
+from nestedjax.fields import RotaryBase
 from nestedjax.layers import MemoryMixer, gates
 from nestedjax.models.presets import linear_presets
 from nestedjax.models.recurrent import RecurrentConfig
@@ -21,7 +22,7 @@ class RetNetConfig(RecurrentConfig):
       rotary_base: base of the rotary positions of queries and keys.
     """
 
-    rotary_base: float = 1e4
+    rotary_base: RotaryBase = 1e4
 
     def mixer(self, wide: int, *, rngs: nnx.Rngs) -> MemoryMixer:
         """Rotated queries and keys, a constant decay for each head, a gated output."""

@@ -4,6 +4,7 @@ import dataclasses
 
 from flax import nnx
 
+from nestedjax.fields import Count
 from nestedjax.layers import Attention, AttentionConfig, FeedForward
 from nestedjax.models.block import Block
 from nestedjax.models.config import ModelConfig
@@ -19,7 +20,7 @@ class TransformerConfig(ModelConfig):
       attention: its heads and window.
     """
 
-    hidden: int
+    hidden: Count
     attention: AttentionConfig
 
     def block(self, *, rngs: nnx.Rngs) -> Block:

@@ -141,7 +141,7 @@ def optimizer(
 def schedule_of(config: RunConfig) -> optax.Schedule:
     """The learning rate of a run by step."""
     settings = config.optimizer
-    common = {
+    common: dict[str, Any] = {
         "steps": config.loop.steps,
         "warmup": settings.warmup,
         "final_fraction": settings.final_fraction,

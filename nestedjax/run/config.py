@@ -1,10 +1,21 @@
 """The configuration of a run: a model, data, an optimizer and a loop, as frozen dataclasses."""
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from nestedjax.errors import ConfigError, at_least
+from nestedjax import models
+from nestedjax.errors import ConfigError
+from nestedjax.fields import (
+    Count,
+    Decay,
+    Fraction,
+    NonNegative,
+    Positive,
+    Range,
+    Steps,
+    check_fields,
+    shown,
+)
 from nestedjax.optim import menu
 from nestedjax.training import LoopConfig
 
@@ -31,15 +42,14 @@ class DataConfig:
 
     files: tuple[str, ...] = ()
     tokenizer: str | None = None
-    length: int = 256
-    batch: int = 16
+    length: Count = 256
+    batch: Count = 16
     order: Literal["shuffled", "contiguous"] = "shuffled"
-    context_rows: int | None = None
-    validation_batches: int | None = None
+    context_rows: Count | None = None
+    validation_batches: Count | None = None
 
     def __post_init__(self):
-        for name in ("length", "batch", "context_rows", "validation_batches"):
-            at_least(name, getattr(self, name), 1)
+        check_fields(self)
 
     @property
     def carries(self) -> bool:
@@ -69,35 +79,26 @@ class OptimizerConfig:
       b2: decay of its second moment.
     """
 
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    final_fraction: float = 0.1
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
+    learning_rate: Positive = 1e-3
+    warmup: Steps = 100
+    final_fraction: Fraction = 0.1
+    weight_decay: NonNegative = 0.1
+    clip: Positive | None = 1.0
+    b1: Decay = 0.9
+    b2: Decay = 0.95
     schedule: Literal["cosine", "wsd"] = "cosine"
-    cooldown: int | None = None
+    cooldown: Count | None = None
     name: str = "adamw"
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        check_fields(self)
         _check_optimizer(self)
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate={self.learning_rate} must be positive; try 0.001")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"weight_decay={self.weight_decay} must be 0 or more; try 0.1")
-        if not 0 <= self.final_fraction <= 1:
-            raise ConfigError(f"final_fraction={self.final_fraction} must be from 0 to 1; try 0.1")
-        at_least("warmup", self.warmup, 0)
-        at_least("cooldown", self.cooldown, 1)
         if self.cooldown is not None and self.schedule != "wsd":
             raise ConfigError(
                 f"cooldown={self.cooldown} does nothing with schedule={self.schedule}; give"
                 " schedule=wsd"
             )
-        if self.clip is not None and not self.clip > 0:
-            raise ConfigError(f"clip={self.clip} must be positive; give none not to clip")
 
 
 def _check_optimizer(config: OptimizerConfig) -> None:
@@ -136,15 +137,14 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig(steps=1000)
-    seed: int = 0
-    sample_every: int | None = None
-    given: tuple[str, ...] = ()
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    sample_every: Count | None = None
+    given: tuple[Literal["data", "loss"], ...] = ()
 
     def __post_init__(self):
-        at_least("seed", self.seed, 0)
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed={self.seed} must be less than 2^63; give a smaller one")
-        at_least("sample_every", self.sample_every, 1)
+        check_fields(self)
+        if not isinstance(self.model, models.ModelConfig):
+            raise ConfigError(f"model={shown(self.model)} must be a models.ModelConfig")
 
     @property
     def step_tokens(self) -> int:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from etils import epath
 
 from nestedjax.errors import ConfigError, one_line
+from nestedjax.fields import shown
 from nestedjax.run.config import RunConfig
 from nestedjax.run.saved import from_json, to_json
 from nestedjax.run.settings import changed
@@ -49,10 +50,13 @@ def read_config(path: str | os.PathLike, modules: Sequence[str] = ()) -> RunConf
       ConfigError: it cannot be read.
     """
     try:
-        return from_json(json.loads(epath.Path(path).read_text()), modules)
+        text = epath.Path(path).read_text()
+        if not text.strip():
+            raise ValueError("it is empty")
+        return from_json(json.loads(text), modules)
     except ConfigError as error:
         raise ConfigError(f"{os.fspath(path)}: {one_line(error)}") from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(
             f"{os.fspath(path)} is no run configuration ({one_line(error)}); restore it, or use a"
             " new folder"
@@ -65,6 +69,8 @@ def load_config(folder: str | os.PathLike, modules: Sequence[str] = ()) -> RunCo
     Raises:
       ConfigError: `config.json` cannot be read.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise ConfigError(f"folder is {shown(folder)}; give the path of a run folder")
     path = epath.Path(folder) / "config.json"
     try:
         found = path.exists()
@@ -82,7 +88,8 @@ def require_config(folder: str | os.PathLike, modules: Sequence[str] = ()) -> Ru
     config = load_config(folder, modules)
     if config is None:
         raise ConfigError(
-            f"no run in {os.fspath(folder)}; make one with nestedjax train PRESET --run DIR"
+            f"no run in {os.fspath(folder) or repr('')};"
+            " make one with nestedjax train PRESET --run DIR"
         )
     return config
 

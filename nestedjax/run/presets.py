@@ -5,6 +5,7 @@ from typing import Any
 
 from nestedjax import models
 from nestedjax.errors import ConfigError, near
+from nestedjax.fields import shown
 from nestedjax.run.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, check
 from nestedjax.run.data import tokenizer_of
 from nestedjax.run.saved import type_name
@@ -42,6 +43,11 @@ def run_preset(
       (16, 20, 1024)
     """
     config = _start(preset)
+    if not isinstance(changes, Mapping | None):
+        raise ConfigError(
+            f"changes={shown(changes)} must be a mapping, such as {{'layers': 1}}; settings of the"
+            " run are keywords, such as steps=20"
+        )
     changes = dict(changes or {})
     known = settings(config)
     for names, of_model in ((changes, True), (run, False)):

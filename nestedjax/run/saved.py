@@ -2,14 +2,18 @@
 
 import dataclasses
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from nestedjax import models
 from nestedjax.errors import ConfigError, near
-from nestedjax.run.config import ModelConfig, RunConfig
+from nestedjax.fields import hints, meaning, shown
+from nestedjax.optim import menu
+from nestedjax.run.config import ModelConfig, OptimizerConfig, RunConfig
 from nestedjax.run.settings import arguments_of
 from nestedjax.version import __version__
 
@@ -32,34 +36,84 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return {"layout": LAYOUT, **found, "model": model}
 
 
-def from_json(values: Mapping[str, Any], modules: Sequence[str] = ()) -> RunConfig:
+def from_json(values: Any, modules: Sequence[str] = ()) -> RunConfig:
     """A run from its JSON object.
 
     Args:
-      values: from `to_json`; settings that are missing take their defaults.
+      values: what `to_json` returned; settings that are missing take their defaults.
       modules: names of the modules to import, in which its model's class may be.
 
     Raises:
-      ValueError: it is no run; `ConfigError` if it is another layout's, or its model's class is in
-        no module that was named.
+      ValueError: it is no run, with the key and the value; `ConfigError` if it is another layout's,
+        or its model's class is in no module that was named.
     """
-    values = dict(values)
-    layout = values.pop("layout", 1)
-    if layout != LAYOUT and "model" in values:
-        reader = READ_BY.get(layout, "a newer nestedjax")
+    values = dict(_object(values, ""))
+    model = dict(_object(values.get("model", {}), "model"))
+    _check_layout(values.pop("layout", 1), whole="model" in values)
+    kind = class_of(model.pop("type", None), modules)
+    made = _converted(model, kind, "model")
+    values["optimizer"] = _with_tuples(values.get("optimizer", {}))
+    config = _converted({**values, "model": made}, RunConfig, "")
+    known = msgspec.to_builtins(config)
+    for name in _unknown({**values, "model": model}, known):
+        raise ValueError(f"unknown setting {name!r}; {near(name, _names(known))}")
+    return config
+
+
+def _object(values: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{f'{name}=' if name else ''}{shown(values)} is not an object {{...}}")
+    return values
+
+
+def _check_layout(layout: Any, *, whole: bool) -> None:
+    """Refuse another layout than this version's; what is no run at all (not `whole`) has none."""
+    if not isinstance(layout, int) or isinstance(layout, bool):
+        raise ValueError(f"layout={shown(layout)} must be a whole number; this reads {LAYOUT}")
+    if layout != LAYOUT and whole:
+        reader = READ_BY.get(layout, "a newer nestedjax" if layout > LAYOUT else "no nestedjax")
         raise ConfigError(
             f"the run folder has layout {layout}, which {reader} reads; this is nestedjax"
             f" {__version__}, which reads layout {LAYOUT}"
         )
-    model = dict(values.get("model", {}))
-    kind = class_of(model.pop("type", ""), modules)
-    config = msgspec.convert({**values, "model": msgspec.convert(model, kind)}, RunConfig)
-    for name in _unknown({**values, "model": model}, msgspec.to_builtins(config)):
-        raise ValueError(f"unknown setting {name!r}")
-    optimizer = config.optimizer
-    kinds = {name: kind for name, (kind, _, _) in arguments_of(optimizer.name).items()}
-    typed = {name: msgspec.convert(v, kinds[name]) for name, v in optimizer.arguments.items()}
-    return dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, arguments=typed))
+
+
+def _with_tuples(optimizer: Any) -> Any:
+    """What JSON holds of an optimizer, with a tuple where one of its arguments takes several."""
+    name, given = "", optimizer
+    if isinstance(optimizer, Mapping):
+        name, given = optimizer.get("name", OptimizerConfig().name), optimizer.get("arguments")
+    if not isinstance(given, Mapping) or name not in (*menu.OPTIMIZERS,):
+        return optimizer  # which `OptimizerConfig` refuses
+    known = arguments_of(name)
+    typed = {
+        argument: _converted(value, known[argument][0], f"optimizer.arguments.{argument}")
+        if argument in known
+        else value
+        for argument, value in given.items()
+    }
+    return {**optimizer, "arguments": typed}
+
+
+def _converted(values: Any, kind: Any, name: str) -> Any:
+    """What JSON holds as a type; an error names the setting and its value."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        why, _, path = str(error).partition(" - at `$")
+        at, value = name, values
+        for part in re.findall(r"[^.\[\]]+", path.removesuffix("`")):
+            if isinstance(value, Mapping):
+                value, kind = value[part], hints(kind)[part] if part in hints(kind) else Any
+                at = f"{at}.{part}".removeprefix(".")
+            else:  # the whole list is shown, and what each part is
+                break
+        if error.__cause__ is not None:  # a configuration's own refusal shows the value itself
+            raise ValueError(f"{at}: {why}" if at else why) from error
+        if isinstance(value, Mapping):
+            raise ValueError(f"{at or 'it'}: {why[0].lower()}{why[1:]}".replace("`", "")) from error
+        must = "an object {...}" if dataclasses.is_dataclass(kind) else meaning(kind)
+        raise ValueError(f"{at}={shown(value)} must be {must}") from error
 
 
 def import_modules(modules: Sequence[str]) -> None:
@@ -69,6 +123,10 @@ def import_modules(modules: Sequence[str]) -> None:
       ConfigError: there is no such module.
     """
     for name in [modules] if isinstance(modules, str) else modules:
+        if not isinstance(name, str) or not all(name.split(".")):
+            raise ConfigError(
+                f"no module {shown(name)} to import; give its name as in Python's import"
+            )
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -85,7 +143,7 @@ def type_name(config: ModelConfig) -> str:
     return f"{type(config).__module__}:{type(config).__qualname__}"
 
 
-def class_of(name: str, modules: Sequence[str] = ()) -> type:
+def class_of(name: Any, modules: Sequence[str] = ()) -> type:
     """The class that `type_name` named; only modules that were named are imported.
 
     Raises:
@@ -93,8 +151,10 @@ def class_of(name: str, modules: Sequence[str] = ()) -> type:
       ValueError: the name has another form.
     """
     import_modules(modules)
+    if not isinstance(name, str):
+        raise ValueError(f"its model's type is {shown(name)}, not module:Class")
     module, _, qualified = name.partition(":")
-    if not qualified:
+    if not module or not qualified:
         raise ValueError(f"its model's type is {name!r}, not module:Class")
     if module not in sys.modules:
         raise ConfigError(
@@ -104,10 +164,22 @@ def class_of(name: str, modules: Sequence[str] = ()) -> type:
     found: Any = sys.modules[module]
     for part in qualified.split("."):
         found = getattr(found, part, None)
-    if not dataclasses.is_dataclass(found) or not isinstance(found, type):
-        known = [n for n, v in vars(sys.modules[module]).items() if dataclasses.is_dataclass(v)]
-        raise ConfigError(f"no model {qualified!r} in {module}; {near(qualified, known)}")
+    if not _is_model(found):
+        known = [n for n, v in vars(sys.modules[module]).items() if _is_model(v)]
+        hint = near(qualified, known) if known else "its class is a subclass of models.ModelConfig"
+        raise ConfigError(f"type={name!r}: no model {qualified!r} in {module}; {hint}")
     return found
+
+
+def _is_model(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, models.ModelConfig)
+
+
+def _names(known: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in known.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in _names(value))
 
 
 def _unknown(values: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:

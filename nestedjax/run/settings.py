@@ -6,6 +6,7 @@ optimizer `optimizer.ARGUMENT`. Types are those of the dataclasses, meanings tho
 "Attributes" in their docstrings: `run_preset`, the command line and its `--help` all read this.
 """
 
+import contextlib
 import dataclasses
 import os
 import typing
@@ -17,6 +18,7 @@ import msgspec
 import numpy as np
 
 from nestedjax.errors import ConfigError, near, one_line
+from nestedjax.fields import Range, check_value, hints, range_of, shown
 from nestedjax.optim import menu
 from nestedjax.run.config import RunConfig
 
@@ -38,6 +40,7 @@ class Setting(NamedTuple):
       doc: what it means, with its unit.
       group: the heading that it is listed under.
       path: of attributes from the `RunConfig` to it.
+      range: of a number, or of each of several.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Setting(NamedTuple):
     doc: str
     group: str
     path: tuple[str, ...]
+    range: Range | None = None
 
 
 def settings(config: RunConfig) -> dict[str, Setting]:
@@ -85,19 +89,16 @@ def replaced(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
       >>> run.loop.steps, run.model.memory.chunk_size
       (20, 64)
     """
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"changes={shown(changes)} must be a mapping of settings to values")
     changes = _flat(changes)
     config = _with_optimizer(config, changes.pop("optimizer", config.optimizer.name))
     known, paths = settings(config), dict[Sequence[str], Any]()
     for name, value in changes.items():
         if name not in known:
-            raise ConfigError(_unknown(config, name, known))
+            raise ConfigError(_unknown(config, str(name), known))
         paths[known[name].path] = _typed(known[name], value)
-    try:
-        return _without_usual(_rebuilt(config, paths))
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error
+    return _without_usual(_rebuilt(config, paths))
 
 
 def changed(saved: RunConfig, asked: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -120,14 +121,15 @@ def arguments_of(name: str) -> dict[str, tuple[Any, Any, str]]:
 
 
 def _fields(config: Any, path: tuple[str, ...], prefix: str, group: str) -> Iterator[Setting]:
-    hints, docs = typing.get_type_hints(type(config)), _attributes(type(config))
+    kinds, docs = typing.get_type_hints(type(config)), _attributes(type(config))
     for field in dataclasses.fields(config):
         name, value, here = field.name, getattr(config, field.name), (*path, field.name)
         if here in _HIDDEN or not field.init:
             continue
         if not dataclasses.is_dataclass(value):
             doc = docs.get(name, "")
-            yield Setting(prefix + name, hints[name], value, doc, group, here)
+            bounds = range_of(hints(type(config))[name])
+            yield Setting(prefix + name, kinds[name], value, doc, group, here, bounds)
         elif not path:
             yield from _fields(value, here, "", _GROUPS[name])
         else:
@@ -196,28 +198,33 @@ def _unknown(config: RunConfig, name: str, known: Mapping[str, Any]) -> str:
 
 def _typed(setting: Setting, value: Any) -> Any:
     """The value as the setting's type holds it."""
-    if setting.path == ("data", "files"):
-        paths = [value] if isinstance(value, str | os.PathLike) else value
-        return tuple(map(_whole, paths))
-    if setting.path == ("data", "tokenizer"):
-        return None if value is None else _whole(value)
+    if setting.path == ("data", "files") and isinstance(value, str | os.PathLike):
+        value = (value,)
+    if setting.path in (("data", "files"), ("data", "tokenizer")):
+        value = tuple(map(_whole, value)) if isinstance(value, list | tuple) else _whole(value)
     if isinstance(value, np.generic):
         value = value.item()
-    try:
-        return msgspec.convert(value, setting.kind)
-    except msgspec.ValidationError as error:
-        why = str(error).replace("`", "").replace("null", "None")
-        raise ConfigError(f"{setting.name}={value!r}: {why[0].lower()}{why[1:]}") from error
+    # A list becomes a tuple and 1 becomes 1.0; what does not fit is said by the check.
+    with contextlib.suppress(msgspec.ValidationError, TypeError):
+        value = msgspec.convert(value, setting.kind)
+    check_value(setting.name, value, setting.kind, setting.range)
+    return value
 
 
-def _whole(path: str | os.PathLike) -> str:
+def _whole(path: Any) -> Any:
     """The path from any working folder, so that a run continues from anywhere."""
+    if not isinstance(path, str | os.PathLike):
+        return path
     path = os.fspath(path)
     return path if "://" in path else os.path.abspath(path)
 
 
-def _rebuilt(config: Any, changes: Mapping[Sequence[str], Any]) -> Any:
-    """A nested dataclass (or dict) with the values at some paths replaced, all at once."""
+def _rebuilt(config: Any, changes: Mapping[Sequence[str], Any], place: str = "") -> Any:
+    """A nested dataclass (or dict) with the values at some paths replaced, all at once.
+
+    Raises:
+      ConfigError: a part of the configuration refuses them; the message says which (`place`).
+    """
     inside: dict[str, dict[Sequence[str], Any]] = {}
     for (first, *rest), value in changes.items():
         inside.setdefault(first, {})[tuple(rest)] = value
@@ -225,5 +232,11 @@ def _rebuilt(config: Any, changes: Mapping[Sequence[str], Any]) -> Any:
     new = {}
     for name, parts in inside.items():
         old = config.get(name) if mapping else getattr(config, name)
-        new[name] = parts[()] if () in parts else _rebuilt(old, parts)
-    return {**config, **new} if mapping else dataclasses.replace(config, **new)
+        path = "" if place == "" and name in _GROUPS else f"{place}.{name}".removeprefix(".")
+        new[name] = parts[()] if () in parts else _rebuilt(old, parts, path)
+    if mapping:
+        return {**config, **new}
+    try:
+        return dataclasses.replace(config, **new)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {one_line(error)}".removeprefix(": ")) from error

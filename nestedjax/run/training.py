@@ -14,6 +14,7 @@ from nestedjax import models, sharding, training
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import Tokenizer
 from nestedjax.errors import ConfigError, RunWarning
+from nestedjax.fields import shown
 from nestedjax.run.assemble import Built, build, new_state, optimizer, schedule_of
 from nestedjax.run.config import RunConfig, check
 from nestedjax.run.data import Batches, OwnData, own_batches, text_of, tokenizer_of
@@ -118,7 +119,7 @@ def train(
       >>> result.trained.step
       2
     """
-    _require_types(run, folder, mesh)
+    _require_types(run, folder, mesh, loss=loss, on_event=on_event)
     run = check(_with_given(run, data, loss))
     saved_run(folder, run)
     tokenizer = tokenizer_of(run)
@@ -160,14 +161,17 @@ def train(
     return Result(trained, result.record, result.stopped_by, result.state)
 
 
-def _require_types(run: Any, folder: Any, mesh: Any) -> None:
-    """Refuse what is no run, folder or mesh, by name."""
+def _require_types(run: Any, folder: Any, mesh: Any, **functions: Any) -> None:
+    """Refuse what is no run, folder, mesh or function, by name."""
     if not isinstance(run, RunConfig):
-        raise ConfigError(f"run is {type(run).__name__}; make one with run_preset")
+        raise ConfigError(f"run is {shown(run)}; make one with run_preset")
     if not isinstance(folder, str | os.PathLike):
-        raise ConfigError(f"folder is {folder!r}; give a path")
+        raise ConfigError(f"folder is {shown(folder)}; give a path")
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise ConfigError(f"mesh is {mesh!r}; make one with nestedjax.sharding.make_mesh")
+        raise ConfigError(f"mesh is {shown(mesh)}; make one with nestedjax.sharding.make_mesh")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ConfigError(f"{name} is {shown(function)}; give a function, or leave it out")
 
 
 def _watcher(
@@ -213,7 +217,7 @@ def _with_given(run: RunConfig, data: Any, loss: Any) -> RunConfig:
     Raises:
       ConfigError: settings that say how text is read, with `data` in its place.
     """
-    given = tuple(n for n, v in (("data", data), ("loss", loss)) if v is not None)
+    given: tuple[Any, ...] = ("data",) * (data is not None) + ("loss",) * (loss is not None)
     if data is not None:
         rows = run.data.context_rows
         if run.data.files:
@@ -245,9 +249,7 @@ def _data(
         text, held_out = text_of(run, tokenizer)
         return text, held_out if valid is None else valid
     shape = run.data.batch // jax.process_count(), run.data.length
-    own = OwnData(
-        data, vocab=vocab, shape=shape, period=run.model.period, steps=run.loop.steps
-    )
+    own = OwnData(data, vocab=vocab, shape=shape, period=run.model.period, steps=run.loop.steps)
     own[0]  # refuses batches of another form before anything is written
     return own, valid
 

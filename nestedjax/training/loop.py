@@ -6,7 +6,7 @@ same bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import require_fingerprint
+from nestedjax.fields import Count, check_fields
 from nestedjax.sharding import batch_placer, group_placer, mesh_of, on_mesh
 from nestedjax.training.events import (
     Claimed,
@@ -29,7 +30,7 @@ from nestedjax.training.events import (
     Validated,
 )
 from nestedjax.training.metrics import MetricsWriter, Record
-from nestedjax.training.nonfinite import TrainingError, locate_nonfinite
+from nestedjax.training.nonfinite import TrainingError, advice, locate_nonfinite
 from nestedjax.training.state import PyTree, TrainState
 from nestedjax.training.step import (
     Batch,
@@ -69,17 +70,14 @@ class LoopConfig:
       microbatches: parts a batch is split into, to save memory.
     """
 
-    steps: int
-    validate_every: int = 100
-    checkpoint_every: int = 100
-    steps_per_dispatch: int = 1
-    microbatches: int = 1
+    steps: Count
+    validate_every: Count = 100
+    checkpoint_every: Count = 100
+    steps_per_dispatch: Count = 1
+    microbatches: Count = 1
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value < 1:
-                raise ValueError(f"{field.name}={value} must be at least 1")
+        check_fields(self)
 
 
 class Hook(NamedTuple):
@@ -193,7 +191,7 @@ class _Run(NamedTuple):
     dispatch: Callable[..., Any]
     place: Callable[..., Batch]
     validate: Callable[[PyTree], Record] | None
-    diagnose: Callable[[TrainState, Batch], str]
+    diagnose: Callable[[TrainState, Batch], tuple[str, str]]
     dataset: Dataset
     checkpoints: Checkpoints | None
     metrics: MetricsWriter | None
@@ -327,23 +325,30 @@ def _write(run: _Run, state: TrainState, records: list[Record], meter: Meter, se
         return
     if run.metrics is not None:
         run.metrics.flush()
-    found = run.diagnose(state, run.place([run.dataset[done]]))
+    found, to_do = run.diagnose(state, run.place([run.dataset[done]]))
     saved = [] if run.checkpoints is None else run.checkpoints.steps()
     kept = f"the newest checkpoint is of step {saved[-1]}" if saved else "nothing is saved yet"
     failed = records[done - sent.step]
     raise TrainingError(
         f"step {done + 1}: {found} (loss {failed['loss']}, gradient norm {failed['grad_norm']}); "
-        f"the update was not applied and {kept}: lower learning_rate, or clip harder"
+        f"the update was not applied and {kept}: {to_do}"
     )
 
 
-def _diagnoser(loss_fn: LossFn, probe: Probe | None) -> Callable[[TrainState, Batch], str]:
+def _diagnoser(
+    loss_fn: LossFn, probe: Probe | None
+) -> Callable[[TrainState, Batch], tuple[str, str]]:
+    """What is not finite first, and what to do about it."""
+    read_first = None
+
     def trees(state, batches):
+        nonlocal read_first
         yield "a parameter", state.params
         yield "the carried state", state.carry
         for i in range(jax.tree.leaves(batches)[0].shape[0]):
             if probe is not None:
                 levels = probe(state.params, jax.tree.map(lambda x, i=i: x[i], batches))
+                read_first = f"level {next(iter(levels))}"
                 yield from ((f"level {name}", tree) for name, tree in levels.items())
         compute = jax.jit(loss_and_gradients, static_argnums=0)
         loss, _, carry, gradients = compute(loss_fn, state.params, batches, state.carry)
@@ -353,7 +358,8 @@ def _diagnoser(loss_fn: LossFn, probe: Probe | None) -> Callable[[TrainState, Ba
 
     def diagnose(state, batches):
         found = locate_nonfinite(trees(state, jax.tree.map(lambda x: x[0], batches)))
-        return "the optimizer's update is not finite" if found is None else str(found)
+        where = "the optimizer's update is not finite" if found is None else str(found)
+        return where, advice(found, step=int(state.step), first=read_first)
 
     return diagnose
 

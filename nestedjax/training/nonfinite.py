@@ -36,6 +36,31 @@ class Nonfinite(NamedTuple):
         return f"{self.name}{leaf}{place} is {self.value}"
 
 
+def advice(found: Nonfinite | None, *, step: int, first: str | None = None) -> str:
+    """What to do about a value that is not finite, as far as what is known tells.
+
+    Args:
+      found: the first such value in the order of cause and effect; None if parameters, loss and
+        gradient are all finite.
+      step: updates that were applied before.
+      first: the name of the level that reads the batch itself, where levels are known.
+
+    Example:
+      >>> advice(None, step=0)
+      "the gradient is finite: look at the optimizer's arguments and at weight_decay"
+    """
+    if found is None:
+        return "the gradient is finite: look at the optimizer's arguments and at weight_decay"
+    if found.name == first:
+        return "the parameters are finite: look at this batch, such as tokens beyond the vocabulary"
+    if step == 0:
+        return (
+            "no update was made yet, so it is not the learning rate: look at the data, and at the"
+            " settings of what is named"
+        )
+    return "lower learning_rate, or clip harder"
+
+
 def locate_nonfinite(named_trees: Iterable[tuple[str, PyTree]]) -> Nonfinite | None:
     """Look through trees in order for the first leaf with a value that is not finite.
 

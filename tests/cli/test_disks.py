@@ -75,7 +75,15 @@ def test_a_read_only_disk_is_read_and_not_trained_on(trained, text, tmp_path, ca
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         for given in (folder, disk / "new"):
             code, out, err = command(
-                capsys, "train", "transformer_nano", "--run", given, "--data", text, *TRANSFORMER, *RUN
+                capsys,
+                "train",
+                "transformer_nano",
+                "--run",
+                given,
+                "--data",
+                text,
+                *TRANSFORMER,
+                *RUN,
             )
             assert code == 2 and out == "" and err.count("\n") == 1
             assert "cannot write the run folder" in err and "Read-only file system" in err

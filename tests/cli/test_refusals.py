@@ -1,6 +1,7 @@
 """Bad input: one line that says what to do, exit code 2, and nothing lost."""
 
 import gc
+import json
 import shutil
 import signal
 import warnings
@@ -38,6 +39,14 @@ def tree(folder):
         (["train", "hope_nano", "--data", "empty.txt"], "file is empty: {here}/empty.txt"),
         (["train", "hope_nano", "--data", "folder"], "no text in folder {here}/folder"),
         (["train", "hope_nano", "--tokenizer", "no.model"], "tokenizer file not found"),
+        (["train", "hope_nano", "--run="], "--run '': is empty; name one"),
+        (["train", "hope_nano", "--run", ""], "--run '': is empty; name one"),
+        (["eval", "--run", "x"], "no flag --run; --help lists all of them"),
+        (["generate", "x", "--tokens", "2.5"], "--tokens 2.5: expected a whole number"),
+        (["generate", "x", "--periods", "x"], "--periods x: expected a whole number or none"),
+        (["levels", "hope_nano", "--plot", ""], "--plot '': is empty; name a .png file"),
+        (["levels", "hope_nano", "--import", ""], "no module '' to import"),
+        (["train", "--lr", "1", "hope_nano"], "no flag --lr; did you mean --learning-rate?"),
         (["train", "hope_nano", "--run", "empty.txt"], "is a file, not a run folder"),
         (["train", "hope_nano", "--run", "empty.txt/run"], "cannot"),
         (["train", "hope_nano", "--run", "folder"], "holds photo.jpg but no run"),
@@ -65,20 +74,43 @@ def test_names_and_files(arguments, says, tmp_path, monkeypatch, capsys):
         ("--xyz 4", "no flag --xyz; --help lists all of them"),
         ("--set steps=5", "no flag --set"),
         ("--steps", "--steps needs a value"),
-        ("--steps 5 --steps 6", "--steps specified multiple times"),
+        ("--steps 5 --steps 6", "--steps is said twice"),
         ("--steps many", "--steps many: expected a whole number"),
         ("--clip big", "--clip big: expected a number or none"),
         ("--cms.periods 4 x", "--cms.periods x: expected a whole number or none"),
         ("--dtype float8", "--dtype float8: expected one of float32, bfloat16, float64"),
         ("--optimizer.cache maybe", "unexpected maybe"),
         ("--steps 0", "steps=0 must be at least 1"),
-        ("--learning-rate -1", "learning_rate=-1.0 must be positive"),
+        ("--learning-rate -1", "learning_rate=-1.0 must be more than 0"),
         ("--seed -1", "seed=-1 must be at least 0"),
         ("--length 4", "length=4 is shorter than a chunk of 32 tokens"),
         ("--length 80", "length=80 is not a multiple of the chunk of 32 tokens; use length=64"),
         ("--microbatches 3", "microbatches=3 does not divide batch=8"),
+        ("--lr 1", "no flag --lr; did you mean --learning-rate?"),
+        ("--bs 1", "no flag --bs; did you mean --batch?"),
+        ("--wd 1", "no flag --wd; did you mean --weight-decay?"),
+        ("--layers=", "--layers '': expected a whole number"),
+        ("--width 1e3", "--width 1e3: expected a whole number"),
+        ("--steps 2.7", "--steps 2.7: expected a whole number"),
+        ("--sample-every 2.5", "--sample-every 2.5: expected a whole number or none"),
+        ("--config=", "--config '': is empty; name one"),
+        ("--data", "--data needs a value"),
+        ("--cms.periods --steps 3", "--cms.periods needs a value"),
+        ("--literal --no-literal", "--no-literal is said twice, or its opposite is"),
+        ("-- --steps 3", "unexpected --; leave it out"),
+        ("--seed 9223372036854775808", "must be at most 9223372036854775807"),
+        ("--clip nan", "clip=nan must be a finite number, more than 0, or none"),
+        ("--memory.max-learning-rate nan", "memory.max_learning_rate=nan must be a finite number"),
+        ("--memory.inner-clip 0", "memory.inner_clip=0.0 must be more than 0, or none"),
+        ("--cms.inner.learning-rate 1e9", "must be at most 1000"),
+        ("--cms.hidden 0", "cms.hidden=0 must be at least 1"),
+        ("--mesh data=0", "data=0: the size of a mesh axis is a positive integer"),
+        ("--batch 16", "set cms.periods to 4096 4096 8192 16384, or change batch or length"),
+        ("--dtype float64", "set JAX_ENABLE_X64=1, or use dtype=float32"),
+        ("--implementation triton", "expected one of xla, pallas_tpu, pallas_gpu"),
+        ("--remat all", "expected one of none, tokens, full, dots"),
         ("--cms.periods 100 250", "100 does not divide 250"),
-        ("--cms.periods 3000 6000", "is 3000 tokens, not a multiple of the 2048 tokens in one st"),
+        ("--cms.periods 3000 6000", "of the 2048 tokens in one step (batch x length); set cms.per"),
         ("--memory.objective magic", "objective='magic' is not one of l2, dot"),
         ("--vocab 100", "vocab=100 is less than the tokenizer's 256 tokens"),
         ("--width 7 --literal", "the literal form needs heads * head_dim = width"),
@@ -184,6 +216,51 @@ def test_a_number_that_is_not_finite_is_named(text, tmp_path, capsys):
     code, _, err = command(capsys, *TRAIN, tmp_path / "run", "--data", text, *settings)
     assert code == 1 and err.count("\n") == 1
     assert "step 2: level " in err and "lower learning_rate" in err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (b"", "(it is empty)"),
+        (b"[]", "([] is not an object {...})"),
+        (b"null", "(None is not an object {...})"),
+        (b"\xff\xfe", "can't decode byte"),
+        (b"[" * 100_000, "maximum recursion depth exceeded"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        ({"width": "16"}, "(model.width='16' must be a whole number)"),
+        ({"width": None}, "(model.width=None must be a whole number)"),
+        ({"width": 2**70}, "(model: width=1180591620717411303424 must be at most 2147483647)"),
+        ({"dtype": "float8"}, "(model.dtype='float8' must be one of float32, bfloat16, float64)"),
+        ({"attention": {"heads": 2}}, "(model.attention: object missing required field context)"),
+        ({"attention": 3}, "(model.attention=3 must be an object {...})"),
+        ({"type": "os:path"}, "type='os:path': no model 'path' in os; its class is a subclass of"),
+        ({"type": "nestedjax.run.config:DataConfig"}, "no model 'DataConfig' in nestedjax.run"),
+        ({"type": None}, "(its model's type is None, not module:Class)"),
+        ({"breadth": 1}, "(unknown setting 'model.breadth'; did you mean"),
+        (("layout", "2"), "(layout='2' must be a whole number; this reads 2)"),
+        (("layout", []), "(layout=[] must be a whole number; this reads 2)"),
+        (("seed", float("nan")), "(seed=nan must be a whole number)"),
+        (
+            ("optimizer", {"weight_decay": float("nan")}),
+            "(optimizer: weight_decay=nan must be a fi",
+        ),
+        (("given", ["x"]), "(given=['x'] must be a tuple, each part one of data, loss)"),
+    ],
+)
+def test_a_configuration_names_the_file_the_key_and_the_value(
+    wrong, says, trained, tmp_path, capsys
+):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/config.json"
+    if not isinstance(wrong, bytes):
+        whole = json.loads((trained / "config.json").read_text())
+        if isinstance(wrong, dict):
+            wrong = ("model", {**whole["model"], **wrong})
+        wrong = json.dumps({**whole, wrong[0]: wrong[1]}).encode()
+    path.write_bytes(wrong)
+    for arguments in ((*TRAIN, tmp_path / "run"), ("eval", tmp_path / "run")):
+        line = refused(capsys, *arguments)
+        assert f"{path}" in line and says in line
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path, capsys, monkeypatch):

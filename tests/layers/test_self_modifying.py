@@ -327,7 +327,7 @@ def test_no_learning_rate_and_full_decay_leave_the_memories_as_they_were(x64):
     ("change", "message"),
     [
         ({"read": "later"}, "read='later' is not one of"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
         ({"chunk_size": 16, "projection_chunk_size": 6}, "one must divide the other"),
     ],
 )

@@ -326,7 +326,7 @@ def test_mistakes_are_named():
         models.CMSConfig(periods=(), hidden=4)
     with pytest.raises(ValueError, match="64 does not divide 96"):
         models.CMSConfig(periods=(64, 96), hidden=4)
-    with pytest.raises(ValueError, match="None or at least 1 token"):
+    with pytest.raises(ValueError, match="each must be at least 1, or none"):
         models.CMSConfig(periods=(0, 96), hidden=4)
     with pytest.raises(ValueError, match="write nothing in context"):
         models.CMSConfig(periods=(None,), hidden=4, lifetime="in_context")

@@ -49,5 +49,5 @@ def test_the_optimizer_steps_each_block_when_it_is_due(abstract):
 
 
 def test_a_period_that_does_not_fit_the_step(abstract):
-    with pytest.raises(ValueError, match="'cms.1' is 64 tokens.*48 tokens.*use 48 or 96"):
+    with pytest.raises(ValueError, match="48 tokens in one step.*set cms.periods to none 96 288"):
         models.optimizer(abstract, lambda period: optax.sgd(0.1), step_tokens=48)

@@ -174,6 +174,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_touches_nothing(
     assert "checkpoint is of step 10" in message and "not applied" in message
     if np.isnan(value):
         assert "level inner[" in message and "is nan" in message
+        assert "look at this batch" in message and "learning_rate" not in message
     else:  # tanh of inf is 1: the loss is finite, the gradient is not
         assert "the gradient at inner" in message
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(lines.splitlines(True)[:step])
