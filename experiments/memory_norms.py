@@ -39,7 +39,7 @@ def measure(preset, length, seed):
     """Least and largest ratio of every memory: {memory: {"whole" or "matrix": [low, high]}}."""
     run = nj.run_preset(preset, seed=seed)
     model = models.create(run.model, seed=run.seed)
-    text = np.frombuffer(b"\n".join(data.read_documents(data.bundled())), np.uint8)[:length]
+    text = np.frombuffer(data.bundled().read_bytes(), np.uint8)[:length]
     noise = np.random.default_rng(seed).integers(0, model.config.vocab, length)
     tokens = jnp.asarray(np.stack([text, noise]), jnp.int32)
     definition, weights = models.split(model)

@@ -9,6 +9,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from nestedjax.cli.printing import escape_what_cannot_be_encoded
+from nestedjax.version import __version__
+
 # name -> module, and what the command does. A module has `main(argv)` that returns an exit code.
 COMMANDS = {
     "train": ("nestedjax.cli.train", "train a model, or continue a run"),
@@ -30,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
+    escape_what_cannot_be_encoded()
+    if name == "--version":
+        print(f"nestedjax {__version__}")
+        return 0
     if name in ("-h", "--help"):
         print(_overview())
         return 0
@@ -75,6 +82,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "nestedjax COMMAND --help says what a command takes, with an example.",
+            "nestedjax COMMAND --help says what a command takes, with an example;",
+            "nestedjax --version says which version this is.",
         ]
     )

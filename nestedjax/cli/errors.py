@@ -16,21 +16,25 @@ def guarded(command: str, run: Callable[[], int]) -> int:
       run: returns the exit code.
     """
     from nestedjax.checkpoint import CheckpointError, CheckpointWarning
-    from nestedjax.data import DataError
+    from nestedjax.data import DataError, DataWarning
     from nestedjax.errors import ConfigError, one_line
     from nestedjax.sharding import MeshError
     from nestedjax.training import TrainingError
 
-    shown = warnings.showwarning
+    shown, told = warnings.showwarning, set[str]()
 
     def show(message, category, *args, **options):
-        if issubclass(category, CheckpointWarning):
-            print(f"nestedjax {command}: warning: {message}", file=sys.stderr)
+        if issubclass(category, CheckpointWarning | DataWarning):
+            line = f"nestedjax {command}: warning: {message}"
+            if line not in told:  # the same file may be read for several purposes
+                print(line, file=sys.stderr)
+            told.add(line)
         else:
             shown(message, category, *args, **options)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", CheckpointWarning)
+        for category in (CheckpointWarning, DataWarning):
+            warnings.simplefilter("always", category)
         warnings.showwarning = show
         try:
             return run()

@@ -61,6 +61,8 @@ def _main(argv: Sequence[str]) -> int:
 
     found = flags.named(argv)
     folder, modules = found.early.get("run"), found.early.get("modules", ())
+    if folder == "":
+        raise UsageError("--run is empty; name a folder")
     if folder is None and found.name is not None:
         folder = os.path.join("runs", found.name)
     saved = None if folder is None else run.load_config(folder, modules)
@@ -109,7 +111,8 @@ def _train(config: Any, folder: str, own: dict[str, Any]) -> int:
             f" {shlex.join(again)}"
         )
         return STOPPED.get(result.stopped_by, 143)
-    print(printable(run.generate(result.trained, tokens=SAMPLE, seed=config.seed)))
+    seed = config.seed % 2**32  # the bits of it that jax draws with
+    print(printable(run.generate(result.trained, tokens=SAMPLE, seed=seed)))
     curve = os.path.join(folder, "loss.png")
     plot_losses(folder, curve, title=config.preset)
     print(f"\nloss curve: {curve}")

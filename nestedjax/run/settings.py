@@ -16,6 +16,7 @@ import docstring_parser
 import msgspec
 import numpy as np
 
+from nestedjax.data import file_names
 from nestedjax.errors import ConfigError, near, one_line
 from nestedjax.optim import menu
 from nestedjax.run.config import RunConfig
@@ -197,10 +198,9 @@ def _unknown(config: RunConfig, name: str, known: Mapping[str, Any]) -> str:
 def _typed(setting: Setting, value: Any) -> Any:
     """The value as the setting's type holds it."""
     if setting.path == ("data", "files"):
-        paths = [value] if isinstance(value, str | os.PathLike) else value
-        return tuple(map(_whole, paths))
+        return tuple(map(_whole, file_names(value)))
     if setting.path == ("data", "tokenizer"):
-        return None if value is None else _whole(value)
+        return None if value is None else _whole(*file_names([value], what="tokenizer"))
     if isinstance(value, np.generic):
         value = value.item()
     try:
@@ -210,9 +210,8 @@ def _typed(setting: Setting, value: Any) -> Any:
         raise ConfigError(f"{setting.name}={value!r}: {why[0].lower()}{why[1:]}") from error
 
 
-def _whole(path: str | os.PathLike) -> str:
+def _whole(path: str) -> str:
     """The path from any working folder, so that a run continues from anywhere."""
-    path = os.fspath(path)
     return path if "://" in path else os.path.abspath(path)
 
 
