@@ -92,7 +92,7 @@ def _text_of(file: str) -> str:
         name = "standard input"
         data = b"" if sys.stdin is None else as_text(sys.stdin.buffer.read(), name)
     else:
-        name, data = file, read_file(file)
+        name, data = file, read_file(file, once=True)
     if not data:
         raise DataError(f"{name} is empty; give a prompt of at least one character")
     try:

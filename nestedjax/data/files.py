@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from etils import epath
 
@@ -46,7 +47,7 @@ MARKS = (
 )
 
 
-def file_names(files: Files, *, what: str = "files") -> tuple[str, ...]:
+def file_names(files: Any, *, what: str = "files") -> tuple[str, ...]:
     """The paths that a caller gave, as text.
 
     Args:
@@ -139,19 +140,20 @@ def expand(files: Files) -> list[epath.Path]:
     return found
 
 
-def read_file(path: FilePath) -> bytes:
+def read_file(path: FilePath, *, once: bool = False) -> bytes:
     """What is in a file: unpacked, as UTF-8 if a mark says that it is UTF-16 or 32, without mark.
 
     Args:
       path: of a file: gzip, bzip2 and xz are unpacked, whatever its name.
+      once: whether it may be a pipe, which cannot be read again when a run continues.
 
     Raises:
       DataError: it cannot be read, changes while it is read, or is an archive or another format.
     """
     with reading(path) as file:
-        before = _state(file)
+        before = None if once else _state(file)
         data = file.read_bytes()
-        if _state(file) != before:
+        if before is not None and _state(file) != before:
             raise DataError(f"{file} changed while it was read; wait until it is written")
     return as_text(_unpacked(data, os.fspath(path)), os.fspath(path))
 

@@ -18,14 +18,7 @@ from nestedjax.run.presets import run_preset
 from nestedjax.run.prompt import default_prompt
 from nestedjax.run.saved import from_json, import_modules, to_json
 from nestedjax.run.settings import Setting, changed, replaced, settings
-from nestedjax.run.trained import (
-    Evaluation,
-    Trained,
-    adapted,
-    evaluate,
-    generate,
-    load,
-)
+from nestedjax.run.trained import Evaluation, Trained, adapted, evaluate, generate, load
 from nestedjax.run.training import Began, Event, Result, Sampled, train
 
 __all__ = [
