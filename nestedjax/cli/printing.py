@@ -2,14 +2,14 @@
 
 import re
 import sys
-from typing import TextIO
+from typing import Any
 
 # What a terminal obeys: C0 but for new lines and tabs, DEL, C1; and what turns the direction of the
 # text behind it (embeddings, overrides and isolates; marks such as U+200F are part of text).
 _OBEYED = re.compile("\r\n|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def printable(text: str, stream: TextIO | None = None) -> str:
+def printable(text: str, stream: Any = None) -> str:
     r"""Text as it can be written to a stream.
 
     A terminal gets `\x1b` in place of the control character, which an untrained model draws and
@@ -17,7 +17,7 @@ def printable(text: str, stream: TextIO | None = None) -> str:
 
     Args:
       text: to be written.
-      stream: where to; default standard output.
+      stream: where to, a text stream; default standard output.
     """
     stream = sys.stdout if stream is None else stream
     return _OBEYED.sub(_escaped, text) if stream is not None and stream.isatty() else text

@@ -79,6 +79,8 @@ def reading(path: FilePath) -> Iterator[epath.Path]:
       DataError: it cannot be read here, or not at all.
     """
     name = os.fspath(path)
+    if not name:
+        raise DataError("the name of a file is empty; name a file or folder")
     scheme = name.partition("://")[0] if "://" in name else None
     if scheme in ("http", "https", "ftp"):
         raise DataError(f"{name} is not read from the web; download it and name the file")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 PyTree = Any
 Step = Callable[[Any, PyTree], tuple[Array, PyTree]]
 
-# Below it logits over the temperature would leave float32, and nothing but ties would be drawn.
+# Far above the smallest number of float32, and so low that only exact ties would be drawn between.
 GREEDY = 1e-30
 
 
@@ -67,6 +67,9 @@ def generate(
             logits = jnp.where(logits < least, -jnp.inf, logits)
         # Where one uniform number falls: one for each token of the vocabulary (as `categorical`
         # draws them) would cost as much as a small model does.
+        # The largest is 0 before the division: behind it, what rounding leaves of the largest minus
+        # itself (the compiler fuses both) would overflow at small temperatures.
+        logits = logits - logits.max(-1, keepdims=True)
         shares = jax.nn.softmax(logits / jnp.asarray(temperature, logits.dtype))
         ends = jnp.cumsum(shares, axis=-1)
         reached = draw.astype(ends.dtype)[:, None] * ends[:, -1:]

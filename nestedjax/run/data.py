@@ -200,8 +200,8 @@ def _fetched(batches: Any, step: int, name: str) -> Any:
         ) from error
 
 
-def own_batch(batch: Mapping[str, Any], *, vocab: int, name: str, period: int = 1) -> Batch:
-    """A batch of the caller's with the types that the models read.
+def own_batch(batch: Any, *, vocab: int, name: str, period: int = 1) -> Batch:
+    """A batch of the caller's, a mapping of arrays, with the types that the models read.
 
     Raises:
       DataError: `tokens` or `targets` are missing, of another shape, or no tokens of the model; a
