@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="run folder of a byte model")
     given = parser.parse_args()
-    text = b"\n".join(data.read_documents(data.bundled())).decode()[-LENGTH:]
+    text = data.bundled().read_bytes().decode()[-LENGTH:]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "turned.jsonl"
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in turned(text)))

@@ -37,7 +37,7 @@ def squared_norms(state):
 
 def measure(model, length, seed):
     """Least and largest ratio of every memory: {memory: {"whole" or "matrix": [low, high]}}."""
-    text = np.frombuffer(b"\n".join(data.read_documents(data.bundled())), np.uint8)[:length]
+    text = np.frombuffer(data.bundled().read_bytes(), np.uint8)[:length]
     noise = np.random.default_rng(seed).integers(0, model.config.vocab, length)
     tokens = jnp.asarray(np.stack([text, noise]), jnp.int32)
     definition, weights = models.split(model)

@@ -382,7 +382,7 @@ def _empty(like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
         zeros = jnp.zeros(data.shape, data.dtype)
-        empty = jax.random.wrap_key_data(zeros, impl=jax.random.key_impl(like))
+        empty = jax.random.wrap_key_data(zeros, impl=jax.random.key_impl(like))  # type: ignore[arg-type]
     else:
         empty = jnp.zeros(like.shape, like.dtype)
     return empty if like.sharding is None else jax.device_put(empty, like.sharding)

@@ -37,6 +37,7 @@ FLOORS = {
     "nestedjax.benchmarks": 8,
     "nestedjax.cli": 9,
     "nestedjax": 10,
+    "nestedjax.__main__": 10,
 }
 
 # Lower, and still not to be known: these take functions.

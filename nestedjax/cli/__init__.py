@@ -11,6 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from nestedjax.cli.printing import escape_what_cannot_be_encoded
+from nestedjax.version import __version__
+
 # name -> module, and what the command does. A module has `main(argv)` that returns an exit code.
 COMMANDS = {
     "train": ("nestedjax.cli.train", "train a model, or continue a run"),
@@ -34,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
+    escape_what_cannot_be_encoded()
+    if name == "--version":
+        print(f"nestedjax {__version__}")
+        return 0
     if name in ("-h", "--help"):
         print(_overview())
         return 0
@@ -96,6 +103,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "nestedjax COMMAND --help says what a command takes, with an example.",
+            "nestedjax COMMAND --help says what a command takes, with an example;",
+            "nestedjax --version says which version this is.",
         ]
     )

@@ -23,11 +23,14 @@ def guarded(command: str, run: Callable[[], int]) -> int:
     from nestedjax.sharding import MeshError
     from nestedjax.training import TrainingError
 
-    shown = warnings.showwarning
+    shown, told = warnings.showwarning, set[str]()
 
     def show(message, category, *args, **options):
         if issubclass(category, RunWarning):
-            say(f"nestedjax {command}: warning: {message}", error=True)
+            line = f"nestedjax {command}: warning: {message}"
+            if line not in told:  # the same file may be read for several purposes
+                say(line, error=True)
+            told.add(line)
         else:
             shown(message, category, *args, **options)
 

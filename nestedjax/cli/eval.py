@@ -1,11 +1,14 @@
 """Loss, perplexity and bits per byte of a trained run, by file and by position in context.
 
 Each document is one context from its first token to its last, however long: texts far longer than
-the training length stream through a state of constant size."""
+the training length stream through a state of constant size.
+
+With --json: loss is in nats per token and perplexity is exp(loss). What no number can hold is null:
+a perplexity above e^700, and all figures of a loss that is not a number."""
 
 import json as json_format
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -36,15 +39,21 @@ def evaluate(
     """
     from nestedjax import run as runs
     from nestedjax.cli import flags
+    from nestedjax.cli.printing import printable
 
     flags.import_modules(modules)
     trained = runs.load(run)
-    found = runs.evaluate(trained, data)
+    found = runs.evaluate(trained, data or None)
+    note = None if data else _note(trained.run.data)
     if json:
-        print(json_format.dumps(_as_json(trained.step, found.files, found.all), indent=2))
+        values = _as_json(trained.step, found.files, found.all)
+        values |= {} if note is None else {"note": note}
+        print(json_format.dumps(values, indent=2, allow_nan=False))
     else:
         print(f"{run}: {trained.run.preset} at step {trained.step}")
-        print(_table(found.files, found.all))
+        print(printable(_table(found.files, found.all)))
+        if note is not None:
+            print(f"\n{note}")
     return 0
 
 
@@ -52,6 +61,17 @@ def main(argv: Sequence[str]) -> int:
     """`nestedjax eval`; returns the exit code."""
     call = parse("nestedjax eval RUN", evaluate, argv, about=__doc__ or "", example=EXAMPLE)
     return 0 if call is None else guarded("eval", call)
+
+
+def _note(data: Any) -> str:
+    """Why the loss of the validation split is not the one that training printed."""
+    count = data.validation_batches
+    which = "all batches" if count is None else f"the first {count} batches"
+    return (
+        f"val_loss in training is another number: {which} of the valid split, {data.batch} rows of"
+        f" {data.length} tokens each, every row a fresh context. Here each document is one context"
+        " from its first token to its last, and all of the split is read."
+    )
 
 
 def _as_json(step, files, everything) -> dict:

@@ -64,6 +64,8 @@ def _main(argv: Sequence[str]) -> int:
 
     found = flags.named(argv)
     folder, modules = found.early.get("run"), found.early.get("modules", ())
+    if folder == "":
+        raise UsageError("--run is empty; name a folder")
     if folder is None and found.name is not None:
         folder = os.path.join("runs", found.name)
     saved = None if folder is None else run.load_config(folder, modules)
@@ -71,8 +73,8 @@ def _main(argv: Sequence[str]) -> int:
         example = EXAMPLE + PRESETS.format(", ".join(models.PRESETS))
         parse("nestedjax train PRESET", options, argv, about=__doc__ or "", example=example)
         return 0
-    if saved is not None and not run.has_steps(folder) and _names_another(found, saved):
-        saved = None
+    if saved is not None and folder and not run.has_steps(folder):
+        saved = None if _names_another(found, saved) else saved
     if saved is not None and "config" in found.early:
         raise UsageError(f"--config begins a new run and {folder} holds one; name another --run")
     config = saved or flags.start(found)
@@ -119,7 +121,8 @@ def _train(config: Any, folder: str, own: dict[str, Any]) -> int:
             f" {shlex.join(again)}"
         )
         return STOPPED.get(result.stopped_by, 143)
-    say(printable(run.generate(result.trained, tokens=SAMPLE, seed=config.seed)))
+    seed = config.seed % 2**32  # the bits of it that jax draws with
+    say(printable(run.generate(result.trained, tokens=SAMPLE, seed=seed)))
     say("" if (curve := _plot(folder, config.preset)) is None else f"\nloss curve: {curve}")
     say(f"metrics: {folder}/metrics.jsonl, {folder}/tensorboard")
     say(f"checkpoints: {folder}/checkpoints")

@@ -3,8 +3,7 @@
 Position in the data is therefore the step and nothing else, and a run continues anywhere.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,9 @@ import grain
 import numpy as np
 
 from nestedjax.data import packing
-from nestedjax.data.documents import Files, read_documents, take_split
+from nestedjax.data.documents import Document, digest, encode, read_documents, take_split
 from nestedjax.data.errors import DataError
+from nestedjax.data.files import Files
 from nestedjax.data.tokenizer import Tokenizer
 
 ORDERS = ("shuffled", "contiguous", "once")
@@ -155,7 +155,7 @@ class TextDataset:
 
 
 def text_dataset(
-    files: Files,
+    files: Files | Sequence[Document],
     tokenizer: Tokenizer,
     *,
     length: int,
@@ -175,7 +175,7 @@ def text_dataset(
     document into another. Each epoch holds every token once.
 
     Args:
-      files: one path or several, of files or folders (see `read_documents`).
+      files: one path or several, of files or folders (see `read_documents`); or documents.
       tokenizer: encodes the text.
       length: tokens of a row.
       batch: rows of a step, over all processes.
@@ -209,8 +209,8 @@ def text_dataset(
     _check_settings(length, batch, align, order, context_rows)
     if batch % process[1]:
         raise DataError(f"batch={batch} does not divide over {process[1]} processes; change batch")
-    texts = take_split(read_documents(files), split)
-    documents = [tokens for text in texts if (tokens := _encode(tokenizer, text)).size]
+    parts = take_split(_documents(files), split)
+    documents = [tokens for part in parts if (tokens := _encode(tokenizer, part)).size]
     total, needed = sum(document.size for document in documents), 2 if order == "once" else length
     if total < max(needed, 2):
         raise DataError(
@@ -219,7 +219,7 @@ def text_dataset(
         )
     fingerprint: Fingerprint = {
         "format": FORMAT,
-        "text": _digest(texts),
+        "text": digest(parts),
         "tokenizer": tokenizer.fingerprint,
         "length": length,
         "batch": batch,
@@ -240,7 +240,7 @@ def text_dataset(
         context_rows=context_rows,
         process=process,
         fingerprint=fingerprint,
-        size_bytes=sum(map(len, texts)),
+        size_bytes=sum(len(part.text) for part in parts),
     )
 
 
@@ -290,15 +290,14 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
     return index, count
 
 
-def _encode(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
+def _documents(files: Files | Sequence[Document]) -> list[Document]:
+    if isinstance(files, list | tuple) and files and isinstance(files[0], Document):
+        return list(files)  # type: ignore[arg-type]
+    return read_documents(files)  # type: ignore[arg-type]
+
+
+def _encode(tokenizer: Tokenizer, document: Document) -> np.ndarray:
     # The narrowest type that holds every id: a gigabyte of bytes stays a gigabyte.
     kept = np.uint8 if tokenizer.size <= 2**8 else np.uint16 if tokenizer.size <= 2**16 else None
-    tokens = tokenizer.encode(text)
+    tokens = encode(tokenizer, document)
     return tokens.astype(kept) if kept else tokens
-
-
-def _digest(texts: list[bytes]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(len(text).to_bytes(8, "little") + text)
-    return digest.hexdigest()[:16]

@@ -1,21 +1,43 @@
-"""Documents out of text files, and splits by position."""
+"""Documents out of text files, splits by position, and their tokens."""
 
-import gzip
+import codecs
+import hashlib
 import json
-import os
-import zlib
+import warnings
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
-from nestedjax.data.errors import DataError
+from nestedjax.data.errors import DataError, DataWarning
+from nestedjax.data.files import LINES, Files, expand, plain_name, read_file
+from nestedjax.data.tokenizer import NotUtf8, Tokenizer
 
-FilePath = str | os.PathLike
-Files = FilePath | Sequence[FilePath]
-
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".gz")
+PIECE = 2**20  # bytes looked at at once
 # The last tenth of the text is held out: half to validate, half to test.
 BOUNDARIES = {"all": (0, 100), "train": (0, 90), "valid": (90, 95), "test": (95, 100)}
+
+
+class Document(NamedTuple):
+    """A text, or a part of one, and where it was found.
+
+    Attributes:
+      text: not empty.
+      file: its path, as it was named.
+      line: of a file with one document a line, from 1; None for others.
+      start: bytes of the document before this part.
+    """
+
+    text: bytes
+    file: str
+    line: int | None = None
+    start: int = 0
+
+    @property
+    def name(self) -> str:
+        """The file, and the line."""
+        return self.file if self.line is None else f"{self.file} line {self.line}"
 
 
 def bundled() -> epath.Path:
@@ -28,82 +50,74 @@ def bundled() -> epath.Path:
     return epath.Path(__file__).parent / "texts" / "tinyshakespeare.txt"
 
 
-def expand(files: Files) -> list[epath.Path]:
-    """List the files that paths name; a folder stands for its text files in the order of names.
-
-    Raises:
-      DataError: a path does not exist, or a folder holds no text file.
-    """
-    paths = [files] if isinstance(files, str | os.PathLike) else list(files)
-    if not paths:
-        raise DataError("no text file given; name at least one file or folder")
-    found: list[epath.Path] = []
-    for path in map(epath.Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
-            if not inside:
-                raise DataError(
-                    f"no text in folder {path}; it needs files named *.txt, .gz, .jsonl"
-                )
-            found.extend(inside)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"file not found: {path}; check the path")
-    return found
-
-
-def read_documents(files: Files) -> list[bytes]:
+def read_documents(files: Files) -> list[Document]:
     """Read text files into documents.
 
-    A `.jsonl` file holds one document a line, the string under `"text"`; any other file is one
-    document. `.gz` files are unpacked. A leading UTF-8 byte order mark is dropped; bytes are
-    otherwise kept as they are.
+    A `.jsonl` (or `.ndjson`) file holds one document a line, the string under `"text"`; any other
+    file is one document. gzip, bzip2 and xz are unpacked. UTF-16 and UTF-32 with a byte order mark
+    become UTF-8, and a mark is dropped; bytes are otherwise kept as they are.
 
     Args:
-      files: one path or several, of files or folders.
+      files: one path or several, of files or folders (see `expand`).
 
     Returns:
       The documents in the order given, none of them empty.
 
+    Warns:
+      DataWarning: files were left out of a folder, or two files hold the same.
+
     Raises:
       DataError: a file is missing, empty, or not of its form.
     """
-    documents: list[bytes] = []
+    documents: list[Document] = []
+    known: dict[bytes, str] = {}
     for path in expand(files):
-        data, name = path.read_bytes(), path.name
-        if name.endswith(".gz"):
-            try:
-                data, name = gzip.decompress(data), name.removesuffix(".gz")
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{path} is no whole gzip file ({error}); copy it again") from error
-        data = data.removeprefix(b"\xef\xbb\xbf")
-        read = _json_lines(path, data) if name.endswith(".jsonl") else [data]
-        read = [document for document in read if document]
+        data, name = read_file(path), str(path)
+        same = known.setdefault(hashlib.blake2b(data).digest(), name)
+        if same != name and data:
+            _warn(f"{name} holds the same text as {same}: what is held out may be trained on")
+        if plain_name(name).endswith(LINES):
+            read = [Document(text, name, line) for line, text in _json_lines(name, data)]
+        else:
+            read = [Document(data, name)] if data else []
+            if plain_name(name).endswith(".json"):
+                _warn(f"{name} is read as one text; name it .jsonl if each line is a document")
         if not read:
-            raise DataError(f"file is empty: {path}; give a file with text in it")
+            raise DataError(f"file is empty: {name}; give a file with text in it")
         documents.extend(read)
     return documents
 
 
-def _json_lines(path: epath.Path, data: bytes) -> list[bytes]:
-    documents = []
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{path} line {number} is no JSON object with a "text" field; fix or drop the line'
-            ) from error
-        if not isinstance(text, str):
-            raise DataError(f'{path} line {number}: "text" is not a string; fix or drop the line')
-        documents.append(text.encode("utf-8", errors="surrogatepass"))
-    return documents
+def encode(tokenizer: Tokenizer, document: Document) -> np.ndarray:
+    """The tokens of a document, integer[tokens].
+
+    Warns:
+      DataWarning: it is no UTF-8, or holds NUL bytes, and the tokenizer takes it nevertheless.
+
+    Raises:
+      DataError: the tokenizer cannot read it, or made tokens that it does not have.
+    """
+    try:
+        tokens = np.asarray(tokenizer.encode(document.text))
+    except NotUtf8 as error:
+        raise DataError(
+            f"{document.name} is not UTF-8 at byte {document.start + error.byte}; convert it, or"
+            " leave out the tokenizer to train on bytes"
+        ) from error
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.size:
+        bad = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise DataError(
+            f"{document.name}: the tokenizer made token {bad}, and its size is {tokenizer.size};"
+            " give its true size"
+        )
+    if b"\0" in document.text:
+        _warn(f"{document.file} holds NUL bytes, as no text does; its bytes are taken as they are")
+    elif not _is_utf8(document.text):
+        _warn(f"{document.file} is not UTF-8 text; its bytes are taken as they are")
+    return tokens
 
 
-def take_split(documents: list[bytes], split: str) -> list[bytes]:
+def take_split(documents: list[Document], split: str) -> list[Document]:
     """The part of the documents that a split names, by position in their concatenation.
 
     `train` is the first 90 % of the bytes, `valid` the next 5 %, `test` the last 5 %. A boundary
@@ -115,16 +129,61 @@ def take_split(documents: list[bytes], split: str) -> list[bytes]:
     """
     if split not in BOUNDARIES:
         raise DataError(f"unknown split {split!r}; use one of {', '.join(BOUNDARIES)}")
-    total = sum(map(len, documents))
+    total = sum(len(document.text) for document in documents)
     low, high = (total * percent // 100 for percent in BOUNDARIES[split])
     taken, offset = [], 0
     for document in documents:
-        start = _character(document, min(max(low - offset, 0), len(document)))
-        stop = _character(document, min(max(high - offset, 0), len(document)))
+        text = document.text
+        start = _character(text, min(max(low - offset, 0), len(text)))
+        stop = _character(text, min(max(high - offset, 0), len(text)))
         if start < stop:
-            taken.append(document[start:stop])
-        offset += len(document)
+            taken.append(document._replace(text=text[start:stop], start=document.start + start))
+        offset += len(text)
     return taken
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """What tells the texts of documents from any others: 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(len(document.text).to_bytes(8, "little") + document.text)
+    return found.hexdigest()[:16]
+
+
+def _json_lines(name: str, data: bytes) -> list[tuple[int, bytes]]:
+    """The documents of the lines that are not empty, with their numbers."""
+    documents = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            nested = " (nested too deep)" if isinstance(error, RecursionError) else ""
+            raise DataError(
+                f'{name} line {number} is no JSON object with a "text" field{nested}; fix or drop'
+                " the line"
+            ) from error
+        if not isinstance(value, dict) or "text" not in value:
+            there = f", only {_some(value)}" if isinstance(value, dict) and value else ""
+            raise DataError(
+                f'{name} line {number} is no JSON object with a "text" field{there}; fix or drop'
+                " the line"
+            )
+        text = value["text"]
+        if not isinstance(text, str):
+            found = "null" if text is None else f"of type {type(text).__name__}"
+            raise DataError(
+                f'{name} line {number}: "text" is not a string but {found}; fix or drop the line'
+            )
+        if text:
+            documents.append((number, text.encode("utf-8", errors="surrogatepass")))
+    return documents
+
+
+def _some(value: dict) -> str:
+    names = [repr(key[:20]) for key in list(value)[:4]]
+    return ", ".join(names) + (", ..." if len(value) > 4 else "")
 
 
 def _character(document: bytes, position: int) -> int:
@@ -134,3 +193,20 @@ def _character(document: bytes, position: int) -> int:
         if position < len(document) and 0 < position and document[position] & 0xC0 == 0x80:
             position += 1
     return position
+
+
+def _is_utf8(text: bytes) -> bool:
+    if text.isascii():
+        return True
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:  # in pieces: whole, it would take several times the memory of the text
+        for start in range(0, len(text), PIECE):
+            decoder.decode(text[start : start + PIECE])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, DataWarning, stacklevel=3)

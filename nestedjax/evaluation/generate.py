@@ -10,6 +10,9 @@ from jaxtyping import Array, Int
 PyTree = Any
 Step = Callable[[Any, PyTree], tuple[Array, PyTree]]
 
+# Far above the smallest number of float32, and so low that only exact ties would be drawn between.
+GREEDY = 1e-30
+
 
 def generate(
     step: Step,
@@ -31,14 +34,15 @@ def generate(
       prompt: at least one token.
       tokens: N, how many to draw.
       key: random key.
-      temperature: 0 takes the most likely token.
+      temperature: 0 takes the most likely token, and so does anything below 1e-30.
       top_k: draw among the k most likely tokens only.
 
     Returns:
       The new tokens int32[B, N], and the state after all but the last of them.
 
     Raises:
-      ValueError: an empty prompt, no token asked for, or a top_k below 1.
+      ValueError: an empty prompt, no token asked for, a top_k below 1, or a temperature that is
+        negative or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -52,15 +56,20 @@ def generate(
         raise ValueError(f"prompt {prompt.shape}, tokens={tokens}: both need at least one token")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be 0 or more, and finite")
 
     def pick(logits, draw):
-        if temperature == 0:
+        if temperature < GREEDY:
             return logits.argmax(-1).astype(jnp.int32)
         if top_k is not None and top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, top_k)[0][..., -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
         # Where one uniform number falls: one for each token of the vocabulary (as `categorical`
         # draws them) would cost as much as a small model does.
+        # The largest is 0 before the division: behind it, what rounding leaves of the largest minus
+        # itself (the compiler fuses both) would overflow at small temperatures.
+        logits = logits - logits.max(-1, keepdims=True)
         shares = jax.nn.softmax(logits / jnp.asarray(temperature, logits.dtype))
         ends = jnp.cumsum(shares, axis=-1)
         reached = draw.astype(ends.dtype)[:, None] * ends[:, -1:]

@@ -35,7 +35,7 @@ class Totals(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss); infinite from 700 nats on."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
@@ -43,13 +43,16 @@ class Totals(NamedTuple):
         """The loss in bits for each byte of text, whatever the vocabulary."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
-    def row(self) -> dict[str, float | int]:
-        """The figures as values that JSON can hold."""
-        return {
-            "tokens": self.tokens,
+    def row(self) -> dict[str, float | int | None]:
+        """The figures as values that JSON can hold: None for what is not finite."""
+        figures = {
             "loss": self.loss,
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
+        }
+        return {
+            "tokens": self.tokens,
+            **{name: value if math.isfinite(value) else None for name, value in figures.items()},
         }
 
 

@@ -15,6 +15,7 @@ from nestedjax.run.data import Batches, text_of, tokenizer_of
 from nestedjax.run.folder import has_steps, load_config, read_config, require_config
 from nestedjax.run.functions import language_loss, probe, probe_names, sampler, token_losses
 from nestedjax.run.presets import run_preset
+from nestedjax.run.prompt import default_prompt
 from nestedjax.run.saved import from_json, import_modules, to_json
 from nestedjax.run.settings import Setting, changed, replaced, settings
 from nestedjax.run.trained import Evaluation, Trained, adapted, evaluate, generate, load
@@ -40,6 +41,7 @@ __all__ = [
     "build",
     "changed",
     "check",
+    "default_prompt",
     "evaluate",
     "from_json",
     "generate",

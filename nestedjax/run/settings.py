@@ -17,6 +17,7 @@ import docstring_parser
 import msgspec
 import numpy as np
 
+from nestedjax.data import file_names
 from nestedjax.errors import ConfigError, near, one_line
 from nestedjax.fields import Range, check_value, hints, range_of, shown
 from nestedjax.optim import menu
@@ -198,10 +199,10 @@ def _unknown(config: RunConfig, name: str, known: Mapping[str, Any]) -> str:
 
 def _typed(setting: Setting, value: Any) -> Any:
     """The value as the setting's type holds it."""
-    if setting.path == ("data", "files") and isinstance(value, str | os.PathLike):
-        value = (value,)
-    if setting.path in (("data", "files"), ("data", "tokenizer")):
-        value = tuple(map(_whole, value)) if isinstance(value, list | tuple) else _whole(value)
+    if setting.path == ("data", "files"):
+        value = tuple(map(_whole, file_names(value)))
+    if setting.path == ("data", "tokenizer") and value is not None:
+        value = _whole(*file_names([value], what="tokenizer"))
     if isinstance(value, np.generic):
         value = value.item()
     # A list becomes a tuple and 1 becomes 1.0; what does not fit is said by the check.
@@ -211,11 +212,8 @@ def _typed(setting: Setting, value: Any) -> Any:
     return value
 
 
-def _whole(path: Any) -> Any:
+def _whole(path: str) -> str:
     """The path from any working folder, so that a run continues from anywhere."""
-    if not isinstance(path, str | os.PathLike):
-        return path
-    path = os.fspath(path)
     return path if "://" in path else os.path.abspath(path)
 
 

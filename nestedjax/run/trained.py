@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import math
+import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +13,18 @@ import numpy as np
 from etils import epath
 
 from nestedjax import models
-from nestedjax.checkpoint import CheckpointError, Checkpoints
-from nestedjax.data import DataError, Tokenizer, bundled, expand, read_documents, take_split
+from nestedjax.checkpoint import CheckpointError, Checkpoints, Restored
+from nestedjax.data import (
+    DataError,
+    Document,
+    Tokenizer,
+    bundled,
+    digest,
+    encode,
+    read_documents,
+    reading,
+    take_split,
+)
 from nestedjax.errors import ConfigError, at_least, one_line
 from nestedjax.evaluation import Losses, Totals, stream_losses
 from nestedjax.run.assemble import build, on_one_device
@@ -20,6 +32,7 @@ from nestedjax.run.config import RunConfig
 from nestedjax.run.data import tokenizer_of
 from nestedjax.run.folder import require_config
 from nestedjax.run.functions import sampler, token_losses
+from nestedjax.run.prompt import continuation, default_prompt, prompt_tokens, within
 
 PIECE = 512  # tokens of a text that are scored at once
 PERIODS = (64, 256, 1024, 4096)  # tokens of a prompt, for each block of a continuum memory
@@ -33,12 +46,14 @@ class Trained(NamedTuple):
       tokenizer: its tokens: `encode` and `decode`.
       run: its configuration.
       step: updates that it has seen.
+      trained_on: the fingerprint of its data, if it was loaded.
     """
 
     model: models.Model
     tokenizer: Tokenizer
     run: RunConfig
     step: int
+    trained_on: Mapping[str, Any] | None = None
 
 
 class Evaluation(NamedTuple):
@@ -74,21 +89,52 @@ def load(folder: str | os.PathLike, modules: Sequence[str] = ()) -> Trained:
       ConfigError: it is no run folder, or needs a module that was not named.
       CheckpointError: nothing is saved in it yet, or nothing in it is whole.
     """
+    path = _run_folder(folder)
     config = require_config(folder, modules)
-    built, checkpoints = build(config), epath.Path(folder) / "checkpoints"
-    restored = None
-    if checkpoints.exists():
-        with Checkpoints(checkpoints, read_only=True) as found:
-            restored = found.restore(on_one_device(built.shapes), part="params")
+    built, tokenizer = build(config), tokenizer_of(config)
+    restored = _newest(path / "checkpoints", on_one_device(built.shapes))
     if restored is None:
         raise CheckpointError(f"no checkpoint in {os.fspath(folder)} yet; train it first")
+    trained_on = restored.meta.get("data", {})
+    if trained_on.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{config.data.tokenizer or 'bytes'} is not the tokenizer that this run was trained"
+            f" with ({trained_on['tokenizer']}, now {tokenizer.fingerprint}); put the old file back"
+        )
     model = models.merge(built.definition, restored.state)
-    return Trained(model, tokenizer_of(config), config, restored.step)
+    return Trained(model, tokenizer, config, restored.step, trained_on)
+
+
+def _run_folder(folder: Any) -> epath.Path:
+    """The path of a run folder to read from.
+
+    Raises:
+      ConfigError, DataError: it is no path, a file, or nothing that can be read from here.
+    """
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise ConfigError(f"the run folder is {folder!r}; give the path of one")
+    with reading(folder) as path:
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{os.fspath(folder)} is a file, not a run folder; name the folder")
+    return path
+
+
+def _newest(folder: epath.Path, shapes: Any) -> Restored | None:
+    """The newest whole checkpoint; looks again where training removed old ones meanwhile."""
+    while folder.exists():
+        with Checkpoints(folder, read_only=True) as found:
+            try:
+                return found.restore(shapes, part="params")
+            except CheckpointError:
+                with Checkpoints(folder, read_only=True) as now:
+                    if now.steps() == found.steps():
+                        raise
+    return None
 
 
 def generate(
     trained: Trained,
-    prompt: str = "\n",
+    prompt: str | None = None,
     *,
     tokens: int = 256,
     temperature: float | int = 0.8,
@@ -100,26 +146,39 @@ def generate(
 
     Args:
       trained: from `load`, or `train(...).trained`.
-      prompt: at least one character.
+      prompt: at least one character; None for `default_prompt`.
       tokens: how many to draw.
-      temperature: 0 takes the likeliest token each time.
+      temperature: 0, or less than 1e-30, takes the likeliest token each time.
       top_k: draw among the k likeliest tokens only.
-      seed: of the draws.
+      seed: of the draws; less than 2^32.
       settle: for a model that learns in context: learn from the prompt, not from what is drawn.
 
     Raises:
-      ConfigError: a value out of its range, or a prompt that the model cannot read.
+      ConfigError: a value of another type or out of its range, or a prompt that the model cannot
+        read.
     """
-    for name, value, least in (("tokens", tokens, 1), ("top_k", top_k, 1), ("seed", seed, 0)):
-        at_least(name, value, least)
-    if not temperature >= 0:
-        raise ConfigError(f"temperature={temperature} must be 0 or more; try 0.8")
+    _require_trained(trained)
+    _whole_number("tokens", tokens, 1)
+    if top_k is not None:
+        _whole_number("top_k", top_k, 1)
+    _whole_number("seed", seed, 0)
+    if seed >= 2**32:  # of which jax would take the lowest 32 bits
+        raise ConfigError(f"seed={seed} must be less than 2^32; give a smaller one")
+    number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature={temperature!r} must be 0 or more, and finite; try 0.8")
     if settle and not isinstance(trained.model, models.InContextModel):
         raise ConfigError("settle=True is for a model that learns in context; see run.adapted")
-    read = prompt_tokens(trained, prompt)
+    if prompt is None:
+        prompt = default_prompt(trained.tokenizer)
+    read = prompt_tokens(trained.tokenizer, trained.run.model.vocab, prompt)
     definition, weights = models.split(trained.model)
-    draw = cached_sampler(definition, tokens, temperature, top_k, settle)
-    return trained.tokenizer.decode(draw(weights, read, jax.random.key(seed)))
+    draw = cached_sampler(definition, int(tokens), float(temperature), top_k, settle)
+    drawn = draw(weights, read, jax.random.key(int(seed)))
+    text = continuation(trained.tokenizer, read, drawn)
+    # A tokenizer may drop the space that ends a prompt; what follows then begins with it.
+    kept = trained.tokenizer.decode(read)[-1:].isspace() or not prompt[-1:].isspace()
+    return text if kept else text.removeprefix(" ")
 
 
 def evaluate(
@@ -127,33 +186,40 @@ def evaluate(
 ) -> Evaluation:
     """The loss of a model on texts, each document one context from its first token to its last.
 
+    So it differs from the `val_loss` of training, whose rows each begin a fresh context.
+
     Args:
       trained: from `load`, or `train(...).trained`.
       files: text files or folders; None for the held-out parts of the run's own text: its
         validation split (5%) and its test split (5%).
 
     Raises:
-      DataError: a file is missing, empty or a single token; or the run has no text of its own.
+      DataError: a file is missing, empty or a single token; or the run has no text of its own, or
+        its text is not what it was.
     """
+    _require_trained(trained)
     definition, weights = models.split(trained.model)
+    texts = _texts(trained, files)
     start, score = _scorer(definition)
-    state, found = start(weights), {}
-    for name, documents in _texts(trained.run, files):
+    state, found, vocab = start(weights), {}, trained.run.model.vocab
+    for name, documents in texts.items():
         losses = Losses(Totals(), {})
-        for text in documents:
-            tokens = _encoded(trained, text, name)
+        for document in documents:
+            tokens = within(encode(trained.tokenizer, document), vocab, document.name)
             if tokens.size >= 2:
                 losses = losses.plus(
                     stream_losses(
                         functools.partial(score, weights),
                         state,
                         tokens,
-                        size_bytes=len(text),
+                        size_bytes=len(document.text),
                         piece=PIECE,
                     )
                 )
         if not losses.total.tokens:
-            raise DataError(f"{name} has a single token, which predicts nothing; give more text")
+            raise DataError(
+                f"{name} has less than two tokens, which predicts nothing; give more text"
+            )
         found[name] = losses
     return Evaluation(found, functools.reduce(Losses.plus, found.values()))
 
@@ -194,7 +260,8 @@ def adapted(
         raise ConfigError(one_line(error)) from error
     learning = learner.config.continuum
     assert learning is not None
-    size, timed = prompt_tokens(trained, prompt).size, learning.timed
+    size = prompt_tokens(trained.tokenizer, trained.run.model.vocab, prompt).size
+    timed = learning.timed
     # A chunk is written once the token behind it is read; the last token of the prompt is not
     # learned from, because it is what generation begins with.
     writes = {period: max(size - 2, 0) // period for period in timed}
@@ -206,26 +273,16 @@ def adapted(
     return trained._replace(model=learner), writes
 
 
-def prompt_tokens(trained: Trained, prompt: str) -> np.ndarray:
-    """The tokens of a prompt, int32[T].
-
-    Raises:
-      ConfigError: it is empty, or its tokens are not all of the model's.
-    """
-    tokens = _encoded(trained, prompt, "the prompt")
-    if not tokens.size:
-        raise ConfigError("the prompt is empty; give at least one character, or leave it out")
-    return tokens
+def _require_trained(trained: Any) -> None:
+    if not isinstance(trained, Trained):
+        raise ConfigError(f"trained is {trained!r}; load a run with nestedjax.load")
 
 
-def _encoded(trained: Trained, text: str | bytes, name: str) -> np.ndarray:
-    tokens, vocab = np.asarray(trained.tokenizer.encode(text), np.int32), trained.run.model.vocab
-    if tokens.size and tokens.max() >= vocab:
-        raise ConfigError(
-            f"{name} has token {tokens.max()}, and the model's end at {vocab - 1}: it was trained"
-            " on tokens of another kind"
-        )
-    return tokens
+def _whole_number(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number, or below a bound."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ConfigError(f"{name}={value!r} must be a whole number")
+    at_least(name, int(value), least)
 
 
 @functools.lru_cache(maxsize=8)
@@ -256,11 +313,20 @@ def _scorer(definition: models.Definition) -> tuple[Callable[..., Any], Callable
     return start, score
 
 
-def _texts(config: RunConfig, files) -> list[tuple[str, list[bytes]]]:
+def _texts(trained: Trained, files: Any) -> dict[str, list[Document]]:
     """What to evaluate: name -> documents."""
-    if files:
-        return [(str(path), read_documents(path)) for path in expand(files)]
+    found: dict[str, list[Document]] = {}
+    if files is not None:
+        for document in read_documents(files):
+            found.setdefault(document.file, []).append(document)
+        return found
+    config, known = trained.run, trained.trained_on or {}
     if "data" in config.given:
         raise DataError("this run was trained on data given in Python; name text files")
     own = read_documents(config.data.files or bundled())
-    return [(f"{split} split", take_split(own, split)) for split in ("valid", "test")]
+    if known.get("text") not in (None, digest(take_split(own, "train"))):
+        raise DataError(
+            "the run's text is not what it was trained on, so that what is held out now may have"
+            " been trained on; put the text back, or name text files"
+        )
+    return {f"{split} split": take_split(own, split) for split in ("valid", "test")}

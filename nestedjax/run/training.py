@@ -22,6 +22,7 @@ from nestedjax.run.folder import remove_empty, save_config, saved_run
 from nestedjax.run.functions import Loss, language_loss, probe
 from nestedjax.run.lock import locked
 from nestedjax.run.presets import run_preset
+from nestedjax.run.prompt import continuation, default_prompt
 from nestedjax.run.saved import to_json
 from nestedjax.run.trained import Trained, cached_sampler
 from nestedjax.training import Claimed, Hook, MetricsWriter, Started, TrainState
@@ -165,7 +166,7 @@ def _require_types(run: Any, folder: Any, mesh: Any, **functions: Any) -> None:
     """Refuse what is no run, folder, mesh or function, by name."""
     if not isinstance(run, RunConfig):
         raise ConfigError(f"run is {shown(run)}; make one with run_preset")
-    if not isinstance(folder, str | os.PathLike):
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise ConfigError(f"folder is {shown(folder)}; give a path")
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ConfigError(f"mesh is {shown(mesh)}; make one with nestedjax.sharding.make_mesh")
@@ -270,10 +271,11 @@ def _sampling(
     """Draw text now and then, if anybody watches; it depends on the run's seed and step alone."""
     if tell is None or run.sample_every is None:
         return []
-    draw, prompt = cached_sampler(definition, SAMPLE), tokenizer.encode("\n")[-1:]
+    draw, prompt = cached_sampler(definition, SAMPLE), tokenizer.encode(default_prompt(tokenizer))
 
     def sample(state: TrainState) -> None:
         key = jax.random.fold_in(state.key, state.step)
-        tell(Sampled(int(state.step), tokenizer.decode(draw(state.params, prompt, key))))
+        drawn = draw(state.params, prompt, key)
+        tell(Sampled(int(state.step), continuation(tokenizer, prompt, drawn)))
 
     return [Hook(run.sample_every, sample)]

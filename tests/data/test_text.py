@@ -11,6 +11,7 @@ import pytest
 from nestedjax.data import (
     ByteTokenizer,
     DataError,
+    Document,
     SentencePieceTokenizer,
     bundled,
     read_documents,
@@ -34,9 +35,12 @@ def test_files_become_documents(tmp_path):
     objects = write(tmp_path / "c.jsonl", lines.encode() + b"\n")
     objects_packed = write(tmp_path / "d.jsonl.gz", gzip.compress(b'{"text": "x"}'))
     expected = [b"plain \xff\n", b"pack", b"one", "zwei ü\n".encode(), b"x"]
-    assert read_documents([plain, str(packed), objects, objects_packed]) == expected
-    assert read_documents(tmp_path) == expected
-    assert read_documents(str(plain)) == expected[:1]
+    found = read_documents([plain, str(packed), objects, objects_packed])
+    assert [document.text for document in found] == expected
+    assert [document.line for document in found] == [None, None, 1, 3, 1]
+    assert read_documents(tmp_path) == found
+    assert read_documents(str(plain)) == found[:1]
+    assert found[0].file == str(plain)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +52,22 @@ def test_files_become_documents(tmp_path):
         ("lines.jsonl", b'{"text": "a"}\n{"txt": 1}', 'line 2 is no JSON object with a "text"'),
         ("lines.jsonl", b"{", "line 1 is no JSON object"),
         ("lines.jsonl", b"[3]", "line 1 is no JSON object"),
-        ("lines.jsonl", b'{"text": 3}', 'line 1: "text" is not a string'),
+        ("lines.jsonl", b'{"text": 3}', 'line 1: "text" is not a string but of type int; fix'),
+        ("lines.jsonl", b'{"text": "a"}\n\n{"text": null}', "lines.jsonl line 3: .* but null; fix"),
+        ("lines.jsonl", b'{"body": "a", "id": 1}', "line 1 .* field, only 'body', 'id'; fix"),
+        ("lines.jsonl", b"[" * 100_000, "line 1 is no JSON .*nested too deep"),
+        ("lines.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1 is no JSON object"),
         ("cut.gz", gzip.compress(b"hello" * 99)[:-9], "no whole gzip file"),
         ("no.gz", b"hello", "no whole gzip file"),
+        ("no.bz2", b"hello", "no whole bzip2 file"),
+        ("no.xz", b"hello", "no whole xz file"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd1", "packed by zstd; unpack it with zstd -d"),
+        ("a.txt", b"PK\x03\x041", "a.txt is a zip archive; unpack it"),
+        ("a.tar.gz", gzip.compress(b"a" * 257 + b"ustar"), "a tar archive"),
+        ("a.parquet", b"PAR1 ...", "a parquet file"),
+        ("a.txt", b"\xff\xfea", "a.txt is no whole UTF-16"),
     ],
-    ids=range(9),
+    ids=range(20),
 )
 def test_files_that_cannot_be_read(tmp_path, name, data, message):
     write(tmp_path / name, data)
@@ -71,18 +86,23 @@ def test_paths_that_lead_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "documents", [[b"a" * 1000], [b"a" * 7, b"b" * 900, b"c" * 60], ["ü€😀".encode() * 111]]
+    "texts", [[b"a" * 1000], [b"a" * 7, b"b" * 900, b"c" * 60], ["ü€😀".encode() * 111]]
 )
-def test_splits_are_consecutive_whole_characters_and_of_the_right_size(documents):
-    parts = {split: take_split(documents, split) for split in ("train", "valid", "test")}
+def test_splits_are_consecutive_whole_characters_and_of_the_right_size(texts):
+    documents = [Document(text, f"{i}.txt") for i, text in enumerate(texts)]
+    taken = {split: take_split(documents, split) for split in ("train", "valid", "test")}
+    parts = {split: [part.text for part in found] for split, found in taken.items()}
     joined = b"".join(b"".join(part) for part in parts.values())
-    assert joined == b"".join(documents)
+    assert joined == b"".join(texts)
     assert take_split(documents, "all") == documents
+    for part in sum(taken.values(), []):
+        whole = texts[int(part.file[0])]
+        assert whole[part.start : part.start + len(part.text)] == part.text
     total = len(joined)
     for split, share in {"train": 0.9, "valid": 0.05, "test": 0.05}.items():
         assert abs(sum(map(len, parts[split])) - share * total) <= 4
-        if documents[0][0] > 127:
-            assert all(document.decode() for document in parts[split])
+        if texts[0][0] > 127:
+            assert all(text.decode() for text in parts[split])
     with pytest.raises(DataError, match="unknown split 'dev'"):
         take_split(documents, "dev")
 
@@ -94,6 +114,8 @@ def test_byte_tokenizer():
     assert tokenizer.encode(data).tolist() == list(range(256))
     assert tokenizer.encode(data).dtype == np.int32
     assert tokenizer.decode(np.array([0xFF, 65])) == "\ufffdA"
+    # A model may have more tokens than its tokenizer.
+    assert tokenizer.decode(np.array([256, 0xC3, 0xA9, 300, -1])) == "\ufffdé\ufffd\ufffd"
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +140,12 @@ def test_sentencepiece_tokenizer(trained, tmp_path):
     assert tokenizer.decode(tokens) == text
     np.testing.assert_array_equal(tokenizer.encode(text.encode()), tokens)
     assert tokenizer.fingerprint == SentencePieceTokenizer(str(trained)).fingerprint
+    assert tokenizer.decode(np.array([tokens[0], 300])) == "We\ufffd"
     with pytest.raises(DataError, match="not UTF-8 at byte 2"):
         tokenizer.encode(b"ab\xff")
+    file = write(tmp_path / "a.txt", b"a" * 95 + b"\xff" + b"a" * 4)
+    with pytest.raises(DataError, match="a.txt is not UTF-8 at byte 95; convert it, or leave out"):
+        text_dataset(file, tokenizer, length=2, batch=1, split="test", order="once")
     with pytest.raises(DataError, match="tokenizer file not found"):
         SentencePieceTokenizer(tmp_path / "no.model")
     with pytest.raises(DataError, match="not a SentencePiece model"):

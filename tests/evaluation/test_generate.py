@@ -49,6 +49,21 @@ def test_mistakes():
         draw(fixed, None, tokens=0)
     with pytest.raises(ValueError, match="top_k=0"):
         draw(fixed, None, tokens=1, top_k=0)
+    for temperature in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"temperature={temperature} must be 0 or more"):
+            draw(fixed, None, tokens=1, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-46, 1e-38, 2e-30, 1e-20, 1e-5])
+def test_a_small_temperature_takes_the_likeliest(temperature):
+    """Also where float32 cannot hold it, or logits divided by it."""
+    logits = jnp.asarray([1e4, 1e4 + 1, -1e4, 3.0])
+
+    def step(tokens, state):
+        return jnp.broadcast_to(logits, (*tokens.shape, 4)), state
+
+    drawn = draw(step, None, tokens=20, temperature=temperature)[0]
+    assert set(np.unique(np.asarray(drawn))) == {1}
 
 
 def test_what_is_excluded_is_never_drawn():

@@ -1,5 +1,6 @@
 """Streaming losses: any piece size gives the same, nothing is counted twice."""
 
+import json
 import math
 
 import numpy as np
@@ -38,6 +39,16 @@ def test_units():
     assert math.isclose(total.perplexity, 2) and math.isclose(total.bits_per_byte, 0.25)
     both = total.plus(Totals(10, 0.0, 0.0))
     assert math.isclose(both.loss, math.log(2) / 2) and math.isnan(Totals().loss)
+
+
+def test_figures_that_json_cannot_hold_are_none():
+    """Above 700 nats exp(loss) leaves float64; the loss says it all the same."""
+    row = Totals(tokens=2, nats=1600.0, bytes=2).row()
+    assert row["loss"] == 800 and row["perplexity"] is None and row["bits_per_byte"] > 1000
+    for nats in (math.nan, math.inf):
+        row = Totals(tokens=2, nats=nats, bytes=2).row()
+        assert {row[name] for name in ("loss", "perplexity", "bits_per_byte")} == {None}
+    json.loads(json.dumps(row, allow_nan=False))
 
 
 def test_mistakes():
