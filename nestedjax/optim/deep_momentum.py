@@ -139,7 +139,7 @@ def deep_momentum(
       rest: the optimizer of the parameters that are no matrices; see `m3`.
 
     Returns:
-      A transformation. With `optax.inject_hyperparams` name `max_inputs` and `width` in
+      A transformation. With `optax.inject_hyperparams` name `max_inputs`, `width` and functions in
       `static_args`.
 
     Raises:

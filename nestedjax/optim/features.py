@@ -1,7 +1,7 @@
 """Feature maps of a gradient before a momentum stores it: phi(g) in place of g (spec B6)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from nestedjax.optim.matrices import Axes, Layout, fold, on_leaves, unfold
 from nestedjax.optim.parts import choice
-from nestedjax.optim.ranges import checked
+from nestedjax.optim.ranges import Range, checked
 from nestedjax.optim.types import Count, Finite, Leaf, NonNegative
 
 Map: TypeAlias = Callable[[Leaf, Layout | None], Leaf]
@@ -83,7 +83,9 @@ def spectral(coefficients: Sequence[Finite]) -> Features:
 
 
 @checked
-def random_features(size: Count, *, function: Callable = jnp.tanh, seed: int = 0) -> Features:
+def random_features(
+    size: Count, *, function: Callable = jnp.tanh, seed: Annotated[int, Range(0, integer=True)] = 0
+) -> Features:
     """`f(g A)` in R^{outputs x size} with a fixed random A, read out by its pseudo-inverse.
 
     The momentum has `size` columns. With the identity for f and size >= inputs the result is plain

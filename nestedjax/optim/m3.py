@@ -150,8 +150,8 @@ def m3(
         `optax.adamw(learning_rate, 0.9, 0.95, weight_decay=0)`.
 
     Returns:
-      A transformation whose state holds 4-5 times the matrices. With `optax.inject_hyperparams`
-      name `period`, `steps` and functions in `static_args`.
+      A transformation whose state holds 4-5 times the matrices. With
+      `optax.inject_hyperparams` name `period`, `steps` and functions in `static_args`.
 
     Raises:
       ValueError: an argument out of range, or axes that do not fit a parameter, by its name.

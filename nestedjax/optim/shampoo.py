@@ -90,7 +90,7 @@ def shampoo(
       rest: the optimizer of the parameters that are no matrices; see `m3`.
 
     Returns:
-      A transformation. With `optax.inject_hyperparams` name `refresh` and `max_side` in
+      A transformation. With `optax.inject_hyperparams` name `refresh`, `max_side` and functions in
       `static_args`.
 
     Raises:

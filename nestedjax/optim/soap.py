@@ -108,7 +108,7 @@ def soap(
       rest: the optimizer of the parameters that are no matrices; see `m3`.
 
     Returns:
-      A transformation. With `optax.inject_hyperparams` name `refresh` and `max_side` in
+      A transformation. With `optax.inject_hyperparams` name `refresh`, `max_side` and functions in
       `static_args`.
 
     Raises:

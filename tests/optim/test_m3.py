@@ -285,3 +285,17 @@ def test_describe_shows_the_slow_memory_at_its_own_period():
     assert boxes["cms matrix every 5 first moment"].period == 1280
     assert boxes["cms matrix every 5 gradient accumulator"].period == 256
     assert boxes["cms gradient accumulator"].period == 64
+
+
+def test_adamuon_with_nesterov_momentum():
+    """The reference's default reads `b1 M + g`; with it two steps differ from those without."""
+    grads, m, v = draw(4, 4, 3), 0.0, 0.0
+    updates, _, _ = run(optim.scale_by_adamuon(b1=0.8, b2=0.9, nesterov=True), grads[0], grads)
+    plain, _, _ = run(optim.scale_by_adamuon(b1=0.8, b2=0.9), grads[0], grads)
+    for t, g in enumerate(np.asarray(grads)):
+        m = 0.8 * m + g
+        o = numpy_ns(np.sign(0.8 * m + g))
+        v = 0.9 * v + 0.1 * o * o
+        u = o / (np.sqrt(v) + 1e-8)
+        np.testing.assert_allclose(updates[t], 0.2 * u / np.sqrt(np.mean(u * u)), atol=1e-9)
+    assert np.abs(updates - plain).max() > 0.01

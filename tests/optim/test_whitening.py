@@ -105,3 +105,46 @@ def test_a_long_side_is_left_alone():
 def test_mistakes_are_named(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("refresh", [1, 10])
+def test_shampoo_stays_finite_for_twenty_thousand_steps(refresh):
+    """Where its roots are stale and gradients turn to directions that those do not know."""
+    start, target = (np.asarray(draw(2, 2, seed=i), np.float32) for i in (0, 1))
+    curvature = np.array([[1.0], [100.0]], np.float32)
+    product = np.array([[0.5, -1.0], [1.0, -2.0]], np.float32)
+    gradients = {
+        "quadratic": lambda w, t: curvature * (w - target),
+        "rank one": lambda w, t: jnp.sin(t) * product,
+    }
+
+    def follow(gradient, rate):
+        tx = optim.shampoo(rate, refresh=refresh, weight_decay=0.0)
+
+        def body(held, t):
+            w, state = held
+            updates, state = tx.update(gradient(w, t), state, w)
+            return (w + updates, state), jnp.abs(w).max()
+
+        times = jnp.arange(20_000, dtype=jnp.float32)
+        w = jnp.asarray(start)
+        return jax.lax.scan(body, (w, tx.init(w)), times)
+
+    with jax.enable_x64(False):
+        for name, gradient in gradients.items():
+            for rate in (0.5, 2.0):
+                (last, _), sizes = jax.jit(lambda g=gradient, r=rate: follow(g, r))()
+                assert np.isfinite(sizes).all() and sizes.max() < 10, name
+                if name == "quadratic":
+                    np.testing.assert_allclose(last, target, atol=1e-4)
+
+
+def test_stale_roots_are_cut_to_what_fresh_ones_could_give():
+    """A direction that the roots do not know would be multiplied by eps^(-1/2) = 1e3."""
+    first, second = jnp.diag(jnp.array([1.0, 0.0])), jnp.diag(jnp.array([1.0, 1.0]))
+    grads = jnp.stack([first, second])
+    stale, fresh = (
+        run(optim.scale_by_shampoo(refresh=refresh), grads[0], grads)[0] for refresh in (2, 1)
+    )
+    np.testing.assert_allclose(stale[0], fresh[0], atol=1e-12)
+    assert np.linalg.norm(fresh[1]) < np.linalg.norm(stale[1]) <= np.sqrt(2) + 1e-9
