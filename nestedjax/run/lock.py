@@ -106,7 +106,9 @@ class _Lock:
         if other.get("token") == self._mine["token"]:
             return
         if other:
-            raise TrainingError(f"{self._who(other)} took over the run folder; leave it to that one")
+            raise TrainingError(
+                f"{self._who(other)} took over the run folder; leave it to that one"
+            )
         raise TrainingError(
             f"the run folder {self._folder} is gone, or cannot be read any more; restore it from a"
             " copy, or start again"

@@ -245,9 +245,7 @@ def _data(
         text, held_out = text_of(run, tokenizer)
         return text, held_out if valid is None else valid
     shape = run.data.batch // jax.process_count(), run.data.length
-    own = OwnData(
-        data, vocab=vocab, shape=shape, period=run.model.period, steps=run.loop.steps
-    )
+    own = OwnData(data, vocab=vocab, shape=shape, period=run.model.period, steps=run.loop.steps)
     own[0]  # refuses batches of another form before anything is written
     return own, valid
 

@@ -182,7 +182,11 @@ def test_a_loss_of_ones_own_weighs_each_target(tmp_path):
 @pytest.mark.parametrize(
     ("loss", "error", "says"),
     [
-        (lambda logits, batch: logits.sum(), ConfigError, r"returned float32\[\]; return the loss of"),
+        (
+            lambda logits, batch: logits.sum(),
+            ConfigError,
+            r"returned float32\[\]; return the loss of",
+        ),
         (lambda logits, batch: None, ConfigError, "returned NoneType; return the loss of each"),
         (lambda logits, batch: (logits, 1), ConfigError, "returned tuple"),
         (lambda logits, batch: batch["targets"], ConfigError, r"returned int32\[4, 16\]"),

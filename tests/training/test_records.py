@@ -79,7 +79,9 @@ def test_numbers_that_are_not_finite_are_json_and_come_back(tmp_path):
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert line == {"step": 1, "loss": "NaN", "high": "Infinity", "low": "-Infinity", "one": 1.0}
     (found,) = read_metrics(tmp_path)
-    assert math.isnan(found.pop("loss")) and found == {k: v for k, v in given.items() if k != "loss"}
+    assert math.isnan(found.pop("loss")) and found == {
+        k: v for k, v in given.items() if k != "loss"
+    }
 
 
 DAMAGE = [b"null", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"step": "1"}', b'{"loss": 1}', b"{", b""]
