@@ -29,10 +29,12 @@ PyTree = Any
 
 UNSUPPORTED = ("uint2", "uint4")  # of tensorstore; the signed ones are supported
 
-# Orbax logs each error that it raises with its traceback, and we raise it in one line.
+# Orbax logs what it raises with its traceback, and what a writer has just removed; asyncio logs the
+# writes that Orbax no longer awaits. We raise all that in one line.
 logging.getLogger("absl").addFilter(
-    lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    lambda r: "orbax" not in r.pathname or not (r.levelno > 30 or "not exist" in str(r.msg))
 )
+logging.getLogger("asyncio").addFilter(lambda r: "orbax" not in str(r.msg))
 
 
 class CheckpointError(ValueError):
@@ -202,8 +204,7 @@ class Checkpoints:
                 warnings.warn(f"{message} instead", CheckpointWarning, stacklevel=2)
             self._damaged = set(bad)
             return Restored(step, state, meta)
-        if damaged:
-            step, why = next(iter(damaged.items()))
+        for step, why in damaged.items():
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole (step {step}: {why}); "
                 "restore the folder from a copy, or start in a new run folder"
@@ -233,7 +234,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        # The error on its way says more than one of closing.
+        # An error on its way says more than one of closing.
         with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
             self.close()
 
@@ -391,9 +392,8 @@ def _empty(like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
 def _reason(error: BaseException) -> str:
     """Why the system refused, in its words: tensorstore hides them behind long paths."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
-        return os.strerror(int(code[1]))
-    return _one_line(error) if not isinstance(error, OSError) else error.strerror or str(error)
+    reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
+    return reason or _one_line(error)
 
 
 def _one_line(error: BaseException) -> str:

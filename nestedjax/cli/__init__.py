@@ -9,6 +9,7 @@ a bug and shows its traceback.
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from nestedjax.cli.printing import escape_what_cannot_be_encoded
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         _open_streams()
+        _quiet_writes()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     escape_what_cannot_be_encoded()
@@ -70,6 +72,22 @@ def _run(name: str, arguments: list[str]) -> int:
     except UsageError as error:
         print(f"nestedjax {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _quiet_writes() -> None:
+    """Hide what is left of a checkpoint's other writes once one of them has failed.
+
+    Orbax closes their event loop; then tensorstore shows a traceback for each that ends, and Python
+    warns of each that never began. The error itself is raised, and said in one line.
+    """
+
+    def show(found):
+        trace = found.exc_traceback
+        if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+            sys.__unraisablehook__(found)
+
+    sys.unraisablehook = show
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
 
 
 def _open_streams() -> None:

@@ -140,10 +140,15 @@ def require_free(folder: str | os.PathLike) -> None:
 
 
 def remove_empty(folder: str | os.PathLike) -> None:
-    """Remove what was made for a run that could not begin; nothing that holds a file."""
+    """Remove what was made for a run that could not begin, or whose folder is gone.
+
+    That is halves of checkpoints and empty folders, never a file of anybody else.
+    """
     path = epath.Path(folder)
     if "://" in os.fspath(folder) or (path / "config.json").exists():
         return
+    for half in (path / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+        half.rmtree(missing_ok=True)
     for empty in (path / "checkpoints", path):
         with suppress(OSError):
             os.rmdir(empty)

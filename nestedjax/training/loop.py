@@ -237,8 +237,8 @@ def _loop(run: _Run, state: TrainState, record: Record) -> Result:
     step, stopped = int(state.step), None
     healthy, sent, meter, dispatches = jnp.ones((), bool), None, Meter(), 0
     batches = run.dataset.iterate(step)
-    run.on_event(Started(step, run.config.steps))
     with stop_signals(lambda by, now: run.on_event(Stopping(by, now))) as asked:
+        run.on_event(Started(step, run.config.steps))
         while step < run.config.steps and not stopped:
             end = run.group_end(step)
             try:

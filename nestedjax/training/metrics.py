@@ -129,10 +129,7 @@ class MetricsWriter:
         self._told = True
 
     def _no_events(self, error: Exception) -> None:
-        _warn(
-            f"cannot write {self._events} ({_why(error)}); this run's further curves are not"
-            f" in TensorBoard, {self.path.name} has the same numbers"
-        )
+        _warn(f"cannot write {self._events} ({_why(error)}); the curves in TensorBoard end here")
         if self._writer is not None:
             self._writer.close()
         self._writer = None
