@@ -75,6 +75,7 @@ def _norm(residual: Vectors) -> Float[Array, "*b 1"]:
 
 
 def _unit(residual: Vectors) -> Vectors:
+    residual = residual / extreme(jnp.max(jnp.abs(residual), axis=-1, keepdims=True, initial=0.0))
     norm = _norm(residual)
     return residual / jnp.where(norm > 0, norm, jnp.ones_like(norm))
 

@@ -71,3 +71,27 @@ def test_a_threshold_reaches_the_objective_and_learns():
     gradient = jax.grad(lambda w: jnp.sum(nnx.merge(graphdef, w)(inputs(0))[0] ** 2))(weights)
     slope = gradient["gates"]["threshold"]["logit"]["kernel"][...]
     assert float(jnp.abs(slope).max()) > 1e-6
+
+
+def test_a_mixer_of_ttt():
+    """TTT's memory in a mixer: means of gradients, token by token, written out."""
+    level = memory.ttt(memory.matrix(4, 4), chunk_size=3)
+    one = mixer(level, output=gates.plain(), out=False)
+    x = inputs(0)
+    found, _ = one(x)
+    q, k, v = (one.projections[name](x) for name in ("queries", "keys", "values"))
+    rate = one.gates["learning_rate"](x)
+    q, k, v, rate = (np.asarray(a, np.float64) for a in (q, k, v, rate))
+    expected = np.zeros(q.shape)
+    for b, h in np.ndindex(2, 2):
+        weights = np.zeros((4, 4))
+        for t in range(7):
+            if t % 3 == 0:
+                start, summed = weights, np.zeros((4, 4))
+            error = start @ k[b, t, h] - v[b, t, h]
+            summed = summed + rate[b, t, h] * np.outer(error, k[b, t, h])
+            weights = start - summed / (t % 3 + 1)
+            expected[b, t, h] = weights @ q[b, t, h]
+    np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=1e-4, atol=1e-4)
+    gradient = jax.grad(lambda x: jnp.sum(one(x)[0]))(x)
+    assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
