@@ -19,6 +19,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def shown(value: object) -> str:
+    """A value for a message of one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python does not write a whole number of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def at_least(name: str, value: int | None, least: int) -> None:
     """Refuse a setting below a bound; None passes.
 

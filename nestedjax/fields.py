@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from nestedjax.errors import ConfigError
+from nestedjax.errors import ConfigError, shown
 
 INT32 = 2**31 - 1  # JAX counts in int32
 FLOAT32 = 3.4e38  # what is larger is infinite once JAX has it
@@ -143,15 +143,6 @@ def meaning(kind: Any) -> str:
     }
     words |= {type(None): "none", dict: "a mapping"}
     return words.get(origin or kind, getattr(kind, "__name__", str(kind)))
-
-
-def shown(value: Any) -> str:
-    """A value for a message of one line."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # Python does not write a whole number of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -27,7 +27,7 @@ def guarded(command: str, run: Callable[[], int]) -> int:
 
     def show(message, category, *args, **options):
         if issubclass(category, RunWarning):
-            line = f"nestedjax {command}: warning: {message}"
+            line = f"nestedjax {command}: warning: {one_line(message)}"
             if line not in told:  # the same file may be read for several purposes
                 say(line, error=True)
             told.add(line)

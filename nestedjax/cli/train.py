@@ -64,8 +64,6 @@ def _main(argv: Sequence[str]) -> int:
 
     found = flags.named(argv)
     folder, modules = found.early.get("run"), found.early.get("modules", ())
-    if folder == "":
-        raise UsageError("--run is empty; name a folder")
     if folder is None and found.name is not None:
         folder = os.path.join("runs", found.name)
     saved = None if folder is None else run.load_config(folder, modules)
@@ -121,8 +119,7 @@ def _train(config: Any, folder: str, own: dict[str, Any]) -> int:
             f" {shlex.join(again)}"
         )
         return STOPPED.get(result.stopped_by, 143)
-    seed = config.seed % 2**32  # the bits of it that jax draws with
-    say(printable(run.generate(result.trained, tokens=SAMPLE, seed=seed)))
+    say(printable(run.generate(result.trained, tokens=SAMPLE, seed=config.seed)))
     say("" if (curve := _plot(folder, config.preset)) is None else f"\nloss curve: {curve}")
     say(f"metrics: {folder}/metrics.jsonl, {folder}/tensorboard")
     say(f"checkpoints: {folder}/checkpoints")

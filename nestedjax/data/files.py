@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from nestedjax.data.errors import DataError, DataWarning
+from nestedjax.errors import shown
 
 FilePath = str | os.PathLike
 Files = FilePath | Sequence[FilePath]
@@ -59,11 +60,11 @@ def file_names(files: Any, *, what: str = "files") -> tuple[str, ...]:
     """
     paths = [files] if isinstance(files, str | os.PathLike) else files
     if not isinstance(paths, list | tuple):
-        raise DataError(f"{what}={files!r} is a {type(files).__name__}; give a path or a list")
+        raise DataError(f"{what}={shown(files)} is a {type(files).__name__}; give a path or a list")
     found = []
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            raise DataError(f"{what} holds {path!r}, which is no path; name a file or folder")
+            raise DataError(f"{what} holds {shown(path)}, which is no path; name a file or folder")
         found.append(os.fsdecode(path))
     return tuple(found)
 

@@ -109,9 +109,9 @@ def table(boxes: Iterable[Box]) -> str:
       >>> from nestedjax import levels
       >>> boxes = [levels.Box("weights", 64, 12, 0, "next token", "optimizer", "param")]
       >>> print(levels.table(levels.describe(boxes)))
-      level 1 of 1, written every 64 tokens                  parameters    state bytes
+      level 1 of 1, written every 64 tokens                parameters    state bytes
         next token; optimizer; param
-          weights                                                    12              0
+          weights                                                  12              0
     """
     boxes = list(boxes)
     found = sorted({box.level for box in boxes}, key=lambda level: -1 if level is None else level)

@@ -41,7 +41,7 @@ class Tokens(NamedTuple):
 
 
 # the axes of one sequence's arrays, as `Level.ndim` says them
-TOKEN_AXES = Tokens(2, 2, 2, 1, 1, 1, 1)  # type: ignore[arg-type]
+TOKEN_AXES = Tokens(2, 2, 2, *(1,) * (len(Tokens._fields) - 3))  # type: ignore[arg-type]
 
 
 class Window(NamedTuple):

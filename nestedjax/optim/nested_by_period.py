@@ -234,7 +234,6 @@ def _mover(
 # counters, such as that of Adam's bias correction, count what the state has seen of its context.
 _SCHEDULED = (
     optax.ScaleByScheduleState,
-    type(optax.add_decayed_weights(lambda count: 0.0).init({})),  # its class has no public name
     optax.InjectStatefulHyperparamsState,
     DGDState,
     GGDState,
@@ -242,11 +241,16 @@ _SCHEDULED = (
 _KEPT = ("count", "hyperparams", "hyperparams_states")
 
 
+def _scheduled(node: Any) -> bool:
+    # the state of optax.add_decayed_weights with a schedule has no public name
+    return isinstance(node, _SCHEDULED) or type(node).__name__ == "WeightDecaySchedule"
+
+
 def _begin_again(now: bool | Bool[Array, ""], fresh: PyTree, held: PyTree) -> PyTree:
     """The fresh state of a block's optimizer where `now` holds, but for its schedules."""
 
     def choose(new: Any, old: Any) -> Any:
-        if not isinstance(old, _SCHEDULED):
+        if not _scheduled(old):
             return jnp.where(now, new, old)
         return type(old)(
             **{
@@ -255,7 +259,7 @@ def _begin_again(now: bool | Bool[Array, ""], fresh: PyTree, held: PyTree) -> Py
             }
         )
 
-    return jax.tree.map(choose, fresh, held, is_leaf=lambda node: isinstance(node, _SCHEDULED))
+    return jax.tree.map(choose, fresh, held, is_leaf=_scheduled)
 
 
 def _pick(names: PyTree, label: str, tree: PyTree) -> PyTree:

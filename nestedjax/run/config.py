@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 from nestedjax import models
-from nestedjax.errors import ConfigError
+from nestedjax.errors import ConfigError, shown
 from nestedjax.fields import (
     Count,
     Decay,
@@ -14,7 +14,6 @@ from nestedjax.fields import (
     Range,
     Steps,
     check_fields,
-    shown,
 )
 from nestedjax.optim import menu
 from nestedjax.training import LoopConfig
@@ -137,7 +136,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig(steps=1000)
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # JAX draws with 32 bits of it
     sample_every: Count | None = None
     given: tuple[Literal["data", "loss"], ...] = ()
 

@@ -7,8 +7,7 @@ from contextlib import suppress
 
 from etils import epath
 
-from nestedjax.errors import ConfigError, one_line
-from nestedjax.fields import shown
+from nestedjax.errors import ConfigError, one_line, shown
 from nestedjax.run.config import RunConfig
 from nestedjax.run.saved import from_json, to_json
 from nestedjax.run.settings import changed

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nestedjax import models
-from nestedjax.errors import ConfigError, near
-from nestedjax.fields import shown
+from nestedjax.errors import ConfigError, near, shown
 from nestedjax.run.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, check
 from nestedjax.run.data import tokenizer_of
 from nestedjax.run.saved import type_name

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from nestedjax import models
-from nestedjax.errors import ConfigError, near
-from nestedjax.fields import hints, meaning, shown
+from nestedjax.errors import ConfigError, near, shown
+from nestedjax.fields import hints, meaning
 from nestedjax.optim import menu
 from nestedjax.run.config import ModelConfig, OptimizerConfig, RunConfig
 from nestedjax.run.settings import arguments_of

@@ -17,9 +17,9 @@ import docstring_parser
 import msgspec
 import numpy as np
 
-from nestedjax.data import file_names
-from nestedjax.errors import ConfigError, near, one_line
-from nestedjax.fields import Range, check_value, hints, range_of, shown
+from nestedjax.data import DataError, file_names
+from nestedjax.errors import ConfigError, near, one_line, shown
+from nestedjax.fields import Range, check_value, hints, range_of
 from nestedjax.optim import menu
 from nestedjax.run.config import RunConfig
 
@@ -199,10 +199,13 @@ def _unknown(config: RunConfig, name: str, known: Mapping[str, Any]) -> str:
 
 def _typed(setting: Setting, value: Any) -> Any:
     """The value as the setting's type holds it."""
-    if setting.path == ("data", "files"):
-        value = tuple(map(_whole, file_names(value)))
-    if setting.path == ("data", "tokenizer") and value is not None:
-        value = _whole(*file_names([value], what="tokenizer"))
+    try:
+        if setting.path == ("data", "files"):
+            value = tuple(map(_whole, file_names(value)))
+        if setting.path == ("data", "tokenizer") and value is not None:
+            value = _whole(*file_names([value], what="tokenizer"))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     if isinstance(value, np.generic):
         value = value.item()
     # A list becomes a tuple and 1 becomes 1.0; what does not fit is said by the check.

@@ -112,7 +112,7 @@ def _run_folder(folder: Any) -> epath.Path:
       ConfigError, DataError: it is no path, a file, or nothing that can be read from here.
     """
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise ConfigError(f"the run folder is {folder!r}; give the path of one")
+        raise ConfigError(f"folder is {folder!r}; give the path of a run folder")
     with reading(folder) as path:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{os.fspath(folder)} is a file, not a run folder; name the folder")

@@ -13,8 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from nestedjax import models, sharding, training
 from nestedjax.checkpoint import Checkpoints
 from nestedjax.data import Tokenizer
-from nestedjax.errors import ConfigError, RunWarning
-from nestedjax.fields import shown
+from nestedjax.errors import ConfigError, RunWarning, shown
 from nestedjax.run.assemble import Built, build, new_state, optimizer, schedule_of
 from nestedjax.run.config import RunConfig, check
 from nestedjax.run.data import Batches, OwnData, own_batches, text_of, tokenizer_of

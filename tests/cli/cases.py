@@ -4,14 +4,12 @@ import json
 import shutil
 import typing
 
-import pytest
+from hypothesis import strategies as st
 
 import nestedjax as nj
 from nestedjax import run
 from nestedjax.cli.flags import NAMES
 from tests.cli import tiny
-
-st = pytest.importorskip("hypothesis").strategies
 
 LINEAR = ("--layers 1 --width 16 --hidden 16 --heads 2 --chunk-size 8").split()
 PRESETS = {

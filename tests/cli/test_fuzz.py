@@ -9,10 +9,10 @@ optimizer, the files of the run. What would compile is replaced (`stubbed`).
 import os
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -26,17 +26,8 @@ from nestedjax.training import read_metrics
 from tests.cli import tiny
 from tests.cli.cases import CASES, PRESETS, prepared
 
-hypothesis = pytest.importorskip("hypothesis")
-
 LONG = int(os.environ.get("NESTEDJAX_FUZZ", "0"))
 ENDS = {0: "done", 1: "training cannot go on", 2: "refused"}
-# Faults of other parts that are known: the exception's name and the file that raises it.
-KNOWN = {
-    ("UnicodeEncodeError", "data/tokenizer.py"),  # a prompt that is no Unicode
-    ("UnicodeEncodeError", "cli/errors.py"),  # shown where this suite captures standard error
-    ("UnicodeDecodeError", "training/metrics.py"),  # a metrics.jsonl that is no text
-    ("TypeError", "training/metrics.py"),  # one with lines that are no records
-}
 
 
 class Loop:
@@ -85,8 +76,11 @@ class Restored:
     def __exit__(self, *_):
         pass
 
+    def steps(self):
+        return [12]
+
     def restore(self, like, **_):
-        return type("Restored", (), {"state": like, "step": 12})
+        return type("Restored", (), {"state": like, "step": 12, "meta": {}})
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +124,6 @@ def place(tmp_path_factory, stubbed):
     os.chdir(before)
 
 
-def raised(error):
-    """The name of an exception and the file of this package that raised it."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    own = [name.rpartition("nestedjax/")[2] for name in files if "nestedjax/" in name]
-    return type(error).__name__, own[-1] if own else ""
-
-
 def test_no_command_ends_in_a_traceback(place, capsys):
     """Every case ends with a code, and a refusal is one line on standard error."""
     ended = Counter()
@@ -151,17 +138,12 @@ def test_no_command_ends_in_a_traceback(place, capsys):
     @hypothesis.given(CASES)
     def holds(case):
         arguments = prepared(place, case)
-        try:
-            code = main(arguments)
-        except Exception as error:
-            if raised(error) not in KNOWN:
-                raise
-            ended[arguments[0], "known"] += 1
-            return
+        code = main(arguments)
         _, err = capsys.readouterr()
         assert code in ENDS, (arguments, code)
         if code == 2:
-            assert err.count("\n") == 1 and err.startswith("nestedjax"), (arguments, err)
+            lines = [line for line in err.splitlines() if ": warning: " not in line]
+            assert len(lines) == 1 and lines[0].startswith("nestedjax"), (arguments, err)
         ended[arguments[0], ENDS[code]] += 1
 
     holds()

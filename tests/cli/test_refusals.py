@@ -98,7 +98,7 @@ def test_names_and_files(arguments, says, tmp_path, monkeypatch, capsys):
         ("--cms.periods --steps 3", "--cms.periods needs a value"),
         ("--literal --no-literal", "--no-literal is said twice, or its opposite is"),
         ("-- --steps 3", "unexpected --; leave it out"),
-        ("--seed 9223372036854775808", "must be at most 9223372036854775807"),
+        ("--seed 4294967296", "must be at most 4294967295"),
         ("--clip nan", "clip=nan must be a finite number, more than 0, or none"),
         ("--memory.max-learning-rate nan", "memory.max_learning_rate=nan must be a finite number"),
         ("--memory.inner-clip 0", "memory.inner_clip=0.0 must be more than 0, or none"),

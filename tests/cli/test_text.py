@@ -234,9 +234,9 @@ def test_empty_names(trained, capsys):
         (["eval", trained, "--data", ""], "files holds ''"),
         (["train", "hope_nano", "--data", ""], "files holds ''"),
         (["train", "hope_nano", "--tokenizer", ""], "tokenizer holds ''"),
-        (["train", "hope_nano", "--run", ""], "--run is empty"),
-        (["eval", ""], "the run folder is ''"),
-        (["generate", ""], "the run folder is ''"),
+        (["train", "hope_nano", "--run", ""], "--run '': is empty"),
+        (["eval", ""], "folder is ''"),
+        (["generate", ""], "folder is ''"),
     ):
         assert says in refused(capsys, *arguments)
 

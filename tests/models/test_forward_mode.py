@@ -11,7 +11,6 @@ from nestedjax import memory as nm
 from tests.memory import points
 from tests.models import families
 
-
 SLOW = pytest.param("hope_in_context", marks=pytest.mark.slow)
 
 

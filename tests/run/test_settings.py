@@ -64,7 +64,7 @@ def test_the_mapping_changes_the_model_and_keywords_the_run():
         ({}, {"optimizer": "m4"}, "no optimizer 'm4'; there are adamuon, adamw"),
         ({}, {"optimizer": {"name": "m3", "beta": 1}}, "m3 has no argument 'beta'; it has b1"),
         ({}, {"optimizer": "adamw", "optimizer.period": 3}, "adamw has no argument 'period'"),
-        ({}, {"optimizer.b1": 7.0}, "b1=7.0 must be between 0.0 and 1.0"),
+        ({}, {"optimizer.b1": 7.0}, "b1=7.0 must be at least 0 and less than 1"),
         ({}, {"optimizer": "ggd", "b1": 0.5}, "leaves no parameters to another AdamW, so that b1"),
         ({}, {"length": 80}, "length=80 is not a multiple of the chunk of 32 tokens; use length=6"),
         ({"cms.periods": (100, 250)}, {}, "100 does not divide 250"),
