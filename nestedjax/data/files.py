@@ -64,7 +64,7 @@ def file_names(files: Any, *, what: str = "files") -> tuple[str, ...]:
     found = []
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            raise DataError(f"{what} holds {shown(path)}, which is no path; name a file or folder")
+            raise DataError(f"{what}={shown(path)} is no path; name a file or folder")
         found.append(os.fsdecode(path))
     return tuple(found)
 

@@ -37,6 +37,7 @@ class Loop:
     def train(loss_fn, state, *, dataset, config, valid, metrics, on_event, **_):
         on_event(training.Started(0, config.steps))
         next(iter(dataset.iterate(0)))
+        on_event(training.Claimed(0))
         metrics.resume(0)
         metrics.write({"step": 1, "loss": 1.0, "grad_norm": 1.0}, {})
         metrics.flush()

@@ -231,9 +231,9 @@ def test_configurations_that_are_damaged(trained, tmp_path, capsys, name):
 
 def test_empty_names(trained, capsys):
     for arguments, says in (
-        (["eval", trained, "--data", ""], "files holds ''"),
-        (["train", "hope_nano", "--data", ""], "files holds ''"),
-        (["train", "hope_nano", "--tokenizer", ""], "tokenizer holds ''"),
+        (["eval", trained, "--data", ""], "files=''"),
+        (["train", "hope_nano", "--data", ""], "files=''"),
+        (["train", "hope_nano", "--tokenizer", ""], "tokenizer=''"),
         (["train", "hope_nano", "--run", ""], "--run '': is empty"),
         (["eval", ""], "folder is ''"),
         (["generate", ""], "folder is ''"),

@@ -98,9 +98,9 @@ def test_a_character_on_the_edge_of_what_is_looked_at_is_whole(monkeypatch):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ("", "files holds '', which is no path"),
-        (["a", ""], "files holds '', which is no path"),
-        ([3], "files holds 3, which is no path"),
+        ("", "files='' is no path"),
+        (["a", ""], "files='' is no path"),
+        ([3], "files=3 is no path"),
         (3, "files=3 is a int; give a path or a list"),
         ({"a": 1}, "is a dict; give a path or a list"),
         ({"a"}, "is a set; give a path or a list"),

@@ -14,10 +14,10 @@ import nestedjax as nj
 trained = nj.load(sys.argv[1])
 calls = {
     "files=3 is a int": lambda: nj.run_preset("hope_nano", files=3),
-    "files holds ''": lambda: nj.run_preset("hope_nano", files=""),
+    "files=''": lambda: nj.run_preset("hope_nano", files=""),
     "files={'a': 1} is a dict": lambda: nj.run_preset("hope_nano", files={"a": 1}),
-    "tokenizer holds ''": lambda: nj.run_preset("hope_nano", tokenizer=""),
-    "tokenizer holds 3": lambda: nj.run_preset("hope_nano", tokenizer=3),
+    "tokenizer=''": lambda: nj.run_preset("hope_nano", tokenizer=""),
+    "tokenizer=3": lambda: nj.run_preset("hope_nano", tokenizer=3),
     "files=5 is a int": lambda: nj.evaluate(trained, 5),
     "files={'a'} is a set": lambda: nj.evaluate(trained, {"a"}),
     "no text file given": lambda: nj.evaluate(trained, []),
