@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import nestedjax as nj
-from nestedjax import training
+from nestedjax import checkpoint, training
 from nestedjax.cli import main
 from nestedjax.run import assemble, plots, trained
 from nestedjax.run import training as running
@@ -65,7 +65,7 @@ def scores(definition):
     return lambda weights: None, score
 
 
-class Restored:
+class Saved:
     """In place of the checkpoints of a run that is read."""
 
     def __init__(self, *_, **__):
@@ -81,7 +81,7 @@ class Restored:
         return [12]
 
     def restore(self, like, **_):
-        return type("Restored", (), {"state": like, "step": 12, "meta": {}})
+        return checkpoint.Restored(12, like, {})
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def stubbed(tmp_path_factory):
             patch.setattr(module, "build", build)
         patch.setattr(running, "training", Loop())
         patch.setattr(running, "new_state", new_state)
-        patch.setattr(running, "Checkpoints", Restored)
-        patch.setattr(trained, "Checkpoints", Restored)
+        patch.setattr(running, "Checkpoints", Saved)
+        patch.setattr(trained, "Checkpoints", Saved)
         patch.setattr(running, "cached_sampler", draws)
         patch.setattr(trained, "cached_sampler", draws)
         patch.setattr(trained, "_scorer", scores)
