@@ -336,7 +336,7 @@ def _check_shapes(memory: Memory, x: Tokens, dtype: jax.numpy.dtype) -> None:
     if x.keys.ndim != 2:
         raise ValueError(
             f"{who}: keys have shape {x.keys.shape}, and a memory takes one sequence [T, dk]: give "
-            "a token its axis, or run a batch with jax.vmap or levels.run_batch"
+            "a token its axis; for a batch use levels.run_batch or jax.vmap"
         )
     length = x.keys.shape[0]
     for name, array in given.items():

@@ -126,7 +126,7 @@ TOKEN_CASES = {
     "complex": (step(values=jnp.ones((T, 3), complex)), "Tokens.values is complex64"),
     "numpy float64": (step(values=np.ones((T, 3))), "Tokens.values is float64, which jax rounds"),
     "mixed widths": (mixed, "values is float64 and would be rounded to the weights' float32"),
-    "batch": (batch, "run a batch with jax.vmap or levels.run_batch"),
+    "batch": (batch, "for a batch use levels.run_batch or jax.vmap"),
     "offset": (step(rate_offset=jnp.ones(T)), "no use for Tokens.rate_offset"),
     "weights": (lambda: LEVEL.init(jnp.zeros((3, 4))), "initial weights are a ArrayImpl"),
     "integer weights": (lambda: LEVEL.init((jnp.zeros((3, 4), int),)), "initial weight 0 is int32"),
