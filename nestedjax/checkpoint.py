@@ -7,6 +7,7 @@ and dtypes before it reads, and fingerprints afterwards; it warns of damage and 
 whole step.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -15,6 +16,7 @@ import os
 import re
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -113,15 +115,22 @@ class Checkpoints:
             raise NotADirectoryError(20, "it is a file")
         if self._read_only:  # Orbax's own read_only warns of itself
             options = ocp.CheckpointManagerOptions(create=False)
-        else:  # what a kill or a full disk left of a save is removed
+        else:
+            self._clean()
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep,
-                create=True,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
+                max_to_keep=self._keep, create=True, enable_async_checkpointing=True
             )
         names = ("state", "meta")
         return ocp.CheckpointManager(self.folder, options=options, item_names=names)
+
+    def _clean(self) -> None:
+        """Remove what a kill or a full disk left of a save.
+
+        Now, not in the background as the manager's own option, which only the next save awaits.
+        """
+        clean = ocp.path.step.temporary_paths.cleanup_temporary_paths
+        with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop of its own
+            thread.submit(lambda: asyncio.run(clean(self.folder))).result()
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first."""
