@@ -25,7 +25,7 @@ from nestedjax.errors import require_range
 from nestedjax.layers.boxes import slow
 from nestedjax.layers.linear import Linear
 from nestedjax.layers.norm import RMSNorm
-from nestedjax.layers.parameters import INIT_STD, Sizes, param, weight, weight_dtype
+from nestedjax.layers.parameters import Sizes, param, weight, weight_dtype
 from nestedjax.levels import Box
 from nestedjax.memory import Architecture, elu_plus_one, identity, l2_normalise
 from nestedjax.optim import MatrixAxes
@@ -167,7 +167,7 @@ def sigmoid(*, bias: float | None = None, maximum: float = 1.0, scale: float = 1
     Args:
       bias: b at the start; None for a gate without one.
       maximum: its upper bound; 2 lets a delta rule reflect.
-      scale: W is drawn from normal(0, 0.02 * scale).
+      scale: the standard deviation of W at the start is scale / sqrt(width).
 
     Raises:
       ValueError: maximum <= 0, scale < 0, or a bias that is not finite.
@@ -241,7 +241,6 @@ class Norm(nnx.Module):
                 axes,
                 dtype=config.dtype,
                 rngs=rngs,
-                scale=fan_in(config.width),
             )
             if gated
             else nnx.data(None)
@@ -348,11 +347,6 @@ def learned(architecture: Architecture) -> Maker:
     return make
 
 
-def fan_in(width: int) -> float:
-    """The `scale` of a `Linear` that keeps the variance of `width` inputs: std = width^-1/2."""
-    return 1.0 / (INIT_STD * math.sqrt(width))
-
-
 __all__ = [
     "FeatureMap",
     "Heads",
@@ -362,7 +356,6 @@ __all__ = [
     "elu_plus_one",
     "empty",
     "exponential_decay",
-    "fan_in",
     "gated_norm",
     "identity",
     "learned",

@@ -1,5 +1,6 @@
 """Linear layers and the token embedding, which is the output head, too."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from nestedjax.layers.parameters import INIT_STD, param, weight, weight_dtype
+from nestedjax.layers.parameters import param, weight, weight_dtype
 from nestedjax.optim import MatrixAxes, watch_inputs
 from nestedjax.sharding import contract, lookup
+
+EMBED_STD = 0.02
 
 
 class Linear(nnx.Module):
@@ -19,7 +22,8 @@ class Linear(nnx.Module):
       inputs: sizes of the trailing axes of x that are contracted.
       outputs: sizes of the axes that replace them.
       axes: logical names of the inputs' and then the outputs' axes.
-      scale: the kernel is drawn from normal(0, 0.02 * scale).
+      scale: the standard deviation of the kernel at the start is scale / sqrt(fan-in), fan-in being
+        the product of `inputs`: outputs of order one from inputs of order one, at any width.
       matrix: whether optimizers that treat matrices apart take the kernel for one; not for a gate
         with one output a head.
       dtype: what the product is computed in.
@@ -40,7 +44,7 @@ class Linear(nnx.Module):
         value = jax.random.normal(rngs.params(), shape, weight_dtype(dtype))
         ends = range(-len(shape), 0)
         self.kernel = param(
-            value * (INIT_STD * scale),
+            value * (scale / math.sqrt(math.prod(inputs))),
             axes,
             matrix=MatrixAxes(*map(_axes, (ends[: len(inputs)], ends[len(inputs) :])))
             if matrix
@@ -71,7 +75,9 @@ class Embed(nnx.Module):
 
     def __init__(self, vocab: int, width: int, *, dtype: str, rngs: nnx.Rngs):
         value = jax.random.normal(rngs.params(), (vocab, width), weight_dtype(dtype))
-        self.embedding = param(value * INIT_STD, ("vocab", "embed"), matrix=None, weight_decay=True)
+        self.embedding = param(
+            value * EMBED_STD, ("vocab", "embed"), matrix=None, weight_decay=True
+        )
         self.dtype = dtype
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B d"]:
@@ -82,7 +88,7 @@ class Embed(nnx.Module):
         """Logits in at least float32: the scaled product with every row of the table."""
         wide = self.embedding.dtype
         table = weight(self.embedding, self.dtype)
-        scale = 1.0 / (INIT_STD * table.shape[1])
+        scale = 1.0 / (EMBED_STD * table.shape[1])
         return jnp.einsum(
             "...d,vd->...v",
             hidden.astype(self.dtype),

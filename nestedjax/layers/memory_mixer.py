@@ -170,14 +170,12 @@ class MemoryMixer(Layer):
         return self.heads.heads, wide
 
     def _projection(self, config: Sizes, stream: str, rngs: nnx.Rngs) -> Linear:
-        # unit-variance maps: memories expect inputs of order one
         return Linear(
             (config.width,),
             self._size(stream),
             ("embed", "heads", "head_dim"),
             dtype=config.dtype,
             rngs=rngs,
-            scale=gates.fan_in(config.width),
         )
 
     def _out(self, config: Sizes, rngs: nnx.Rngs) -> Linear:
@@ -188,7 +186,7 @@ class MemoryMixer(Layer):
             ("heads", "head_dim", "embed"),
             dtype=config.dtype,
             rngs=rngs,
-            scale=residual_scale(config.layers) * gates.fan_in(inner[0] * inner[1]),
+            scale=residual_scale(config.layers),
         )
 
     def _convolution(self, width: int, stream: str) -> CausalConv:

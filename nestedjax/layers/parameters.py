@@ -20,8 +20,6 @@ from pallas_kernels import accumulation_dtype
 
 PyTree = Any
 
-INIT_STD = 0.02
-
 
 @runtime_checkable
 class Sizes(Protocol):
