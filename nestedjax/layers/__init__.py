@@ -8,6 +8,7 @@ from nestedjax.layers.feed_forward import MLP, FeedForward
 from nestedjax.layers.layer import Layer
 from nestedjax.layers.linear import Embed, Linear
 from nestedjax.layers.memory_mixer import MemoryMixer
+from nestedjax.layers.memory_rule import RuleConfig
 from nestedjax.layers.norm import RMSNorm
 from nestedjax.layers.parameters import (
     Sizes,
@@ -38,6 +39,7 @@ __all__ = [
     "Linear",
     "MemoryMixer",
     "RMSNorm",
+    "RuleConfig",
     "SelfModifyingConfig",
     "Sizes",
     "gates",

@@ -10,13 +10,14 @@ Departures from the paper, all switchable: (1) queries come from a static projec
 (eq. 90-93 print an index that does not exist yet); (3) the inner error and the gradient of each
 matrix are clipped to norm 1 and the learning rate starts near 1/C, without which training diverges
 in the first steps, or in the first long context; (4) several heads; (5) the erasure of an MLP's
-matrices uses each layer's own input.
+matrices uses each layer's own input. What else may be chosen is in `RuleConfig`.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +25,17 @@ from jaxtyping import Array, Float
 
 from nestedjax import memory
 from nestedjax.fields import Count, Heads, Positive, Range, check_fields
+from nestedjax.layers.memory_rule import RuleConfig
 from nestedjax.levels import Level, flow, incremental
 from pallas_kernels import accumulation_dtype
 from pallas_kernels.mlp_memory import (
-    CHOICES,
     Documents,
     FastWeights,
     Readout,
     Rule,
     Tokens,
+    check_kernel,
+    check_rule,
     generate,
     memory_chunk,
     mlp_memory,
@@ -44,7 +47,9 @@ from pallas_kernels.mlp_memory import (
 )
 
 Logit = Annotated[float, Range(-80, 80)]  # beyond, a sigmoid is 0 or 1 in float32
+Inside = Annotated[float, Range(1e-6, 1 - 1e-6)]  # where a sigmoid can start
 MEMORIES = ("key", "learning_rate", "decay", "value", "memory")
+SWITCHES = ("not_written", "frozen", "reset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +59,30 @@ class SelfModifyingConfig:
     Attributes:
       heads: independent heads.
       head_dim: d, width of keys, values and queries.
-      hidden: f, hidden width of each memory.
+      hidden: f, hidden width of each MLP memory; linear ones have none.
       chunk_size: tokens between two writes of the queried memory.
       projection_chunk_size: tokens between two writes of the others; None for `chunk_size`. One
         must divide the other.
-      objective: inner objective, "l2" (halved) or "dot".
-      dgd: which matrices erase along their input: "layerwise" (R1), "input_only" (R2), "none" (R3)
-        or "functional" (R4).
-      erase: "clipped" (`eta / max(1, eta |x|^2)`) or "implicit" (`eta / (1 + eta |x|^2)`).
+      architecture: "mlp" (M(z) = z + U s(V z)), "linear" (M(z) = U z, from the identity) or
+        "residual_linear" (M(z) = z + U z, from U = 0).
+      rule: what a token writes.
       momentum: whether writes go through an inner momentum.
       read: "running_prev" (the state before the token), "running" or "anchor" (the chunk's start).
-      values: "self" (each memory generates its own target) or "shared" (the generated value).
       adaptive_query: whether a sixth memory generates the queries.
-      max_learning_rate: upper bound of the inner learning rate, which starts at
-        max_learning_rate / (C + 1).
-      inner_clip: bound on the norm of each token's inner error, and of its gradient with respect to
-        each matrix: a memory that has grown is written no faster; None for no bound.
+      static: memories that are never written, of "key", "learning_rate", "decay", "value",
+        "query" and "memory": slow weights like any other.
+      max_learning_rate: upper bound of the inner learning rates.
+      learning_rate_start: the share of it that the queried memory's learning rate starts near; None
+        for 1 / (C + 1), and for all memories if the others have none of their own.
+      projection_learning_rate: the share that the learning rate of the other memories starts near:
+        one of their own, read from the same memory. None for the one of the queried memory.
+      inner_scale: V ~ N(0, inner_scale^2 / d) at the start.
+      gate_gain: what the read-outs of learning rates and decay are multiplied by. They see d
+        numbers of norm one: sqrt(d) makes them learn like a projection of the block's input.
+      inputs: "scaled" (by d^-1/2) or "unit" keys and values in front of the memories.
       decay_bias: logit of the decay gate at the start. Writes along one of d directions grow a
         memory by about eta / d a token; a gate that forgets faster than that erases it for good,
-        since M = identity, both matrices zero, is a fixed point.
+        since M = identity, both matrices zero, is a fixed point (but for a decay to the start).
     """
 
     heads: Heads = 2
@@ -80,28 +90,35 @@ class SelfModifyingConfig:
     hidden: Count = 64
     chunk_size: Count = 16
     projection_chunk_size: Count | None = None
-    objective: str = "l2"
-    dgd: str = "layerwise"
-    erase: str = "clipped"
+    architecture: Literal["mlp", "linear", "residual_linear"] = "mlp"
+    rule: RuleConfig = RuleConfig()
     momentum: bool = True
-    read: str = "running_prev"
-    values: str = "self"
+    read: Literal["running_prev", "running", "anchor"] = "running_prev"
     adaptive_query: bool = False
+    static: tuple[str, ...] = ()
     max_learning_rate: Positive = 1.0
-    inner_clip: Positive | None = 1.0
+    learning_rate_start: Inside | None = None
+    projection_learning_rate: Inside | None = None
+    inner_scale: Positive = 1.0
+    gate_gain: Positive = 1.0
+    inputs: Literal["scaled", "unit"] = "scaled"
     decay_bias: Logit = 9.0
 
     def __post_init__(self):
         check_fields(self)
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         sizes = self.chunk_sizes
         if max(sizes) % min(sizes):
             raise ValueError(
                 f"chunk_size={sizes[0]} and projection_chunk_size={sizes[1]}: one must divide the "
                 "other; change either"
             )
+        check_rule(_rule(self, {}), linear=self.linear, momentum=self.momentum)
+        for name in self.static:
+            if name not in self.memories:
+                raise ValueError(
+                    f"static={self.static!r} names {name!r}; the memories are"
+                    f" {', '.join(self.memories)}"
+                )
 
     @property
     def chunk_sizes(self) -> tuple[int, int]:
@@ -112,6 +129,41 @@ class SelfModifyingConfig:
     def memories(self) -> tuple[str, ...]:
         """The names of the adaptive memories."""
         return (*MEMORIES, "query") if self.adaptive_query else MEMORIES
+
+    @property
+    def generating(self) -> tuple[str, ...]:
+        """The memories that generate the queried one's context, in their order in the state."""
+        return (*self.memories[:4], *self.memories[5:])
+
+    @property
+    def linear(self) -> bool:
+        """Whether memories are matrices."""
+        return self.architecture != "mlp"
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether the queried memory is a level of its own: by its period or its learning rate."""
+        return len(set(self.chunk_sizes)) == 2 or self.projection_learning_rate is not None
+
+    def check_kernel(self, implementation: str) -> None:
+        """Refuse what a kernel does not have.
+
+        Raises:
+          NotImplementedError: with the setting and what to use instead.
+        """
+        if implementation == "xla":
+            return
+        if self.two_levels:
+            queried, others = self.chunk_sizes
+            what = f"projection_learning_rate={self.projection_learning_rate}"
+            if queried != others:
+                what = f"chunk_size={queried} and projection_chunk_size={others}"
+            raise NotImplementedError(
+                f"implementation={implementation!r} has one chunk size and one learning rate for"
+                f" all memories, got {what}; use implementation='xla'"
+            )
+        if implementation != "reference":
+            check_kernel(_rule(self, {}, self.memories), implementation, linear=self.linear)
 
 
 class Generated(NamedTuple):
@@ -130,41 +182,62 @@ def init_params(key: Array, config: SelfModifyingConfig) -> dict:
 
     Each memory starts near the identity: V ~ N(0, 1/d), U ~ N(0, 0.09/f). U is not exactly zero, so
     that V has a gradient from the first token on, and large enough that its norm stays within a
-    factor of 5 over long contexts.
+    factor of 5 over long contexts. Linear memories start as the identity.
 
     Returns:
-      `{name: {"inner": [H, f, d], "outer": [H, d, f]}}` for each memory, and `"readout"` with
-      `learning_rate`, `decay` [H, d] and `learning_rate_bias`, `decay_bias` [H].
+      `{name: {"inner": [H, f, d], "outer": [H, d, f]}}` for each memory (linear ones have "outer"
+      alone), and `"readout"` with `learning_rate`, `decay` [H, d] and `learning_rate_bias`,
+      `decay_bias` [H]; with a learning rate of the projections' own, `projection_learning_rate` and
+      its bias, too.
     """
     heads, d, f = config.heads, config.head_dim, config.hidden
     keys = jax.random.split(key, 2 * len(config.memories) + 2)
-    params = {}
+    params: dict = {}
     for index, name in enumerate(config.memories):
+        if config.linear:
+            start = jnp.zeros((d, d)) if config.architecture == "residual_linear" else jnp.eye(d)
+            params[name] = {"outer": jnp.tile(start[None], (heads, 1, 1))}
+            continue
+        inner = jax.random.normal(keys[2 * index], (heads, f, d)) / math.sqrt(d)
         params[name] = {
-            "inner": jax.random.normal(keys[2 * index], (heads, f, d)) / math.sqrt(d),
+            "inner": inner * config.inner_scale,
             "outer": jax.random.normal(keys[2 * index + 1], (heads, d, f)) * (0.3 / math.sqrt(f)),
         }
-    params["readout"] = {
+    share = config.learning_rate_start
+    logit = -math.log(config.chunk_size) if share is None else _logit(share)
+    readout = {
         "learning_rate": jax.random.normal(keys[-2], (heads, d)) / math.sqrt(d),
         "decay": jax.random.normal(keys[-1], (heads, d)) / math.sqrt(d),
-        "learning_rate_bias": jnp.full(
-            (heads,), -math.log(config.chunk_size)
-        ),  # sigmoid = 1 / (C + 1)
+        "learning_rate_bias": jnp.full((heads,), logit),  # by default sigmoid = 1 / (C + 1)
         "decay_bias": jnp.full((heads,), config.decay_bias),
     }
-    return params
+    if config.projection_learning_rate is not None:
+        own = jax.random.normal(jax.random.fold_in(keys[-2], 1), (heads, d)) / math.sqrt(d)
+        readout["projection_learning_rate"] = own
+        logit = _logit(config.projection_learning_rate)
+        readout["projection_learning_rate_bias"] = jnp.full((heads,), logit)
+    return {**params, "readout": readout}
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 def self_modifying(
-    config: SelfModifyingConfig, *, remat: bool = True, implementation: str = "xla"
+    config: SelfModifyingConfig,
+    *,
+    remat: bool = True,
+    implementation: str = "xla",
+    switches: Mapping[str, str] | None = None,
 ) -> Level:
     """The self-modifying memory as a level: `memory.Tokens` of all heads in, reads [T, H, d] out.
 
     The tokens' keys are the inputs of the key, learning-rate and decay memories, their values those
     of the value memory; it makes its own learning rates and decays. Its period is the longer of the
     two chunk sizes and its parameters are those of `init_params`.
-    Memories of one chunk size are one level with all of them in its state, so that they share what
-    depends on keys and gates only; two chunk sizes are two levels in a `levels.flow`.
+    Memories of one chunk size and one learning rate are one level with all of them in its state, so
+    that they share what depends on keys and gates only; otherwise the queried memory and the others
+    are two levels in a `levels.flow`.
 
     Args:
       config: see `SelfModifyingConfig`.
@@ -172,46 +245,112 @@ def self_modifying(
         the largest triangular inverse in it.
       implementation: "xla" (a scan over chunks) or another one of `pallas_kernels.mlp_memory`,
         which then runs the whole chunks of a call; unfinished ones are steps in XLA.
+      switches: `{memory: switch}` of "not_written" (its write term is zero), "frozen" (it stays as
+        it is) or "reset" (after every chunk it is back at its start).
 
     Raises:
-      NotImplementedError: an implementation other than "xla" with two chunk sizes.
+      ValueError: an unknown memory or switch.
+      NotImplementedError: a kernel for what has none.
 
     Reference: Nested Learning (arXiv 2512.24695), eq. 79-93; spec C6.
     """
-    queried, others = config.chunk_sizes
-    checkpoint = recomputed if remat else lambda step: step
-    generating = config.memories[:4] + config.memories[5:]
-    axes = jax.tree.map(lambda n: n + 1, memory.TOKEN_AXES)  # all heads
-    if queried == others:
-        level = Level(
-            "self_modifying",
-            queried,
-            lambda params: _start(params, config, (*generating, "memory")),
-            checkpoint(lambda params, state, x: _step(params, state, x, config)),
-            whole=None if implementation == "xla" else partial(_whole, config, implementation),
-            ndim=axes,
-        )
-        return _by_token(level, config, partial(_tokens, config=config))
-    if implementation != "xla":
+    switches = dict(switches or {})
+    for name, switch in switches.items():
+        if name not in config.memories or switch not in SWITCHES:
+            raise ValueError(
+                f"switch {name!r}: {switch!r}; memories are {', '.join(config.memories)}, and"
+                f" switches {', '.join(SWITCHES)}"
+            )
+    config.check_kernel(implementation)
+    if implementation != "xla" and switches:
         raise NotImplementedError(
-            f"implementation={implementation!r} takes one chunk size, got {queried} and {others}; "
-            "use implementation='xla'"
+            f"implementation={implementation!r} has no switches, got {switches}; use"
+            " implementation='xla'"
         )
+    make = _two_levels if config.two_levels else _one_level
+    level = make(config, switches, recomputed if remat else lambda step: step, implementation)
+
+    def switched(more: Mapping[str, str]) -> Level:
+        return self_modifying(
+            config, remat=remat, implementation=implementation, switches={**switches, **more}
+        )
+
+    return level._replace(memories=config.memories, switched=switched)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The memories that are the state of one level, and how they are switched."""
+
+    config: SelfModifyingConfig
+    switches: Mapping[str, str]
+    names: tuple[str, ...]
+
+    @property
+    def rule(self) -> Rule:
+        return _rule(self.config, self.switches, self.names)
+
+    def start(self, params) -> FastWeights:
+        """The fast weights at the start of a context."""
+        leaves = {}
+        for name in ("inner", "outer"):
+            if name not in params["memory"]:
+                leaves[name] = None
+                continue
+            dtype = accumulation_dtype(params["memory"][name])
+            leaves[name] = jnp.stack([params[n][name].astype(dtype) for n in self.names], axis=1)
+        zeros = jax.tree.map(jnp.zeros_like, leaves) if self.config.momentum else {}
+        return FastWeights(**leaves, **{f"{n}_momentum": zeros.get(n) for n in leaves})
+
+    def decays_to(self, params) -> FastWeights | None:
+        """What `rule.decay_to="start"` needs."""
+        return self.start(params) if self.config.rule.decay_to == "start" else None
+
+    def settled(self, params, weights: FastWeights) -> FastWeights:
+        """The weights after a chunk, those that are reset back at their start."""
+        again = [self.switches.get(name) == "reset" for name in self.names]
+        if not any(again):
+            return weights
+        where = jnp.array(again)[None, :, None, None]
+        return jax.tree.map(
+            lambda new, old: jnp.where(where, new, old), self.start(params), weights
+        )
+
+
+def _one_level(config, switches, checkpoint, implementation) -> Level:
+    """All memories in one state."""
+    group = _Group(config, switches, (*config.generating, "memory"))
+    level = Level(
+        "self_modifying",
+        config.chunk_size,
+        group.start,
+        checkpoint(lambda params, state, x: _step(params, state, x, group)),
+        whole=None if implementation == "xla" else partial(_whole, group, implementation),
+        ndim=_axes(),
+    )
+    return _by_token(level, group, _tokens)
+
+
+def _two_levels(config, switches, checkpoint, implementation) -> Level:
+    """The memories that generate the context, then the queried one."""
+    del implementation  # checked: there is no kernel
+    others = _Group(config, switches, config.generating)
+    queried = _Group(config, switches, ("memory",))
     projections = Level(
         "projections",
-        others,
-        lambda params: _start(params, config, generating),
-        checkpoint(lambda params, state, x: _project(params, state, x, config)),
-        token=lambda params, state, pending, x: _generate_one(params, state, x, config),
-        ndim=axes,
+        config.chunk_sizes[1],
+        others.start,
+        checkpoint(lambda params, state, x: _project(params, state, x, others)),
+        token=lambda params, state, pending, x: _generate_one(params, state, x, others),
+        ndim=_axes(),
     )
-    queried_memory = Level(
+    memory = Level(
         "memory",
-        queried,
-        lambda params: _start(params, config, ("memory",)),
-        checkpoint(lambda params, state, x: _remember(params, state, x, config)),
+        config.chunk_size,
+        queried.start,
+        checkpoint(lambda params, state, x: _remember(params, state, x, queried)),
     )
-    both = flow(projections, _by_token(queried_memory, config, _written_tokens))
+    both = flow(projections, _by_token(memory, queried, _written_tokens))
     assert both.advance is not None
     advance = both.advance
     return both._replace(
@@ -222,12 +361,16 @@ def self_modifying(
     )
 
 
-def _by_token(level, config, columns) -> Level:
+def _axes():
+    return jax.tree.map(lambda n: n + 1, memory.TOKEN_AXES)  # all heads
+
+
+def _by_token(level: Level, group: _Group, columns) -> Level:
     """The level with its queried memory read token by token in O(1).
 
     `columns(params, x) -> (tokens, readout)` is how it is given `x`.
     """
-    rule = _rule(config)
+    rule = group.rule
 
     def given(params, x):
         return columns(params, jax.tree.map(lambda a: a[None], x))
@@ -239,25 +382,26 @@ def _by_token(level, config, columns) -> Level:
 
     def token(params, state, running, x):
         tokens, readout = given(params, x)
-        running, read = read_running(state, running, tokens, readout, rule)
+        start = group.decays_to(params)
+        running, read = read_running(state, running, tokens, readout, rule, start)
         return running, read[..., 0]
 
-    if config.read == "anchor":
+    if rule.read == "anchor":
         return level._replace(token=anchored)
     return incremental(level, start=lambda params, state: running_start(state), token=token)
 
 
-def _start(params, config, names) -> FastWeights:
-    dtype = accumulation_dtype(params["memory"]["inner"])
-    inner = jnp.stack([params[name]["inner"].astype(dtype) for name in names], axis=1)
-    outer = jnp.stack([params[name]["outer"].astype(dtype) for name in names], axis=1)
-    if not config.momentum:
-        return FastWeights(inner, outer, None, None)
-    return FastWeights(inner, outer, jnp.zeros_like(inner), jnp.zeros_like(outer))
-
-
-def _rule(config) -> Rule:
-    return Rule(**{field: getattr(config, field) for field in Rule._fields})
+def _rule(config, switches, names: tuple[str, ...] = ()) -> Rule:
+    frozen = {*config.static, *(n for n, switch in switches.items() if switch == "frozen")}
+    return config.rule.rule(
+        read=config.read,
+        max_learning_rate=config.max_learning_rate,
+        gate_gain=config.gate_gain,
+        adaptive_query=config.adaptive_query,
+        residual=config.architecture != "linear",
+        static=tuple(i for i, name in enumerate(names) if name in frozen),
+        silent=tuple(i for i, n in enumerate(names) if switches.get(n) == "not_written"),
+    )
 
 
 def _columns(array, dtype):
@@ -265,9 +409,9 @@ def _columns(array, dtype):
     return None if array is None else jnp.moveaxis(array.astype(dtype), 0, -1)
 
 
-def _tokens(params, x: memory.Tokens, config) -> tuple[Tokens, Readout]:
+def _tokens(params, x: memory.Tokens) -> tuple[Tokens, Readout]:
     """A chunk's inputs with tokens last, and the read-outs, in the accumulation dtype."""
-    dtype = accumulation_dtype(params["memory"]["inner"])
+    dtype = accumulation_dtype(params["memory"]["outer"])
     queries, keys, values, momentum = (
         _columns(a, dtype) for a in (x.queries, x.keys, x.values, x.momentum)
     )
@@ -275,25 +419,26 @@ def _tokens(params, x: memory.Tokens, config) -> tuple[Tokens, Readout]:
 
 
 def _readout(params, dtype) -> Readout:
-    return Readout(**{n: params["readout"][n].astype(dtype) for n in Readout._fields})
+    return Readout(**{name: array.astype(dtype) for name, array in params["readout"].items()})
 
 
-def _step(params, weights, x: memory.Tokens, config):
+def _step(params, weights, x: memory.Tokens, group: _Group):
     """One chunk of all memories: generate its context, write it everywhere, read."""
-    tokens, readout = _tokens(params, x, config)
-    weights, read = memory_chunk(weights, tokens, readout, _rule(config))
+    tokens, readout = _tokens(params, x)
+    start = group.decays_to(params)
+    weights, read = memory_chunk(weights, tokens, readout, group.rule, start=start)
     assert read is not None
-    return weights, jnp.moveaxis(read, -1, 0)
+    return group.settled(params, weights), jnp.moveaxis(read, -1, 0)
 
 
-def _whole(config, implementation, params, weights, x: memory.Tokens, begins):
+def _whole(group: _Group, implementation, params, weights, x: memory.Tokens, begins):
     """Many chunks of all memories in one operation, which reads its tokens in their own dtype."""
-    dtype, documents = weights.inner.dtype, None
+    dtype, documents = weights.outer.dtype, None
     queries, keys, values = (jnp.moveaxis(a, 0, -2) for a in (x.queries, x.keys, x.values))
     momentum = _columns(x.momentum, dtype)
     if begins is not None:
-        start = _start(params, config, (*config.memories[:4], *config.memories[5:], "memory"))
-        begins = jnp.broadcast_to(begins, (weights.inner.shape[0], *begins.shape))
+        start = group.start(params)
+        begins = jnp.broadcast_to(begins, (weights.outer.shape[0], *begins.shape))
         documents = Documents(begins, start.inner, start.outer)
     out = mlp_memory(
         keys,
@@ -303,34 +448,41 @@ def _whole(config, implementation, params, weights, x: memory.Tokens, begins):
         initial=weights,
         readout=_readout(params, dtype),
         documents=documents,
-        rule=_rule(config),
-        chunk_size=config.chunk_size,
+        rule=group.rule,
+        chunk_size=group.config.chunk_size,
         implementation=implementation,
     )
     assert out.reads is not None
     return out.final, jnp.moveaxis(out.reads, -2, 0).astype(dtype)
 
 
-def _project(params, weights, x: memory.Tokens, config):
+def _project(params, weights, x: memory.Tokens, group: _Group):
     """Generate one chunk's context, then write it into the memories that generated it."""
-    tokens, readout = _tokens(params, x, config)
-    rule = _rule(config)
+    tokens, readout = _tokens(params, x)
+    rule, start = group.rule, group.decays_to(params)
     queries, written, _ = generate(weights, tokens, readout, rule, queried=False)
-    weights, _ = write_chunk(weights, written, rule)
-    return weights, _generated(queries, written)
+    weights, _ = write_chunk(weights, _slower(written), rule, start=start)
+    return group.settled(params, weights), _generated(queries, written)
 
 
-def _generate_one(params, weights, x: memory.Tokens, config):
+def _slower(written):
+    """The context at the learning rate of the projections' own."""
+    own = written.projection_learning_rate
+    return written if own is None else written._replace(learning_rate=own)
+
+
+def _generate_one(params, weights, x: memory.Tokens, group: _Group):
     """One token's context."""
-    tokens, readout = _tokens(params, jax.tree.map(lambda a: a[None], x), config)
-    queries, written, _ = generate(weights, tokens, readout, _rule(config), queried=False)
+    tokens, readout = _tokens(params, jax.tree.map(lambda a: a[None], x))
+    queries, written, _ = generate(weights, tokens, readout, group.rule, queried=False)
     return jax.tree.map(lambda a: a[0], _generated(queries, written))
 
 
 def _generated(queries, written) -> Generated:
     """The context with tokens first."""
     assert queries is not None
-    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), Generated(queries, *written))
+    keys, values, *gates, _ = written
+    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), Generated(queries, keys, values, *gates))
 
 
 def _written_tokens(params, x: Generated) -> tuple[Tokens, None]:
@@ -338,8 +490,9 @@ def _written_tokens(params, x: Generated) -> tuple[Tokens, None]:
     return Tokens(*jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), x)), None
 
 
-def _remember(params, weights, x: Generated, config):
+def _remember(params, weights, x: Generated, group: _Group):
     """Write the chunk's context into the queried memory and read it."""
-    weights, read = memory_chunk(weights, *_written_tokens(params, x), _rule(config))
+    tokens, start = _written_tokens(params, x)[0], group.decays_to(params)
+    weights, read = memory_chunk(weights, tokens, None, group.rule, start=start)
     assert read is not None
-    return weights, jnp.moveaxis(read, -1, 0)
+    return group.settled(params, weights), jnp.moveaxis(read, -1, 0)

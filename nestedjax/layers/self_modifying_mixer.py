@@ -17,8 +17,10 @@ _AXES = {
     "inner": ("heads", "hidden", "head_dim"),
     "outer": ("heads", "head_dim", "hidden"),
     "learning_rate": ("heads", "head_dim"),
+    "projection_learning_rate": ("heads", "head_dim"),
     "decay": ("heads", "head_dim"),
     "learning_rate_bias": ("heads",),
+    "projection_learning_rate_bias": ("heads",),
     "decay_bias": ("heads",),
 }
 
@@ -85,6 +87,8 @@ def self_modifying_mixer(
     # Of norm one, as the keys are: with self-generated targets, values larger than the keys move
     # the target faster than the memory follows, and training diverges.
     inputs = gates.identity if literal else gates.scaled(memory.head_dim**-0.5)
+    if memory.inputs == "unit":
+        inputs = gates.unit
     return MemoryMixer(
         config,
         self_modifying(memory, implementation=config.implementation),
@@ -123,7 +127,7 @@ def memory_boxes(config: SelfModifyingConfig, state) -> list[Box]:
 
 def _groups(config: SelfModifyingConfig, state) -> tuple[FastWeights, FastWeights]:
     """The fast weights (shapes) of the projection memories and of the queried one."""
-    if len(set(config.chunk_sizes)) == 2:
+    if config.two_levels:
         projections, memory = (carry.state for carry in state)
         return projections, memory
 
@@ -135,8 +139,9 @@ def _groups(config: SelfModifyingConfig, state) -> tuple[FastWeights, FastWeight
 
 def _group_boxes(config, weights: FastWeights, names, period, transfer) -> list[Box]:
     """One box for each memory of a group and one for the momentum of all of them."""
-    rule = "gradient" if config.dgd == "none" else "delta gradient"
-    objective, fast = config.objective, (weights.inner, weights.outer)
+    rule = "gradient" if config.rule.dgd == "none" else "delta gradient"
+    rule = "delta" if config.rule.objective == "delta" else rule
+    objective, fast = config.rule.objective, (weights.inner, weights.outer)
     parameters, space = count(fast) // len(names), size(fast) // len(names)
     boxes = [Box(name, period, parameters, space, objective, rule, transfer) for name in names]
     momentum = (weights.inner_momentum, weights.outer_momentum)

@@ -47,4 +47,5 @@ def per_head(level: Level) -> Level:
         ndim=None if level.ndim is None else jax.tree.map(lambda n: n + 1, level.ndim),
         whole=None if whole is None else jax.vmap(whole, in_axes=(0, 0, 1, None), out_axes=(0, 1)),
         advance=advance,
+        switched=None if level.switched is None else lambda how: per_head(level.switched(how)),
     )

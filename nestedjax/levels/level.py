@@ -38,6 +38,10 @@ class Level(NamedTuple):
         of leading tokens of x that count.
       parts: the levels a composition was made of, in the order the data flows through them.
       about: words for the tables of `describe`: any of `objective`, `rule`, `transfer`.
+      memories: names of the memories in the state, for a level that can switch them.
+      switched: `switched({memory: switch}) -> level`, the same level and parameters with some
+        memories "not_written" (the write term is zero; decay and erasure act), "frozen" (they stay
+        at their start) or "reset" (back there after every period); None for a level that cannot.
       ndim: how many axes each array of x has, its token axis included: a number for all of them, or
         a tree of numbers like x. `run` refuses another x, such as a batch; None: `run` cannot know.
     """
@@ -55,6 +59,8 @@ class Level(NamedTuple):
     parts: tuple["Level", ...] = ()
     about: Mapping[str, str] | None = None
     ndim: PyTree = None
+    memories: tuple[str, ...] = ()
+    switched: Callable[[Mapping[str, str]], "Level"] | None = None
 
 
 def read_write(

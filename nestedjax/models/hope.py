@@ -7,6 +7,7 @@ from flax import nnx
 from nestedjax.layers import (
     CMSConfig,
     ContinuumMemory,
+    RuleConfig,
     SelfModifyingConfig,
     self_modifying_mixer,
 )
@@ -25,7 +26,7 @@ class HopeConfig(ModelConfig):
       literal: the printed form: nothing projected but the query, no gate, o added to x.
 
     Raises:
-      ValueError: a kernel with two chunk sizes.
+      ValueError: a kernel for a memory that has none.
     """
 
     memory: SelfModifyingConfig
@@ -34,12 +35,10 @@ class HopeConfig(ModelConfig):
 
     def __post_init__(self):
         ModelConfig.__post_init__(self)
-        if self.implementation != "xla" and len(set(self.memory.chunk_sizes)) == 2:
-            raise ValueError(
-                f"implementation={self.implementation!r} takes one chunk size, got chunk_size="
-                f"{self.memory.chunk_size} and projection_chunk_size="
-                f"{self.memory.projection_chunk_size}; set them alike, or implementation='xla'"
-            )
+        try:
+            self.memory.check_kernel(self.implementation)
+        except NotImplementedError as error:
+            raise ValueError(str(error)) from None
 
     def block(self, *, rngs: nnx.Rngs) -> Block:
         """The self-modifying memory, then the continuum memory."""
@@ -76,7 +75,7 @@ def _literal(size: Size) -> HopeConfig:
         hidden=size.width,
         read="anchor",
         momentum=False,
-        inner_clip=None,
+        rule=RuleConfig(inner_clip=None),
     )
     return dataclasses.replace(_preset(size), memory=memory, literal=True)
 

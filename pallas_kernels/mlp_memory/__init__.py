@@ -1,7 +1,15 @@
 """Deep memories that learn in context: HOPE's hot loop, Titans' and TTT's."""
 
-from pallas_kernels.mlp_memory.api import CHOICES, MemoryOutput, mlp_memory
-from pallas_kernels.mlp_memory.chunk import generate, memory_chunk, predict, write_chunk
+from pallas_kernels.mlp_memory.anchor import predict
+from pallas_kernels.mlp_memory.api import (
+    CHOICES,
+    MemoryOutput,
+    check_kernel,
+    check_rule,
+    mlp_memory,
+)
+from pallas_kernels.mlp_memory.chunk import write_chunk
+from pallas_kernels.mlp_memory.context import generate, memory_chunk
 from pallas_kernels.mlp_memory.token import read_anchor, read_running, running_start
 from pallas_kernels.mlp_memory.types import (
     Documents,
@@ -24,6 +32,8 @@ __all__ = [
     "Rule",
     "Tokens",
     "Written",
+    "check_kernel",
+    "check_rule",
     "generate",
     "memory_chunk",
     "mlp_memory",

@@ -16,12 +16,68 @@ from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rul
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
 
 CHOICES = {
-    "objective": ("l2", "dot"),
-    "dgd": ("layerwise", "input_only", "none", "functional"),
+    "objective": ("l2", "dot", "delta"),
+    "dgd": ("layerwise", "input_only", "output_only", "none", "functional"),
     "erase": ("clipped", "implicit"),
     "read": ("running_prev", "running", "anchor"),
     "values": ("self", "shared"),
+    "targets": ("generated", "unit"),
+    "written": ("both", "outer"),
+    "step": ("gradient", "normalised"),
+    "clip": ("both", "error", "gradient"),
+    "decay_to": ("zero", "start"),
 }
+# What the kernels have of the menu; "xla" and "reference" have all of it.
+KERNEL_CHOICES = {
+    "objective": ("l2", "dot"),
+    "dgd": ("layerwise", "input_only", "none", "functional"),
+    "targets": ("generated",),
+    "written": ("both",),
+    "step": ("gradient",),
+    "clip": ("both",),
+    "decay_to": ("zero",),
+    "gate_gain": (1.0,),
+    "static": ((),),
+    "silent": ((),),
+}
+
+
+def check_rule(rule: Rule, *, linear: bool, momentum: bool) -> None:
+    """Refuse choices that contradict each other.
+
+    Raises:
+      ValueError: an unknown choice or a contradiction, with the value and what to take instead.
+    """
+    for name, choices in CHOICES.items():
+        if getattr(rule, name) not in choices:
+            raise ValueError(f"{name}={getattr(rule, name)!r} is not one of {', '.join(choices)}")
+    if rule.objective == "delta" and rule.dgd not in ("none", "input_only"):
+        raise ValueError(
+            f"objective='delta' erases along U's input by itself: dgd={rule.dgd!r} would erase"
+            " twice; use dgd='none', or 'input_only' for V"
+        )
+    if rule.decay_to == "start" and momentum:
+        raise ValueError("decay_to='start' is not defined with momentum; leave out either")
+    if linear and rule.dgd == "functional":
+        raise ValueError("dgd='functional' is 'layerwise' for a linear memory; use that")
+
+
+def check_kernel(rule: Rule, implementation: str, *, linear: bool) -> None:
+    """Refuse what a kernel does not have.
+
+    Raises:
+      NotImplementedError: with the choice and what to use instead.
+    """
+    if linear:
+        raise NotImplementedError(
+            f"implementation={implementation!r} has no linear memories; use implementation='xla'"
+        )
+    for name, choices in KERNEL_CHOICES.items():
+        if getattr(rule, name) not in choices:
+            raise NotImplementedError(
+                f"implementation={implementation!r} has no {name}={getattr(rule, name)!r}, only"
+                f" {', '.join(map(repr, choices))}; use implementation='xla'"
+            )
 
 
 def _pallas_gpu(*operands, **options):
@@ -62,6 +118,7 @@ def mlp_memory(
     queries: Float[Array, "..."] | None = None,
     readout: Readout | None = None,
     documents: Documents | None = None,
+    start: FastWeights | None = None,
     rule: Rule | None = None,
     chunk_size: int = 16,
     implementation: str | None = None,
@@ -88,6 +145,7 @@ def mlp_memory(
       readout: how learning rate and decay are read from the memories that make them.
       documents: where documents begin and what their memory begins as; None for one sequence that
         goes on from `initial`.
+      start: the weights that `rule.decay_to="start"` decays to, as `initial`; None for `initial`.
       rule: see `Rule`; default its defaults.
       chunk_size: tokens between two writes. It changes the result: errors are those of the chunk's
         start. Tokens beyond the last whole chunk are a shorter chunk.
@@ -121,13 +179,14 @@ def mlp_memory(
     dtype = accumulation_dtype(*jax.tree.leaves(given))
     last = partial(jnp.swapaxes, axis1=-1, axis2=-2)
     tokens = Tokens(None if queries is None else last(queries), last(keys), last(values), **gates)
-    batch = initial.inner.shape[:-3]
+    batch = initial.outer.shape[:-3]
     flat = partial(_flat, lead=len(batch))
     wide = partial(flat, dtype=dtype)
-    initial, readout = jax.tree.map(wide, (initial, readout))
+    start = initial if start is None else start
+    initial, readout, start = jax.tree.map(wide, (initial, readout, start))
     if documents is not None:
         begins = flat(documents.begins, dtype=None)
-        documents = Documents(begins, wide(documents.inner), wide(documents.outer))
+        documents = Documents(begins, *jax.tree.map(wide, documents[1:]))
     # A kernel reads its tokens as they are.
     kept = None if implementation in ("pallas_tpu", "pallas_gpu") else dtype
     tokens = jax.tree.map(partial(flat, dtype=kept), tokens)
@@ -135,7 +194,9 @@ def mlp_memory(
         operation = f"mlp_memory(implementation={implementation!r})"
         operands = initial, tokens, readout, documents
         initial, tokens, readout, documents = reverse_only(operands, operation)
-    run = _IMPLEMENTATIONS[implementation]
+        run = _IMPLEMENTATIONS[implementation]
+    else:  # only these have something to decay to
+        run = partial(_IMPLEMENTATIONS[implementation], begin=start)
     reads, final = run(initial, tokens, readout, documents, rule=rule, chunk_size=chunk_size)
     final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
     if reads is not None:
@@ -157,12 +218,14 @@ def _flat(array, *, lead: int, dtype):
 
 
 def _check_documents(documents: Documents, initial: FastWeights, chunks: int) -> None:
-    batch = initial.inner.shape[:-3]
-    expected = {"begins": (*batch, chunks), "inner": initial.inner.shape}
+    batch = initial.outer.shape[:-3]
+    expected: dict[str, tuple] = {"begins": (*batch, chunks)}
+    if initial.inner is not None:
+        expected["inner"] = initial.inner.shape
     for name, shape in (expected | {"outer": initial.outer.shape}).items():
-        found = getattr(documents, name).shape
-        if found != shape:
-            raise ValueError(f"documents.{name} has shape {found}, expected {shape}")
+        found = getattr(documents, name)
+        if (None if found is None else found.shape) != shape:
+            raise ValueError(f"documents.{name} has shape {found.shape}, expected {shape}")
 
 
 def _check_arrays(keys, values, initial, learning_rate, decay, momentum, queries, readout) -> None:
@@ -182,9 +245,8 @@ def _check_arrays(keys, values, initial, learning_rate, decay, momentum, queries
 
 def _check(keys, values, initial, gates, queries, readout, rule, implementation) -> str:
     """The implementation, if everything fits."""
-    for name, choices in CHOICES.items():
-        if getattr(rule, name) not in choices:
-            raise ValueError(f"{name}={getattr(rule, name)!r} is not one of {', '.join(choices)}")
+    linear, momentum = initial.inner is None, initial.outer_momentum is not None
+    check_rule(rule, linear=linear, momentum=momentum)
     for name, number in (
         ("inner_clip", rule.inner_clip),
         ("max_learning_rate", rule.max_learning_rate),
@@ -195,9 +257,16 @@ def _check(keys, values, initial, gates, queries, readout, rule, implementation)
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r} is not one of {known}")
-    *batch, n, f, d = initial.inner.shape
-    expected: dict[str, tuple] = {"outer": (*batch, n, d, f), "inner_momentum": (*batch, n, f, d)}
-    expected["outer_momentum"] = expected["outer"]
+    if implementation.startswith("pallas"):
+        check_kernel(rule, implementation, linear=linear)
+    *batch, n, d, f = initial.outer.shape
+    inner = None if linear else (*batch, n, f, d)
+    if linear and f != d:
+        raise ValueError(
+            f"initial.outer has shape {initial.outer.shape}; linear memories are d x d"
+        )
+    expected: dict[str, tuple | None] = {"inner": inner, "inner_momentum": inner}
+    expected["outer_momentum"] = initial.outer.shape
     for name, shape in expected.items():
         found = getattr(initial, name)
         if found is not None and found.shape != shape:
@@ -210,7 +279,7 @@ def _check(keys, values, initial, gates, queries, readout, rule, implementation)
     for name, gate in gates.items():
         if gate is not None and gate.shape != (*batch, length):
             raise ValueError(f"{name} has shape {gate.shape}, expected {(*batch, length)}")
-    if (gates["momentum"] is None) != (initial.inner_momentum is None):
+    if (gates["momentum"] is None) == momentum:
         raise ValueError("give momentum and the momenta of `initial` together, or neither")
     made = [name for name in ("learning_rate", "decay") if gates[name] is not None]
     if readout is None and len(made) < 2:

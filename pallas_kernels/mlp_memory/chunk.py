@@ -1,4 +1,4 @@
-"""One chunk of residual two-layer memories M(z) = z + U s(V z) that share keys.
+"""One chunk of residual two-layer memories M(z) = z + U s(V z), or linear ones, that share keys.
 
 A group holds n memories per head that see the same keys, values and gates, so that their first
 layers are one tall matrix, whose Gram matrix and triangular inverse are computed once for all of
@@ -6,69 +6,17 @@ them. Tokens are columns ([features, C]): then every product below takes its mat
 memory, and splitting the tall matrix into the memories moves nothing. Heads are the first axis.
 """
 
-import math
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import delta_rule
-from pallas_kernels._linalg.derivatives import differentiable
 from pallas_kernels._linalg.numerics import PLAIN, Form
-from pallas_kernels._linalg.products import nn, tn
-from pallas_kernels.delta_rule import Operands
-from pallas_kernels.mlp_memory.types import FastWeights, Readout, Reads, Rule, Tokens, Written
-
-_BEND, _CUBIC = math.sqrt(2 / math.pi), 0.044715
-
-
-def _gelu(z):
-    """GELU in the tanh form, its slope and its curvature; what is unused is never computed."""
-    squared = z * z
-    bent = jnp.tanh(z * (_BEND + _BEND * _CUBIC * squared))
-    inside = _BEND + 3.0 * _BEND * _CUBIC * squared
-    share, steep = 0.5 + 0.5 * bent, 0.5 - 0.5 * bent * bent
-    turn = steep * inside
-    bending = 6.0 * _BEND * _CUBIC * z - 2.0 * bent * inside * inside  # of the slope of tanh
-    curvature = 2.0 * turn + z * steep * bending
-    return z * share, share + z * turn, curvature
-
-
-def activation(z):
-    """GELU, as the paper leaves sigma open; in the tanh form, whose slope is cheap."""
-    return _activation(z)
-
-
-def activation_and_slope(z):
-    """GELU and its derivative from one tanh."""
-    return _activation_and_slope(z)
-
-
-def _activation_and_slope_forward(z):
-    value, slope, curvature = _gelu(z)
-    return (value, slope), (slope, curvature)
-
-
-# Written by hand so that only the slope is kept: what autodiff keeps would fill a kernel's memory.
-_activation = differentiable(
-    lambda z: _gelu(z)[0],
-    lambda z: _gelu(z)[:2],
-    lambda slope, tangents: tangents[0] * slope,
-    lambda slope, g: (g * slope,),
-)
-_activation_and_slope = differentiable(
-    lambda z: _gelu(z)[:2],
-    _activation_and_slope_forward,
-    lambda kept, tangents: (tangents[0] * kept[0], tangents[0] * kept[1]),
-    lambda kept, g: (g[0] * kept[0] + g[1] * kept[1],),
-)
-
-
-def predict(weights: FastWeights, z: Float[Array, "H n d C"], form: Form = PLAIN) -> Reads:
-    """M(z) = z + U s(V z) for every memory of the group (paper eq. 89)."""
-    before = nn(weights.inner, z, form)
-    return Reads(z, before, z + nn(weights.outer, activation(before), form))
+from pallas_kernels._linalg.products import nn
+from pallas_kernels.delta_rule import Operands, Solved, Tables
+from pallas_kernels.mlp_memory.activation import activation
+from pallas_kernels.mlp_memory.anchor import Writes, writes
+from pallas_kernels.mlp_memory.types import FastWeights, Reads, Rule, Written
 
 
 def write_chunk(
@@ -77,6 +25,7 @@ def write_chunk(
     rule: Rule,
     reads: Reads | None = None,
     *,
+    start: FastWeights | None = None,
     form: Form = PLAIN,
 ) -> tuple[FastWeights, Float[Array, "H d C"] | None]:
     """Write one chunk into every memory of the group, and read the last one on the way.
@@ -90,220 +39,159 @@ def write_chunk(
       chunk: what is written.
       rule: how.
       reads: `predict` of the group, whose last inputs are the queries; None reads nothing.
+      start: the weights that `rule.decay_to="start"` decays to.
       form: see `Form`.
 
     Returns:
       The fast weights after the chunk and the reads, [H, d, C] (None without queries).
     """
-    anchor = _at_anchor(weights, chunk, rule, form)
-    heads, n, f, d = weights.inner.shape
-    tall = (heads, n * f, d)
-    # A token's gradient by a matrix is the outer product E x^T, whose norm is |E| |x|. The clip
-    # therefore needs the two norms, and never the gradient itself.
-    size, wide = jnp.sum(chunk.keys**2, axis=-2), jnp.sum(anchor.h**2, axis=-2)
-    inner_error = tn(weights.outer, anchor.error, form) * anchor.slope
-    inner_error = _clipped(inner_error, size[:, None], rule)
-    eta, erase = chunk.learning_rate, _erase(rule, "inner", chunk.learning_rate, size)
-    tables = delta_rule.chunk_tables(eta, chunk.decay, chunk.momentum, form)
-    of_inner = Operands(
-        x=chunk.keys,
-        error=inner_error.reshape(heads, n * f, -1),
-        learning_rate=eta,
-        erase=erase,
-        initial=weights.inner.reshape(tall),
-        initial_momentum=_shaped(weights.inner_momentum, tall),
-        anchored=anchor.before.reshape(heads, n * f, -1),
-    )
-    eta = eta[:, None]
-    of_outer = Operands(
-        x=anchor.h,
-        error=_clipped(anchor.error, wide, rule),
-        learning_rate=eta,
-        erase=_erase(rule, "outer", eta, wide),
-        initial=weights.outer,
-        initial_momentum=weights.outer_momentum,
-        anchored=anchor.out,
-    )
-    outer_tables = jax.tree.map(lambda table: table[:, None], tables)
+    if rule.static:
+        return _write_others(weights, chunk, rule, reads, start, form)
+    of_inner, of_outer = writes(weights, chunk, rule, form)
+    from_start = start if rule.decay_to == "start" else None
+    tables = delta_rule.chunk_tables(chunk.learning_rate, chunk.decay, chunk.momentum, form)
     # The inverse of V is not named for the checkpoint policy: it is one small matrix for all
     # memories, cheaper to compute again than to store. U has one for each memory.
-    both = [(of_inner, tables, False), (of_outer, outer_tables, not form.dense)]
-    inner, outer = delta_rule.solve_chunks(both, form)
-    read = None if reads is None else _read_last(inner, outer, reads, f, rule.read)
-    (inner_end, inner_momentum), (outer_end, outer_momentum) = map(
-        delta_rule.write_chunk, (inner, outer)
-    )
-    inner_end = inner_end.reshape(weights.inner.shape)
-    inner_momentum = _shaped(inner_momentum, weights.inner.shape)
+    given = []
+    for name, of in (("inner", of_inner), ("outer", of_outer)):
+        if of is not None:
+            given.append(_operands(name, weights, of, tables, from_start, form))
+    *inner, outer = delta_rule.solve_chunks(given, form)
+    read = None
+    if reads is not None:
+        read = _read_last(inner[0] if inner else None, outer, reads, rule, from_start)
+    ends = {"inner": (weights.inner, weights.inner_momentum)}
+    for name, solved in zip(["inner"] * len(inner) + ["outer"], [*inner, outer], strict=True):
+        end, momentum = delta_rule.write_chunk(solved)
+        old, base = getattr(weights, name), getattr(from_start, name, None)
+        end = end.reshape(old.shape)
+        ends[name] = (end if base is None else end + base, _shaped(momentum, old.shape))
+    (inner_end, inner_momentum), (outer_end, outer_momentum) = ends["inner"], ends["outer"]
     return FastWeights(inner_end, outer_end, inner_momentum, outer_momentum), read
 
 
-def _read_last(inner, outer, reads: Reads, f: int, read: str) -> Float[Array, "H d C"]:
-    """Read the last memory of a group whose chunk is solved: V by the queries, then U by s(V q)."""
-    if read == "anchor":
+def _operands(
+    name: str, weights: FastWeights, of: Writes, tables: Tables, start, form: Form
+) -> tuple[Operands, Tables, bool]:
+    """One matrix of all memories as a system of the delta rule; tall where they share its input.
+
+    What decays to the start is D = W - W_0, which follows the same recurrence with the erasure of
+    W_0 as one more write.
+    """
+    initial, momentum = getattr(weights, name), getattr(weights, f"{name}_momentum")
+    x, error, eta, erase, anchored = of
+    if start is not None:
+        base = getattr(start, name)
+        held = nn(base, jnp.broadcast_to(x, (*base.shape[:2], *x.shape[2:])), form)
+        error, eta = eta[..., None, :] * error, jnp.ones_like(eta)
+        if erase is not None:
+            error = error + erase[..., None, :] * held
+        initial, anchored = initial - base, anchored - held
+    if name == "inner" or weights.inner is None:
+        heads, n, rows, columns = initial.shape
+
+        def flat(array):
+            return None if array is None else array.reshape(heads, n * rows, array.shape[-1])
+
+        one = Operands(
+            x=x[:, 0],
+            error=flat(error),
+            learning_rate=eta[:, 0],
+            erase=None if erase is None else erase[:, 0],
+            initial=flat(initial),
+            initial_momentum=flat(momentum),
+            anchored=flat(anchored),
+        )
+        return one, tables, False
+    of_each = Operands(
+        x=x,
+        error=error,
+        learning_rate=eta,
+        erase=erase,
+        initial=initial,
+        initial_momentum=momentum,
+        anchored=anchored,
+    )
+    return of_each, jax.tree.map(lambda table: table[:, None], tables), not form.dense
+
+
+def _read_last(inner: Solved | None, outer: Solved, reads: Reads, rule: Rule, start):
+    """Read the last memory of a group whose chunk is solved, V by the queries, then U by s(V q)."""
+    if rule.read == "anchor":
         return reads.out[:, -1]
-    rows = ("initial", "initial_momentum", "written", "erased")
-    last = {name: getattr(inner, name) for name in rows}
-    last = {name: None if a is None else a[:, -f:] for name, a in last.items()}
-    queries, before = reads.inputs[:, -1], reads.before[:, -1]
-    seen = delta_rule.read_chunk(inner._replace(**last), queries, read=read, anchored=before)
-    last = {name: getattr(outer, name) for name in (*rows, "x")}
+    queries = reads.inputs[:, -1]
+    if reads.before is None:
+        read = _read_rows(outer, queries, rule, None, _last(start, "outer"))
+        return queries + read if rule.residual else read
+    seen = reads.before[:, -1]
+    if inner is not None:
+        seen = _read_rows(inner, queries, rule, seen, _last(start, "inner"), rows=seen.shape[-2])
+    h = activation(seen)
+    one = _memory(outer)
+    base = _last(start, "outer")
+    read = delta_rule.read_chunk(one, h, read=rule.read)
+    if base is not None:
+        read = read + nn(base, h, outer.form)
+    return queries + read
+
+
+_ROWS = ("initial", "initial_momentum", "written", "erased")
+
+
+def _read_rows(tall: Solved, queries, rule: Rule, anchored, base, rows: int | None = None):
+    """Read the last memory's rows of a tall matrix."""
+    rows = queries.shape[-2] if rows is None else rows
+    last = {name: getattr(tall, name) for name in _ROWS}
+    last = {name: None if a is None else a[:, -rows:] for name, a in last.items()}
+    if base is None:
+        return delta_rule.read_chunk(
+            tall._replace(**last), queries, read=rule.read, anchored=anchored
+        )
+    read = delta_rule.read_chunk(tall._replace(**last), queries, read=rule.read)
+    return read + nn(base, queries, tall.form)
+
+
+def _memory(outer: Solved) -> Solved:
+    """The last memory of those that have a system each."""
+    last = {name: getattr(outer, name) for name in (*_ROWS, "x")}
     last = {name: None if a is None else a[:, -1] for name, a in last.items()}
     tables = jax.tree.map(lambda table: table[:, 0], outer.tables)
-    outer = outer._replace(tables=tables, **last)
-    return queries + delta_rule.read_chunk(outer, activation(seen), read=read)
+    return outer._replace(tables=tables, **last)
 
 
-class _Anchor(NamedTuple):
-    """A chunk's keys passed through the memories as of its start, each [H, n, features, C].
-
-    Attributes:
-      before: V k.
-      h: s(V k).
-      slope: s'(V k).
-      out: U s(V k).
-      error: dl/dM(k), clipped.
-    """
-
-    before: Float[Array, "H n f C"]
-    h: Float[Array, "H n f C"]
-    slope: Float[Array, "H n f C"]
-    out: Float[Array, "H n d C"]
-    error: Float[Array, "H n d C"]
+def _last(start: FastWeights | None, name: str):
+    return None if start is None else getattr(start, name)[:, -1]
 
 
-def _at_anchor(weights: FastWeights, chunk: Written, rule: Rule, form: Form) -> _Anchor:
-    """Pass the keys, and with "self" the values, through the memories: one product a matrix."""
-    keys, values = chunk.keys[:, None], chunk.values[:, None]
-    if rule.values == "self":
-        both = jnp.concatenate([chunk.keys, chunk.values], axis=-1)
-        both = _tall(weights.inner, both, form)
-        before, value_before = jnp.split(both, 2, axis=-1)
-        h, slope = activation_and_slope(before)
-        out = nn(weights.outer, jnp.concatenate([h, activation(value_before)], axis=-1), form)
-        out, value_out = jnp.split(out, 2, axis=-1)
-        target = values + value_out
-    else:
-        before = _tall(weights.inner, chunk.keys, form)
-        h, slope = activation_and_slope(before)
-        out, target = nn(weights.outer, h, form), values
-    if rule.objective == "dot":
-        error = jnp.broadcast_to(-target, out.shape)
-    else:
-        error = keys + out - target
-    if rule.dgd == "functional":  # R4: the gradient of 1/2 ||U s(V k)||^2 in place of the erasure
-        error = error + out
-    return _Anchor(before, h, slope, out, _clipped(error, 1.0, rule))
+def _write_others(weights, chunk, rule: Rule, reads, start, form: Form):
+    """Write the memories that are not static; a static one that is read is read as it is."""
+    n = weights.outer.shape[1]
+    moving = [i for i in range(n) if i not in rule.static]
+    last = n - 1 in moving
+    read = None if reads is None or last else reads.out[:, -1]
+    if not moving:
+        return weights, read
 
+    def some(tree):
+        return jax.tree.map(lambda a: jnp.stack([a[:, i] for i in moving], axis=1), tree)
 
-def _clipped(error, squared_norm, rule: Rule):
-    """`error`, scaled so that its norm times that of the layer's input is at most `inner_clip`."""
-    if rule.inner_clip is None:
-        return error
-    norm = jnp.sqrt(jnp.sum(error**2, axis=-2) * squared_norm + 1e-12)
-    return error * jnp.minimum(1.0, rule.inner_clip / norm)[..., None, :]
+    silent = tuple(moving.index(i) for i in rule.silent if i in moving)
+    others = rule._replace(static=(), silent=silent)
+    new, found = write_chunk(
+        some(weights),
+        chunk,
+        others,
+        some(reads) if last and reads is not None else None,
+        start=None if start is None else some(start),
+        form=form,
+    )
 
+    def put(old, new):
+        places = {i: new[:, j] for j, i in enumerate(moving)}
+        return jnp.stack([places.get(i, old[:, i]) for i in range(n)], axis=1)
 
-def _tall(inner, columns, form: Form):
-    """V z of shared inputs [H, d, C] for every memory of the group, as one tall matrix."""
-    heads, n, f, d = inner.shape
-    return nn(inner.reshape(heads, n * f, d), columns, form).reshape(heads, n, f, -1)
+    return jax.tree.map(put, weights, new), found if last else read
 
 
 def _shaped(array, shape):
     return None if array is None else array.reshape(shape)
-
-
-def _erase(rule, layer, eta, squared_norm):
-    """beta of spec C6.5: how strongly a layer's input is erased, never so that the memory grows."""
-    if rule.dgd == "layerwise" or (rule.dgd == "input_only" and layer == "inner"):
-        if rule.erase == "implicit":
-            return eta / (1.0 + eta * squared_norm)
-        return jnp.broadcast_to(eta / jnp.maximum(1.0, eta * squared_norm), squared_norm.shape)
-    return None
-
-
-def unit(x):
-    """Columns of norm one."""
-    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-2, keepdims=True) + 1e-6)
-
-
-def _gate(weights, bias, out):
-    """A scalar per token from what a memory says, [H, d, C]: sigmoid(w . M(x) + b)."""
-    said = jnp.sum(weights[..., None] * out, axis=-2)
-    return jax.nn.sigmoid(said + bias[..., None])
-
-
-def generate(
-    weights: FastWeights,
-    x: Tokens,
-    readout: Readout,
-    rule: Rule,
-    *,
-    queried: bool,
-    form: Form = PLAIN,
-) -> tuple[Float[Array, "H d C"] | None, Written, Reads]:
-    """A chunk's context from the memories at its start (paper eq. 79-85): queries, context, reads.
-
-    The memories of the group are key, learning rate, decay, value, then the one of adaptive
-    queries, then the queried one; `queried` says whether the last one belongs to the group.
-    """
-    inputs, queries = [x.keys, x.keys, x.keys, x.values], x.queries
-    if queries is not None and not rule.adaptive_query:
-        queries = unit(queries)
-    if rule.adaptive_query or queried:
-        assert queries is not None
-        inputs.append(queries)
-    own = jax.tree.map(lambda a: a[:, : len(inputs)], weights)
-    reads = predict(own, jnp.stack(inputs, axis=1), form)
-    key, eta, decay, value = (reads.out[:, i] for i in range(4))
-    if rule.adaptive_query:
-        queries = unit(reads.out[:, 4])
-        last = jax.tree.map(lambda a: a[:, -1:], weights)
-        reads = predict(last, queries[:, None], form)
-    eta = rule.max_learning_rate * _gate(readout.learning_rate, readout.learning_rate_bias, eta)
-    decay = _gate(readout.decay, readout.decay_bias, decay)
-    return queries, Written(unit(key), value, eta, decay, x.momentum), reads
-
-
-def restarted(weights: FastWeights, begins, inner, outer) -> FastWeights:
-    """`weights`, or where `begins` holds those at a document's start; it broadcasts to them."""
-    at_start = (inner, outer, *(None if a is None else jnp.zeros_like(a) for a in weights[2:]))
-    return jax.tree.map(
-        lambda new, old: jnp.where(begins, new, old), FastWeights(*at_start), weights
-    )
-
-
-def memory_chunk(
-    weights: FastWeights,
-    tokens: Tokens,
-    readout: Readout | None,
-    rule: Rule,
-    *,
-    form: Form = PLAIN,
-) -> tuple[FastWeights, Float[Array, "H d C"] | None]:
-    """One chunk of all memories of a group: make its context, write it everywhere, read the last.
-
-    Args:
-      weights: at the chunk's start.
-      tokens: of the chunk, one leading axis H.
-      readout: how the memories make their context; None where `tokens` is the context.
-      rule: see `Rule`.
-      form: see `Form`.
-
-    Returns:
-      The fast weights after the chunk and the reads, [H, d, C] (None without queries).
-    """
-    reads: Reads | None
-    if readout is not None:
-        _, written, reads = generate(weights, tokens, readout, rule, queried=True, form=form)
-        return write_chunk(weights, written, rule, reads, form=form)
-    assert tokens.learning_rate is not None and tokens.decay is not None
-    written = Written(
-        tokens.keys, tokens.values, tokens.learning_rate, tokens.decay, tokens.momentum
-    )
-    reads = None
-    if tokens.queries is not None:
-        last = jax.tree.map(lambda a: a[:, -1:], weights)
-        reads = predict(last, tokens.queries[:, None], form)
-    return write_chunk(weights, written, rule, reads, form=form)

@@ -9,7 +9,7 @@ from pallas_kernels._linalg.numerics import Form
 from pallas_kernels._tpu.chunk_loop import chunk_loop
 from pallas_kernels._tpu.chunk_plan import plan
 from pallas_kernels._tpu.vmem import MIB, rounds_products, state_bytes, vmem_limit_of
-from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
+from pallas_kernels.mlp_memory.context import memory_chunk, restarted
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 from pallas_kernels.mlp_memory.xla import mlp_memory_xla
 
@@ -97,7 +97,7 @@ def _loop(chunk, start, parts, readout, documents, options):
 def _as_rows(readout: Readout) -> Readout:
     """Every array with two trailing axes, which the blocks of a kernel must have."""
     weights = (readout.learning_rate[..., None], readout.decay[..., None])
-    return Readout(
+    return Readout(  # one learning rate for all memories
         *weights, readout.learning_rate_bias[:, None, None], readout.decay_bias[:, None, None]
     )
 

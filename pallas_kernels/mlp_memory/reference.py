@@ -17,13 +17,14 @@ def mlp_memory_reference(
     tokens: Tokens,
     readout: Readout | None,
     documents: Documents | None = None,
+    begin: FastWeights | None = None,
     *,
     rule: Rule,
     chunk_size: int,
 ):
     """Reads [H, d, T] (None without queries) and the fast weights after the last token."""
 
-    def one(start, tokens, readout, documents):
+    def one(start, tokens, readout, documents, begin):
         tokens = jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), tokens)  # tokens first
         index = jnp.arange(tokens.keys.shape[0])
         begins, anew = index % chunk_size == 0, None
@@ -38,17 +39,19 @@ def mlp_memory_reference(
                 fresh = FastWeights(documents.inner, documents.outer, *momenta)
                 state = jax.tree.map(lambda new, old: jnp.where(anew, new, old), fresh, state)
             anchor = jax.tree.map(lambda new, old: jnp.where(begins, new, old), state, anchor)
-            state, read = _token(state, anchor, x, readout, rule)
+            state, read = _token(state, anchor, x, readout, rule, begin)
             return (state, anchor), read
 
         (state, _), reads = jax.lax.scan(token, (start, start), (tokens, begins, anew))
         return (None if reads is None else reads.T), state
 
-    return jax.vmap(one)(start, tokens, readout, documents)
+    return jax.vmap(one)(start, tokens, readout, documents, begin)
 
 
-def _memory(inner, outer, z):
-    """M(z) = z + U s(V z) of one memory and one input."""
+def _memory(inner, outer, z, rule):
+    """M(z) = z + U s(V z) of one memory and one input, or a linear one."""
+    if inner is None:
+        return z + outer @ z if rule.residual else outer @ z
     return z + outer @ jax.nn.gelu(inner @ z, approximate=True)
 
 
@@ -60,10 +63,14 @@ def _context(state, x, readout, rule):
     """What the token's context is, generated at the chunk's start (paper eq. 79-85)."""
     if readout is None:
         return x
-    say = lambda i, z: _memory(state.inner[i], state.outer[i], z)  # noqa: E731
+
+    def say(i, z):
+        return _memory(*jax.tree.map(lambda a: a[i], (state.inner, state.outer)), z, rule)
+
     queries = say(4, x.queries) if rule.adaptive_query else x.queries
-    eta = readout.learning_rate @ say(1, x.keys) + readout.learning_rate_bias
-    decay = readout.decay @ say(2, x.keys) + readout.decay_bias
+    gain = rule.gate_gain
+    eta = gain * readout.learning_rate @ say(1, x.keys) + readout.learning_rate_bias
+    decay = gain * readout.decay @ say(2, x.keys) + readout.decay_bias
     return Tokens(
         queries=_unit(queries),
         keys=_unit(say(0, x.keys)),
@@ -75,54 +82,71 @@ def _context(state, x, readout, rule):
 
 
 def _gradients(inner, outer, x, rule):
-    """The token's inner gradients, layer inputs and erasures of one memory at the anchor."""
-    out, pull = jax.vjp(lambda v, u: _memory(v, u, x.keys), inner, outer)
-    target = _memory(inner, outer, x.values) if rule.values == "self" else x.values
+    """The token's inner gradients, layer inputs, rates and erasures of one memory at the anchor."""
+    linear = inner is None
+    out, pull = jax.vjp(lambda v, u: _memory(v, u, x.keys, rule), inner, outer)
+    target = x.values
+    if rule.values == "self":
+        target = _memory(inner, outer, x.values, rule)
+        target = _unit(target) if rule.targets == "unit" else target
+    base = x.keys if not linear or rule.residual else 0 * x.keys
     error = -target if rule.objective == "dot" else out - target
-    if rule.dgd == "functional":  # of 1/2 |M(k) - k|^2, too
-        error = error + out - x.keys
-    gradients = pull(_clip(error, rule))
-    gradients = tuple(_clip(gradient, rule) for gradient in gradients)
-    inputs = x.keys, jax.nn.gelu(inner @ x.keys, approximate=True)
-    return (
-        gradients,
-        inputs,
-        tuple(_erase(rule, i, x.learning_rate, z) for i, z in enumerate(inputs)),
-    )
+    if rule.dgd == "functional":  # of 1/2 |M(k) - base|^2, too
+        error = error + out - base
+    of_inner, of_outer = pull(_clip(error, rule, "error"))
+    of_inner, of_outer = (_clip(g, rule, "gradient") for g in (of_inner, of_outer))
+    h = x.keys if linear else jax.nn.gelu(inner @ x.keys, approximate=True)
+    rates = [x.learning_rate, x.learning_rate]
+    if rule.step == "normalised" and not linear:
+        rates[1] = rates[1] / (jnp.sum(h**2) + 0.01)
+    erased = [_erase(rule, i, rates[i], z) for i, z in enumerate((x.keys, h))]
+    if rule.objective == "delta":
+        of_outer, erased[1] = jnp.outer(base - target, h), rates[1]
+    return (of_inner, of_outer), (x.keys, h), tuple(rates), tuple(erased)
 
 
-def _clip(array, rule):
-    if rule.inner_clip is None:
+def _clip(array, rule, what):
+    if array is None or rule.inner_clip is None or rule.clip not in ("both", what):
         return array
     return array * jnp.minimum(1.0, rule.inner_clip / jnp.sqrt(jnp.sum(array**2) + 1e-12))
 
 
 def _erase(rule, layer, eta, z):
-    if rule.dgd == "layerwise" or (rule.dgd == "input_only" and layer == 0):
+    if rule.dgd in ("layerwise", ("input_only", "output_only")[layer]):
         strength = eta * jnp.sum(z**2)
         return eta / (1 + strength if rule.erase == "implicit" else jnp.maximum(1.0, strength))
     return jnp.zeros_like(eta)
 
 
-def _write(weight, momentum, gradient, z, erase, x):
+def _write(weight, momentum, begin, gradient, z, eta, erase, x, heard):
     """W (decay I - erase z z^T) + S of one matrix, S = momentum S - eta gradient."""
-    step = -x.learning_rate * gradient
+    step = -eta * heard * gradient
     if momentum is not None:
         step = momentum = x.momentum * momentum + step
-    return x.decay * weight - erase * jnp.outer(weight @ z, z) + step, momentum
+    kept = x.decay * weight if begin is None else begin + x.decay * (weight - begin)
+    return kept - erase * jnp.outer(weight @ z, z) + step, momentum
 
 
-def _token(state: FastWeights, anchor: FastWeights, x: Tokens, readout, rule):
+def _token(state: FastWeights, anchor: FastWeights, x: Tokens, readout, rule, begin):
     """Write one token with the gradient at the anchor; read."""
-    x = _context(anchor, x, readout, rule)
+    x, n = _context(anchor, x, readout, rule), state.outer.shape[0]
+    begin = begin if rule.decay_to == "start" else FastWeights(None, None, None, None)
+    heard = jnp.array([float(i not in rule.silent) for i in range(n)], state.outer.dtype)
+    static = jnp.array([i in rule.static for i in range(n)])[:, None, None]
     found = jax.vmap(partial(_gradients, x=x, rule=rule))(anchor.inner, anchor.outer)
-    leaves = []
-    pairs = (state.inner, state.inner_momentum), (state.outer, state.outer_momentum)
-    for (weight, momentum), of in zip(pairs, zip(*found, strict=True), strict=True):
-        leaves.append(jax.vmap(partial(_write, x=x))(weight, momentum, *of))
-    (inner, inner_momentum), (outer, outer_momentum) = leaves
-    new = FastWeights(inner, outer, inner_momentum, outer_momentum)
+    new = {}
+    for layer, name in enumerate(("inner", "outer")):
+        old = getattr(state, name), getattr(state, f"{name}_momentum")
+        written = old
+        if old[0] is not None and (name == "outer" or rule.written == "both"):
+            of = *old, getattr(begin, name), *(part[layer] for part in found)
+            axes = (0, 0, 0, 0, 0 if found[1][layer].ndim == 2 else None, 0, 0, None, 0)
+            written = jax.vmap(_write, in_axes=axes)(*of, x, heard)
+        kept = jax.tree.map(lambda a, b: jnp.where(static, a, b), old, written)
+        new[name], new[f"{name}_momentum"] = kept
+    after = FastWeights(**new)
     if x.queries is None:
-        return new, None
-    source = {"running_prev": state, "running": new, "anchor": anchor}[rule.read]
-    return new, _memory(source.inner[-1], source.outer[-1], x.queries)
+        return after, None
+    source = {"running_prev": state, "running": after, "anchor": anchor}[rule.read]
+    one = jax.tree.map(lambda a: a[-1], (source.inner, source.outer))
+    return after, _memory(*one, x.queries, rule)

@@ -7,18 +7,11 @@ the chunk's own write at its end.
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels._linalg.numerics import PLAIN
-from pallas_kernels._linalg.products import nn, nt, tn
-from pallas_kernels.mlp_memory.chunk import (
-    _at_anchor,
-    _clipped,
-    _erase,
-    generate,
-    predict,
-)
+from pallas_kernels._linalg.products import nn, nt
+from pallas_kernels.mlp_memory.anchor import Writes, predict, writes
+from pallas_kernels.mlp_memory.context import generate
 from pallas_kernels.mlp_memory.types import FastWeights, Readout, Rule, Tokens, Written
 
 
@@ -36,7 +29,7 @@ def read_anchor(
     if readout is not None:
         return generate(anchor, token, readout, rule, queried=True)[2].out[:, -1]
     assert token.queries is not None
-    return predict(_last(anchor), token.queries[:, None]).out[:, -1]
+    return predict(_last(anchor), token.queries[:, None], rule).out[:, -1]
 
 
 def running_start(anchor: FastWeights) -> FastWeights:
@@ -45,7 +38,12 @@ def running_start(anchor: FastWeights) -> FastWeights:
 
 
 def read_running(
-    anchor: FastWeights, running: FastWeights, token: Tokens, readout: Readout | None, rule: Rule
+    anchor: FastWeights,
+    running: FastWeights,
+    token: Tokens,
+    readout: Readout | None,
+    rule: Rule,
+    start: FastWeights | None = None,
 ) -> tuple[FastWeights, Float[Array, "H d 1"]]:
     """Write one token into the weights of the moment and read them.
 
@@ -59,6 +57,7 @@ def read_running(
       token: one column of each.
       readout: how the memories make their context; None where `token` is the context.
       rule: see `Rule`.
+      start: the weights that `rule.decay_to="start"` decays to.
 
     Returns:
       The weights after the token, and the read.
@@ -72,39 +71,44 @@ def read_running(
         assert token.learning_rate is not None and token.decay is not None
         context = token.keys, token.values, token.learning_rate, token.decay
         written = Written(*context, token.momentum)
-    after = _written(_last(anchor), running, written, rule)
+    after = _written(_last(anchor), running, written, _alone(anchor, rule), start)
     assert queries is not None
     source = after if rule.read == "running" else running
-    return after, predict(source, queries[:, None]).out[:, -1]
+    return after, predict(source, queries[:, None], rule).out[:, -1]
 
 
-def _written(anchor, running, token: Written, rule: Rule) -> FastWeights:
+def _alone(anchor: FastWeights, rule: Rule) -> Rule:
+    """The rule of the last memory as a group of its own."""
+    last = anchor.outer.shape[1] - 1
+    static, silent = ((0,) * (last in places) for places in (rule.static, rule.silent))
+    return rule._replace(static=static, silent=silent)
+
+
+def _written(anchor, running, token: Written, rule: Rule, start) -> FastWeights:
     """`running` after one more token."""
-    found = _at_anchor(anchor, token, rule, PLAIN)
-    keys = token.keys[:, None]
-    size, wide = jnp.sum(keys**2, axis=-2), jnp.sum(found.h**2, axis=-2)
-    inner_error = _clipped(tn(anchor.outer, found.error) * found.slope, size, rule)
-    outer_error = _clipped(found.error, wide, rule)
-    learning_rate = token.learning_rate[:, None]
+    if rule.static:
+        return running
+    of_inner, of_outer = writes(anchor, token, rule)
+    start = _last(start) if rule.decay_to == "start" else None
+    inner = (running.inner, running.inner_momentum)
+    if of_inner is not None:
+        inner = _write(*inner, of_inner, token, getattr(start, "inner", None))
+    base = getattr(start, "outer", None)
+    outer = _write(running.outer, running.outer_momentum, of_outer, token, base)
+    return FastWeights(inner[0], outer[0], inner[1], outer[1])
 
-    def write(layer, weight, momentum, x, error, squared_norm):
-        step = -learning_rate[..., None] * nt(error, x)
-        if momentum is not None:
-            assert token.momentum is not None
-            step = momentum = token.momentum[:, None, :, None] * momentum + step
-        erase = _erase(rule, layer, learning_rate, squared_norm)
-        new = token.decay[:, None, :, None] * weight + step
-        if erase is not None:
-            new = new - nt(erase[..., None] * nn(weight, x), x)
-        return new, momentum
 
-    inner, inner_momentum = write(
-        "inner", running.inner, running.inner_momentum, keys, inner_error, size
-    )
-    outer, outer_momentum = write(
-        "outer", running.outer, running.outer_momentum, found.h, outer_error, wide
-    )
-    return FastWeights(inner, outer, inner_momentum, outer_momentum)
+def _write(weight, momentum, of: Writes, token: Written, start):
+    """One matrix and its momentum after one more token."""
+    step = -of.learning_rate[..., None] * nt(of.error, of.x)
+    if momentum is not None:
+        assert token.momentum is not None
+        step = momentum = token.momentum[:, None, :, None] * momentum + step
+    decay = token.decay[:, None, :, None]
+    kept = decay * weight if start is None else start + decay * (weight - start)
+    if of.erase is not None:
+        kept = kept - nt(of.erase[..., None, :] * nn(weight, of.x), of.x)
+    return kept + step, momentum
 
 
 def _last(weights: FastWeights) -> FastWeights:

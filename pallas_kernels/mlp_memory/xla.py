@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels._linalg.products import INVERSE
-from pallas_kernels.mlp_memory.chunk import memory_chunk, restarted
+from pallas_kernels.mlp_memory.context import memory_chunk, restarted
 from pallas_kernels.mlp_memory.types import Documents, FastWeights, Readout, Rule, Tokens
 
 
@@ -21,6 +21,7 @@ def mlp_memory_xla(
     tokens: Tokens,
     readout: Readout | None,
     documents: Documents | None = None,
+    begin: FastWeights | None = None,
     *,
     rule: Rule,
     chunk_size: int,
@@ -31,11 +32,11 @@ def mlp_memory_xla(
     """
 
     @recomputed
-    def chunk(state, part, begins, documents, readout):
+    def chunk(state, part, begins, documents, readout, begin):
         if documents is not None:
             begins = begins[:, None, None, None]
             state = restarted(state, begins, documents.inner, documents.outer)
-        return memory_chunk(state, part, readout, rule)
+        return memory_chunk(state, part, readout, rule, start=begin)
 
     begins = None if documents is None else documents.begins.T
     length = tokens.keys.shape[-1]
@@ -45,7 +46,7 @@ def mlp_memory_xla(
         parts = jax.tree.map(partial(_chunks, whole=whole, size=chunk_size), tokens)
         scanned = (parts, None if begins is None else begins[: whole // chunk_size])
         state, reads = jax.lax.scan(
-            lambda state, x: chunk(state, *x, documents, readout), state, scanned
+            lambda state, x: chunk(state, *x, documents, readout, begin), state, scanned
         )
         if reads is not None:
             reads = jnp.moveaxis(reads, 0, -2)
@@ -53,7 +54,7 @@ def mlp_memory_xla(
     if whole < length:
         part = jax.tree.map(lambda a: a[..., whole:], tokens)
         state, reads = chunk(
-            state, part, None if begins is None else begins[-1], documents, readout
+            state, part, None if begins is None else begins[-1], documents, readout, begin
         )
         if reads is not None:
             pieces.append(reads)

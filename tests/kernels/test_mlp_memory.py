@@ -44,6 +44,37 @@ CASES = {
     ),
 }
 
+DELTA = Rule("delta", dgd="none", targets="unit", inner_clip=None, gate_gain=2.0)
+MENU = {
+    "U by the delta rule": dict(
+        momentum=False,
+        rule=DELTA._replace(written="outer", step="normalised", decay_to="start", read="running"),
+    ),
+    "U by the delta rule, in documents": dict(
+        readout=False,
+        documents=True,
+        rule=DELTA._replace(written="outer", values="shared"),
+    ),
+    "both by the delta rule": dict(
+        rule=DELTA._replace(dgd="input_only", step="normalised", clip="error", inner_clip=0.5)
+    ),
+    "decay to the start": dict(momentum=False, rule=Rule(decay_to="start", clip="gradient")),
+    "erasing U alone": dict(rule=Rule(dgd="output_only", erase="implicit")),
+    "linear": dict(
+        linear=True,
+        momentum=False,
+        rule=DELTA._replace(residual=False, decay_to="start", read="running"),
+    ),
+    "linear, with a residual": dict(linear=True, rule=Rule(targets="unit", dgd="none")),
+    "linear, in documents": dict(
+        linear=True, readout=False, documents=True, rule=Rule("dot", residual=False)
+    ),
+    "linear, read at the start": dict(linear=True, rule=DELTA._replace(read="anchor")),
+    "static": dict(rule=Rule(static=(0, 2), silent=(1, 4))),
+    "static and linear": dict(linear=True, rule=DELTA._replace(static=(4,), silent=(3,))),
+    "all static": dict(rule=Rule(static=(0, 1, 2, 3, 4), read="running")),
+}
+
 
 def operands(dtype, *, batch=(2,), memories=5, length=LENGTH, momentum=True, readout=True, **more):
     """The keyword arguments of `mlp_memory`."""
@@ -58,7 +89,11 @@ def operands(dtype, *, batch=(2,), memories=5, length=LENGTH, momentum=True, rea
 
     inner = normal(*batch, memories, f, d, scale=d**-0.5)
     outer = normal(*batch, memories, d, f, scale=0.3 * f**-0.5)
-    momenta = (0.1 * inner, -0.1 * outer) if momentum else (None, None)
+    if more.get("linear"):
+        inner, outer = None, normal(*batch, memories, d, d, scale=d**-0.5)
+    momenta = (None, None)
+    if momentum:
+        momenta = (None if inner is None else 0.1 * inner, -0.1 * outer)
     given = {name: normal(*batch, length, d, scale=d**-0.5) for name in ("keys", "values")}
     given |= dict(queries=normal(*batch, length, d), initial=FastWeights(inner, outer, *momenta))
     if momentum:
@@ -72,7 +107,10 @@ def operands(dtype, *, batch=(2,), memories=5, length=LENGTH, momentum=True, rea
         given |= dict(learning_rate=0.3 * gate(0.1), decay=gate(0.5))
     if more.get("documents"):  # the second chunk begins one in one sequence, the rest in the other
         begins = jnp.array([[False, True, False], [False, False, True]])
-        given["documents"] = Documents(begins, 0.5 * outer.swapaxes(-1, -2), 2 * outer)
+        anew = None if inner is None else 0.5 * outer.swapaxes(-1, -2)
+        given["documents"] = Documents(begins, anew, 2 * outer)
+    if more.get("rule", Rule()).decay_to == "start":
+        given["start"] = jax.tree.map(lambda a: 0.7 * a + 0.1, given["initial"])
     return given | dict(rule=rule)
 
 
@@ -82,7 +120,7 @@ def _results(arrays, begins, rule, how):
         if begins is not None:
             arrays = arrays | dict(documents=arrays["documents"]._replace(begins=begins))
         out = mlp_memory(**arrays, rule=rule, chunk_size=CHUNK, implementation=how)
-        leaves = (leaf.astype(out.final.inner.dtype) for leaf in jax.tree.leaves(out))
+        leaves = (leaf.astype(out.final.outer.dtype) for leaf in jax.tree.leaves(out))
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in leaves), out
 
     return jax.grad(total, has_aux=True)(arrays)
@@ -124,6 +162,16 @@ def test_every_form_is_the_recurrence(case, interpreted):
         close(results(given, "xla"), expected, 1e-10)
         expected = jax.tree.map(lambda a: a.astype(jnp.float32), expected)
     close(results(operands(jnp.float32, **case), "pallas_tpu"), expected, 2e-4)
+
+
+@pytest.mark.parametrize("case", MENU.values(), ids=MENU)
+def test_the_menu_is_the_recurrence(case):
+    """What no kernel has; in float64, forward and the gradient of every array."""
+    with jax.enable_x64(True):
+        given = operands(jnp.float64, **case)
+        close(results(given, "xla"), results(given, "reference"), 1e-10)
+        with pytest.raises(NotImplementedError, match="use implementation='xla'"):
+            mlp_memory(**given, chunk_size=CHUNK, implementation="pallas_tpu")
 
 
 HARD = {

@@ -10,27 +10,61 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from nestedjax import levels
+from nestedjax.layers import RuleConfig
 from nestedjax.layers.self_modifying import SelfModifyingConfig, init_params, self_modifying
 from nestedjax.memory import Tokens
 
 BASE = SelfModifyingConfig(heads=2, head_dim=4, hidden=6, chunk_size=4)
+LINEAR = RuleConfig("delta", dgd="none", targets="unit", inner_clip=None, decay_to="start")
+U_ALONE = dataclasses.replace(LINEAR, written="outer", step="normalised")
+GATES = {"projection_learning_rate": 0.05, "learning_rate_start": 0.6, "gate_gain": 2.0}
 VARIANTS = {
     "default": {},
     "no momentum": {"momentum": False},
-    "dot": {"objective": "dot"},
-    "R2": {"dgd": "input_only"},
-    "R3": {"dgd": "none"},
-    "R4": {"dgd": "functional"},
-    "implicit": {"erase": "implicit"},
+    "dot": {"rule": RuleConfig("dot")},
+    "R2": {"rule": RuleConfig(dgd="input_only")},
+    "R3": {"rule": RuleConfig(dgd="none")},
+    "R4": {"rule": RuleConfig(dgd="functional")},
+    "implicit": {"rule": RuleConfig(erase="implicit")},
     "running": {"read": "running"},
     "anchor": {"read": "anchor"},
-    "shared values": {"values": "shared"},
+    "shared values": {"rule": RuleConfig(values="shared")},
     "adaptive query": {"adaptive_query": True},
-    "no clip": {"inner_clip": None},
+    "no clip": {"rule": RuleConfig(inner_clip=None)},
+    "error clip": {"rule": RuleConfig(inner_clip=0.5, clip="error")},
+    "U by the delta rule": {"rule": U_ALONE, **GATES, "momentum": False},
+    "U by the delta rule, with momentum": {
+        "rule": dataclasses.replace(U_ALONE, decay_to="zero"),
+        "projection_learning_rate": 0.05,
+    },
+    "both by the delta rule": {
+        "rule": RuleConfig("delta", dgd="input_only", step="normalised", targets="unit"),
+        "read": "running",
+    },
+    "decay to the start": {"rule": RuleConfig(decay_to="start"), "momentum": False},
+    "static": {"static": ("key", "decay"), "inner_scale": 2.0},
+    "all but one static": {"static": ("key", "value", "learning_rate", "decay")},
+    "queried memory static": {"static": ("memory",), "read": "running"},
+    "linear": {"architecture": "linear", "momentum": False, "rule": LINEAR, **GATES},
+    "linear, at once": {"architecture": "linear", "rule": RuleConfig(targets="unit")},
+    "linear, residual": {
+        "architecture": "residual_linear",
+        "rule": dataclasses.replace(LINEAR, decay_to="zero", values="shared"),
+        "read": "running",
+    },
+    "linear, slow projections": {
+        "architecture": "linear",
+        "momentum": False,
+        "rule": LINEAR,
+        "chunk_size": 2,
+        "projection_chunk_size": 4,
+        **GATES,
+    },
     "slow memory": {"chunk_size": 8, "projection_chunk_size": 4},
     "slow projections": {"chunk_size": 2, "projection_chunk_size": 4},
     "token by token": {"chunk_size": 1},
 }
+GATED = ("learning_rate", "decay")
 
 
 def make(variant, length=16, seed=0):
@@ -66,46 +100,61 @@ def unit(z):
 
 
 class Memory:
-    """One memory of one head: M(z) = z + U gelu(V z), its anchor and its own token clock."""
+    """One memory of one head: M(z) = z + U gelu(V z) or [z +] U z, its anchor, its own clock."""
 
-    def __init__(self, initial, head, chunk):
-        self.V, self.U = (np.asarray(initial[n][head], np.float64) for n in ("inner", "outer"))
-        self.SV, self.SU = np.zeros_like(self.V), np.zeros_like(self.U)
-        self.chunk, self.count = chunk, 0
-        self.anchor = (self.V, self.U)
+    def __init__(self, initial, head, chunk, config, static):
+        self.linear, self.residual = config.linear, config.architecture != "linear"
+        self.U = np.asarray(initial["outer"][head], np.float64)
+        self.V = None if self.linear else np.asarray(initial["inner"][head], np.float64)
+        self.SV, self.SU = 0.0 * (0.0 if self.linear else self.V), np.zeros_like(self.U)
+        self.chunk, self.count, self.static = chunk, 0, static
+        self.anchor = self.start = (self.V, self.U)
+
+    def apply(self, weights, z):
+        V, U = weights
+        return self.residual * z + U @ (z if self.linear else gelu(V @ z))
 
     def at_anchor(self, z):
-        V, U = self.anchor
-        return z + U @ gelu(V @ z)
+        return self.apply(self.anchor, z)
 
     def now(self, z):
-        return z + self.U @ gelu(self.V @ z)
+        return self.apply((self.V, self.U), z)
 
     def write(self, k, v, learning_rate, decay, momentum, config):
-        V, U = self.anchor
-        p = V @ k
-        h = gelu(p)
-        target = self.at_anchor(v) if config.values == "self" else v
-        error = -target if config.objective == "dot" else k + U @ h - target
-        if config.dgd == "functional":
+        rule, (V, U) = config.rule, self.anchor
+        p = None if self.linear else V @ k
+        h = k if self.linear else gelu(p)
+        target = v
+        if rule.values == "self":
+            target = self.at_anchor(v)
+            target = unit(target) if rule.targets == "unit" else target
+        error = -target if rule.objective == "dot" else self.at_anchor(k) - target
+        if rule.dgd == "functional":
             error = error + U @ h
-        if config.inner_clip is not None:
-            error = error * min(1.0, config.inner_clip / np.sqrt(error @ error + 1e-12))
-        inner_error = (U.T @ error) * gelu_slope(p)
-        for name, x, e in (("V", k, inner_error), ("U", h, error)):
-            erase = 0.0
-            if config.dgd == "layerwise" or (config.dgd == "input_only" and name == "V"):
-                implicit = config.erase == "implicit"
-                erase = learning_rate / (
-                    1 + learning_rate * x @ x if implicit else max(1, learning_rate * x @ x)
-                )
+        if rule.inner_clip is not None and rule.clip != "gradient":
+            error = error * min(1.0, rule.inner_clip / np.sqrt(error @ error + 1e-12))
+        todo = [("U", h, error)]
+        if not self.linear and rule.written == "both":
+            todo.append(("V", k, (U.T @ error) * gelu_slope(p)))
+        for name, x, e in todo if not self.static else []:
+            eta, erase = learning_rate, 0.0
+            if rule.step == "normalised" and name == "U" and not self.linear:
+                eta = eta / (x @ x + 0.01)
+            if rule.dgd in ("layerwise", {"V": "input_only", "U": "output_only"}[name]):
+                implicit = rule.erase == "implicit"
+                erase = eta / (1 + eta * x @ x if implicit else max(1, eta * x @ x))
             gradient = np.outer(e, x)
-            if config.inner_clip is not None:  # of each matrix, too
+            if rule.inner_clip is not None and rule.clip != "error":  # of each matrix, too
                 norm = np.sqrt((gradient**2).sum() + 1e-12)
-                gradient = gradient * min(1.0, config.inner_clip / norm)
-            velocity = momentum * getattr(self, "S" + name) - learning_rate * gradient
-            weight = getattr(self, name)
-            weight = decay * weight - erase * np.outer(weight @ x, x) + velocity
+                gradient = gradient * min(1.0, rule.inner_clip / norm)
+            if rule.objective == "delta" and name == "U":  # of the moment: its part U x is erased
+                erase, gradient = eta, np.outer(self.residual * k - target, x)
+            velocity = momentum * getattr(self, "S" + name) - eta * gradient
+            weight, start = getattr(self, name), self.start[name == "U"]
+            kept = decay * weight
+            if rule.decay_to == "start":
+                kept = start + decay * (weight - start)
+            weight = kept - erase * np.outer(weight @ x, x) + velocity
             setattr(self, "S" + name, velocity)
             setattr(self, name, weight)
         self.count += 1
@@ -121,7 +170,13 @@ def numpy_loop(config, params, x):
     read = {n: np.asarray(v, np.float64) for n, v in params["readout"].items()}
     for head in range(config.heads):
         memories = {
-            name: Memory(params[name], head, queried if name == "memory" else others)
+            name: Memory(
+                params[name],
+                head,
+                queried if name == "memory" else others,
+                config,
+                name in config.static,
+            )
             for name in config.memories
         }
         for t in range(length):
@@ -131,13 +186,14 @@ def numpy_loop(config, params, x):
                 given.queries[t, head],
             )
             k, v = unit(memories["key"].at_anchor(z)), memories["value"].at_anchor(zv)
-            learning_rate = sigmoid(
-                read["learning_rate"][head] @ memories["learning_rate"].at_anchor(z)
-                + read["learning_rate_bias"][head]
-            )
-            decay = sigmoid(
-                read["decay"][head] @ memories["decay"].at_anchor(z) + read["decay_bias"][head]
-            )
+            said = {n: config.gate_gain * memories[n].at_anchor(z) for n in GATED}
+
+            def gate(name, of):
+                return sigmoid(read[name][head] @ said[of] + read[f"{name}_bias"][head])  # noqa: B023
+
+            decay, rates = gate("decay", "decay"), {"memory": gate("learning_rate", GATED[0])}
+            own = config.projection_learning_rate is not None
+            rates["others"] = gate(f"projection_{GATED[0]}" if own else GATED[0], GATED[0])
             momentum = given.momentum[t, head] if config.momentum else 0.0
             q = unit(memories["query"].at_anchor(q) if config.adaptive_query else q)
             main = memories["memory"]
@@ -145,10 +201,9 @@ def numpy_loop(config, params, x):
                 out[t, head] = main.at_anchor(q)
             elif config.read == "running_prev":
                 out[t, head] = main.now(q)
-            for memory in memories.values():
-                memory.write(
-                    k, v, config.max_learning_rate * learning_rate, decay, momentum, config
-                )
+            for name, memory in memories.items():
+                rate = config.max_learning_rate * rates.get(name, rates["others"])
+                memory.write(k, v, rate, decay, momentum, config)
             if config.read == "running":
                 out[t, head] = main.now(q)
     return out

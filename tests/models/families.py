@@ -9,13 +9,19 @@ import numpy as np
 from flax import nnx
 
 from nestedjax import models
-from nestedjax.layers import SelfModifyingConfig
+from nestedjax.layers import RuleConfig, SelfModifyingConfig
 
 VOCAB, WIDTH, LAYERS, PERIOD = 24, 8, 2, 4
 ATTENTION = models.AttentionConfig(heads=2, context=6, conv=2)
 MEMORY = SelfModifyingConfig(heads=2, head_dim=4, hidden=4, chunk_size=4)
 LITERAL = SelfModifyingConfig(
-    heads=1, head_dim=8, hidden=8, chunk_size=4, read="anchor", momentum=False, inner_clip=None
+    heads=1,
+    head_dim=8,
+    hidden=8,
+    chunk_size=4,
+    read="anchor",
+    momentum=False,
+    rule=RuleConfig(inner_clip=None),
 )
 STREAM = models.CMSConfig(periods=(None, 64), hidden=6)
 IN_CONTEXT = models.CMSConfig(

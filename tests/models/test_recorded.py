@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from nestedjax import models
+from nestedjax.layers import RuleConfig
 from tests.models.families import FAMILIES, MEMORY, STREAM, hope
 
 RECORDED = np.load(Path(__file__).parent / "recorded" / "logits.npz")
@@ -24,11 +25,16 @@ CONFIGS = {
     "hope_shared_dot": hope(
         STREAM,
         dataclasses.replace(
-            MEMORY, values="shared", objective="dot", erase="implicit", adaptive_query=True
+            MEMORY,
+            rule=RuleConfig("dot", values="shared", erase="implicit"),
+            adaptive_query=True,
         ),
     ),
     "hope_running": hope(
-        STREAM, dataclasses.replace(MEMORY, read="running", dgd="functional", momentum=False)
+        STREAM,
+        dataclasses.replace(
+            MEMORY, read="running", rule=RuleConfig(dgd="functional"), momentum=False
+        ),
     ),
     "hope_nano": models.PRESETS["hope_nano"],
 }
