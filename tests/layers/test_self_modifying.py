@@ -316,8 +316,27 @@ def test_whole_chunks_in_one_operation(x64, variant):
 
 
 def test_another_implementation_takes_one_chunk_size():
-    with pytest.raises(NotImplementedError, match="takes one chunk size, got 8 and 4"):
+    with pytest.raises(NotImplementedError, match="one chunk size and one learning rate"):
         self_modifying(make("slow memory")[0], implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("switch", ["not_written", "frozen", "reset"])
+def test_a_switched_memory_says_what_it_should(x64, switch):
+    """With nothing else written, reads are those of the start; two memories switch one by one."""
+    config, params, x = make("no momentum")
+    level = self_modifying(config)
+    run = lambda level: levels.run(level, params, level.init(params), x)  # noqa: E731
+    plain, _ = run(level)
+    every, after = run(level.switched({name: switch for name in config.memories}))
+    assert float(jnp.abs(every - plain).max()) > 1e-3
+    if switch != "not_written":  # which still erases and decays
+        start = level.init(params)
+        jax.tree.map(np.testing.assert_array_equal, levels.at_boundary((after,))[0], start)
+    one = run(level.switched({"key": switch}))[0]
+    both = run(level.switched({"key": switch}).switched({"value": switch}))[0]
+    assert len({float(jnp.sum(y)) for y in (plain, every, one, both)}) == 4
+    with pytest.raises(ValueError, match="memories are key, learning_rate"):
+        level.switched({"keys": switch})
 
 
 def test_causal_and_isolated_exactly():
@@ -381,7 +400,8 @@ def test_no_learning_rate_and_full_decay_leave_the_memories_as_they_were(x64):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"read": "later"}, "read='later' is not one of"),
+        ({"rule": RuleConfig(decay_to="start")}, "not defined with momentum"),
+        ({"static": ("keys",)}, "names 'keys'; the memories are key, learning_rate"),
         ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
         ({"chunk_size": 16, "projection_chunk_size": 6}, "one must divide the other"),
     ],
