@@ -116,12 +116,12 @@ def run(
     name: str,
     doc: str,
     *,
-    tasks: Mapping[str, Mapping[str, Callable[[], Task]]],
+    tasks: Mapping[str, Mapping[str, Callable[..., Task]]],
     plans: Mapping[str, Callable[[str], Plan]],
     configs: Callable[[int], Mapping[str, models.ModelConfig]],
     least: float,
     title: str,
-    check: Callable[[], None] = lambda: None,
+    data: Path | None = None,
 ) -> None:
     """The command line of an experiment: fill the cells asked for, then table, results and plot.
 
@@ -133,7 +133,7 @@ def run(
       configs: see `compare`.
       least: the accuracy whose first step the table shows.
       title: of the plot.
-      check: raises if the experiment cannot run here.
+      data: the folder that the tasks read unless another is given; None if they read none.
     """
     known = {task: None for of in tasks.values() for task in of}
     parser = Parser(prog=f"python -m experiments.{name}", description=doc.splitlines()[0])
@@ -142,6 +142,8 @@ def run(
     parser.add_argument("--models", nargs="+", choices=configs(2), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the scale")
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    if data:
+        parser.add_argument("--data", type=Path, default=data, help="folder of the data")
     given = parser.parse_args()
     here = tasks[given.scale]
     for task in given.tasks or ():
@@ -150,13 +152,12 @@ def run(
     if any(not 0 <= seed < HELDOUT for seed in given.seeds or ()):
         parser.error(f"--seeds {given.seeds}: give seeds from 0 to {HELDOUT - 1}")
     try:
-        check()
         asked = {task: plans[given.scale](task) for task in given.tasks or here}
         if given.seeds:
             seeds = tuple(given.seeds)
             asked = {t: dataclasses.replace(plan, seeds=seeds) for t, plan in asked.items()}
         for name_of, plan in asked.items():
-            task = here[name_of]()
+            task = here[name_of](**({"data": given.data} if data else {}))
             table = configs(task.vocab)
             table = {model: table[model] for model in given.models or table}
             compare(name_of, task, table, plan=plan, folder=given.out / "cells")
