@@ -10,8 +10,9 @@ Command:   python -m experiments.formal_languages --scale cpu   (a part: --tasks
 Data:      generated: strings of the language, of every length from 2 to 50 as often; at each symbol
            the model says which symbols may come next, the end among them; a string is right if all
            of its sets are. Held out: lengths 2-50, 51-100 (published) and 101-500 (ours)
-Protocol:  one block of width 64 with 4 heads, HOPE at one write a token; AdamW at 3e-3 (b2 0.98,
-           weight decay 0.01, clip 1), warm-up of 50 steps, then constant; batch 32; three seeds
+Protocol:  one block of width 64 with 4 heads, HOPE at one write a token; AdamW (b2 0.98, weight
+           decay 0.01, clip 1), warm-up of 50 steps, then constant; batch 32; each model at the
+           best of the same rates on seed 0, first bin, then three seeds
 Hardware:  2 CPU cores; --scale gpu and tpu are meant for one chip
 Output:    a table, `formal_languages.json`, `formal_languages.png` and the finished cells in --out
            (started again, it goes on); what was found is in LOG.md
@@ -178,9 +179,9 @@ ALL = {name: functools.partial(make, name) for name in LANGUAGES}
 TASKS = {"smoke": {"parity": ALL["parity"]}, "cpu": ALL, "gpu": ALL, "tpu": ALL}
 PLANS = {
     "smoke": lambda task: trials.Plan(6, 3, seeds=(0,)),
-    "cpu": lambda task: trials.Plan(600, 25),
-    "gpu": lambda task: trials.Plan(8000, 100),
-    "tpu": lambda task: trials.Plan(8000, 100),
+    "cpu": lambda task: trials.Plan(600, 25, (3e-3, 1e-2)),
+    "gpu": lambda task: trials.Plan(8000, 100, (1e-3, 3e-3, 1e-2)),
+    "tpu": lambda task: trials.Plan(8000, 100, (1e-3, 3e-3, 1e-2)),
 }
 
 
@@ -190,7 +191,8 @@ def main() -> None:
         __doc__,
         tasks=TASKS,
         plans=PLANS,
-        configs=configs,
+        configs=lambda task: configs(task.vocab),
+        names=tuple(configs(2)),
         least=1.0,
         title="Formal languages: strings of length 2-50 right, by training step",
     )

@@ -96,7 +96,8 @@ def main() -> None:
         __doc__,
         tasks=TASKS,
         plans=PLANS,
-        configs=configs,
+        configs=lambda task: configs(task.vocab),
+        names=tuple(configs(2)),
         least=0.98,
         title="Recall: answers right, by training step (length x pairs)",
     )

@@ -118,7 +118,8 @@ def run(
     *,
     tasks: Mapping[str, Mapping[str, Callable[..., Task]]],
     plans: Mapping[str, Callable[[str], Plan]],
-    configs: Callable[[int], Mapping[str, models.ModelConfig]],
+    configs: Callable[[Task], Mapping[str, models.ModelConfig]],
+    names: Sequence[str],
     least: float,
     title: str,
     data: Path | None = None,
@@ -130,7 +131,8 @@ def run(
       doc: its head.
       tasks: scale -> name -> makes the task.
       plans: scale -> name of a task -> its plan.
-      configs: see `compare`.
+      configs: of a task, model name -> configuration.
+      names: of the models.
       least: the accuracy whose first step the table shows.
       title: of the plot.
       data: the folder that the tasks read unless another is given; None if they read none.
@@ -139,7 +141,7 @@ def run(
     parser = Parser(prog=f"python -m experiments.{name}", description=doc.splitlines()[0])
     parser.add_argument("--scale", choices=tasks, default="cpu")
     parser.add_argument("--tasks", nargs="+", choices=known, help="default: all of the scale")
-    parser.add_argument("--models", nargs="+", choices=configs(2), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=names, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the scale")
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
     if data:
@@ -158,7 +160,7 @@ def run(
             asked = {t: dataclasses.replace(plan, seeds=seeds) for t, plan in asked.items()}
         for name_of, plan in asked.items():
             task = here[name_of](**({"data": given.data} if data else {}))
-            table = configs(task.vocab)
+            table = configs(task)
             table = {model: table[model] for model in given.models or table}
             compare(name_of, task, table, plan=plan, folder=given.out / "cells")
         rows = collect(given.out, name)

@@ -147,7 +147,7 @@ def fit(config: models.ModelConfig, task: Task, plan: Plan, *, rate: float, seed
     evaluate = training.make_evaluate(training.stateless(loss))
 
     def measured(state: training.TrainState, sets: Mapping[str, list[Batch]]) -> dict[str, float]:
-        return {name: evaluate(state.params, sets[name])["accuracy"] for name in sets}
+        return {name: float(evaluate(state.params, sets[name])["accuracy"]) for name in sets}
 
     tx = optimizer(model, task, plan, rate)
     row: dict = {"parameters": models.parameter_count(model), "accuracy": {}, "error": None}
