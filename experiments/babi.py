@@ -43,6 +43,11 @@ def configs(vocab: int) -> dict[str, models.ModelConfig]:
     """
     return {
         "hope": small.hope(vocab),
+        "hope_static": small.hope(vocab, static=small.PROJECTIONS),
+        "hope_no_writes": small.hope(vocab, static=small.ALL),
+        "hope_linear": small.hope(vocab, small.LINEAR),
+        "hope_linear_static": small.hope(vocab, small.LINEAR, static=small.PROJECTIONS),
+        "hope_linear_no_writes": small.hope(vocab, small.LINEAR, static=small.ALL),
         "deltanet": small.deltanet(vocab),
         "gated_deltanet": small.gated_deltanet(vocab),
         "transformer": small.transformer(vocab),

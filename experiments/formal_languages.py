@@ -46,6 +46,7 @@ def configs(vocab: int) -> dict[str, models.ModelConfig]:
     sizes = (vocab, small.WIDTH, 1, small.HIDDEN)
     return {
         "hope": small.hope(vocab, layers=1),
+        "hope_linear": small.hope(vocab, small.LINEAR, layers=1),
         "deltanet": small.deltanet(vocab, layers=1),
         "deltanet_to_2": rivals.ReflectingDeltaNetConfig(*sizes, small.HEADS, 32, small.CONV),
         "transformer": small.transformer(vocab, layers=1),

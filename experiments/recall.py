@@ -33,9 +33,11 @@ def configs(vocab: int) -> dict[str, models.ModelConfig]:
     """
     return {
         "hope": small.hope(vocab),
+        "hope_linear": small.hope(vocab, small.LINEAR),
         "deltanet": small.deltanet(vocab),
         "gated_deltanet": small.gated_deltanet(vocab),
         "transformer": small.transformer(vocab),
+        "no_writes": small.hope(vocab, static=small.ALL),
     }
 
 

@@ -3,29 +3,56 @@
 One place for the settings of each; an experiment's own table changes what it is about.
 """
 
+import dataclasses
 from typing import Any
 
-from nestedjax import models
+from nestedjax import layers, models
 
 WIDTH, LAYERS, HEADS = 64, 2, 4
 HIDDEN = 176  # of every SwiGLU network: 8/3 of the width
 CONV = 4  # tokens of every short convolution
 CONTEXT = 1024  # tokens that attention sees: all of every task
 
-# HOPE's memory in the setting of these tasks: one write a token, read after it.
-MEMORY: dict[str, Any] = {
-    "heads": HEADS,
-    "head_dim": WIDTH // HEADS,
-    "hidden": WIDTH // HEADS,
-    "chunk_size": 1,
-    "read": "running",
-    "momentum": False,
-}
+# HOPE's memories on these tasks: each token corrects its error once, toward targets of norm 1, at
+# rates that start at a half, the projections' at a twentieth; read after the write.
+RULE = layers.RuleConfig(
+    objective="delta", targets="unit", dgd="none", inner_clip=None, decay_to="start"
+)
+LINEAR = layers.SelfModifyingConfig(
+    heads=HEADS,
+    head_dim=WIDTH // HEADS,
+    chunk_size=1,
+    architecture="linear",
+    rule=RULE,
+    momentum=False,
+    read="running",
+    learning_rate_start=0.5,
+    projection_learning_rate=0.05,
+    gate_gain=4.0,
+    inputs="unit",
+)
+MLP = dataclasses.replace(
+    LINEAR,
+    architecture="mlp",
+    hidden=4 * WIDTH // HEADS,
+    rule=dataclasses.replace(RULE, written="outer", step="normalised"),
+)
+ALL = layers.MEMORIES  # of them static: nothing is ever written
+PROJECTIONS = tuple(name for name in ALL if name != "memory")
 
 
-def hope(vocab: int, *, layers: int = LAYERS, **memory: Any) -> models.HopeConfig:
-    """HOPE with one continuum block, which is then a SwiGLU network like the others'."""
-    held = models.SelfModifyingConfig(**MEMORY | memory)
+def hope(
+    vocab: int, memory: layers.SelfModifyingConfig = MLP, *, layers: int = LAYERS, **changes: Any
+) -> models.HopeConfig:
+    """HOPE with one continuum block, which is then a SwiGLU network like the others'.
+
+    Args:
+      vocab: tokens.
+      memory: `MLP` or `LINEAR`.
+      layers: blocks.
+      **changes: of fields of the memory.
+    """
+    held = dataclasses.replace(memory, **changes)
     block = models.CMSConfig(periods=(None,), hidden=HIDDEN, mlp="swiglu")
     return models.HopeConfig(vocab, WIDTH, layers, held, block)
 
