@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -26,6 +27,7 @@ from experiments import babi, recall, reports, trials
 from experiments import small_models as small
 from nestedjax import layers, models
 
+BASE = small.LINEAR  # the memory that the rows change
 BLOCKS = (1, 2, 4, 8)  # steps between two writes of a continuum block
 
 
@@ -49,28 +51,41 @@ def configs(vocab: int, *, step_tokens: int) -> dict[str, models.ModelConfig]:
     """
     periods = tuple(steps * step_tokens for steps in BLOCKS)
     four = models.CMSConfig(periods, hidden=small.HIDDEN // len(BLOCKS), mlp="swiglu")
-    one = small.hope(vocab)
-    full = one.with_continuum(four)
 
-    def changed(**memory) -> models.ModelConfig:
-        return dataclasses.replace(full, memory=dataclasses.replace(full.memory, **memory))
+    def hope(memory: layers.SelfModifyingConfig = BASE, **changes: Any) -> models.ModelConfig:
+        return small.hope(vocab, memory, **changes).with_continuum(four)
 
+    def rule(**changes: Any) -> models.ModelConfig:
+        return hope(rule=dataclasses.replace(BASE.rule, **changes))
+
+    full = hope()
     return {
         "hope": full,
-        "no_dgd": changed(dgd="none"),
-        "no_momentum" if full.memory.momentum else "momentum": changed(
-            momentum=not full.memory.momentum
-        ),
-        "no_decay": changed(decay_bias=80.0),  # its sigmoid is 1 in float32, without a slope
-        "no_cms": one,
-        "no_convolution": WithoutConvolution(vocab, full.width, full.layers, full.memory, full.cms),
-        "values_shared": changed(values="shared"),
-        "query_adaptive": changed(adaptive_query=True),
-        "read_before_write": changed(read="running_prev"),
-        "read_chunk_start": changed(read="anchor"),
-        "chunk_4": changed(chunk_size=4),
-        "chunk_16": changed(chunk_size=16),
-        "projections_every_16": changed(projection_chunk_size=16),
+        "no_writes": hope(static=small.ALL),
+        # The delta rule is DGD on the dot objective: what is left of it without DGD.
+        "no_dgd": rule(objective="dot"),
+        # Momentum has no decay to the start: compare it with "decay_to_zero".
+        "momentum": hope(momentum=True, rule=dataclasses.replace(BASE.rule, decay_to="zero")),
+        "decay_to_zero": rule(decay_to="zero"),
+        "no_decay": hope(decay_bias=80.0),  # its sigmoid is 1 in float32, without a slope
+        "no_cms": small.hope(vocab, BASE),
+        "no_convolution": WithoutConvolution(vocab, full.width, full.layers, BASE, four),
+        "key_static": hope(static=("key",)),
+        "value_static": hope(static=("value",)),
+        "learning_rate_static": hope(static=("learning_rate",)),
+        "decay_static": hope(static=("decay",)),
+        "projections_static": hope(static=small.PROJECTIONS),
+        "query_adaptive": hope(adaptive_query=True),
+        "one_learning_rate": hope(projection_learning_rate=None),
+        "values_shared": rule(values="shared"),
+        "targets_not_normalised": rule(targets="generated", inner_clip=1.0),
+        "read_before_write": hope(read="running_prev"),
+        "read_chunk_start": hope(read="anchor"),
+        "chunk_4": hope(chunk_size=4),
+        "chunk_16": hope(chunk_size=16),
+        "projections_every_16": hope(projection_chunk_size=16),
+        "write_as_published": hope(rule=layers.RuleConfig()),
+        "mlp": hope(small.MLP),
         "transformer": small.transformer(vocab),
         "transformer_no_convolution": small.transformer(vocab, conv=0),
     }
