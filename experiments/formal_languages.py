@@ -153,8 +153,8 @@ def loss(logits: jax.Array, batch: trials.Batch) -> tuple[jax.Array, dict[str, j
     asked, legal = batch["asked"], batch["legal"]
     losses = optax.sigmoid_binary_cross_entropy(logits, legal.astype(logits.dtype)).mean(-1)
     right = jnp.all(((logits > 0) == legal).all(-1) | ~asked, axis=-1)
-    metrics = {"accuracy": right.mean(), "tokens": jnp.asarray(right.size)}
-    return jnp.sum(losses * asked) / jnp.sum(asked), metrics
+    metrics = {"accuracy": right.astype(jnp.float32).mean(), "tokens": jnp.asarray(right.size)}
+    return jnp.mean(losses, where=asked), metrics
 
 
 def make(name: str) -> trials.Task:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.trials import HELDOUT, Plan, Task, compare, score
 from nestedjax import models
 from nestedjax.errors import one_line
@@ -153,6 +155,9 @@ def run(
             parser.error(f"--scale {given.scale} has no task {task}: it has {', '.join(here)}")
     if any(not 0 <= seed < HELDOUT for seed in given.seeds or ()):
         parser.error(f"--seeds {given.seeds}: give seeds from 0 to {HELDOUT - 1}")
+    # All rates and seeds of a model are one program.
+    jax.config.update("jax_compilation_cache_dir", str(given.out / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         asked = {task: plans[given.scale](task) for task in given.tasks or here}
         if given.seeds:

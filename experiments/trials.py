@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +82,9 @@ def answers(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.A
     """Cross-entropy of `targets`, each times its `weights`; accuracy where `asked` is true."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     asked = batch["asked"]
-    right = jnp.sum((logits.argmax(-1) == batch["targets"]) & asked)
-    count = jnp.sum(asked)
-    metrics = {"accuracy": right / jnp.maximum(count, 1), "tokens": count}
+    right = jnp.sum((logits.argmax(-1) == batch["targets"]) & asked, dtype=jnp.float32)
+    count = jnp.sum(asked, dtype=jnp.float32)
+    metrics = {"accuracy": right / jnp.maximum(count, 1.0), "tokens": count}
     return jnp.sum(losses * batch["weights"]), metrics
 
 
@@ -114,15 +114,30 @@ def heldout(draw: Callable[[np.random.Generator], Batch], count: int) -> list[Ba
     return [draw(np.random.default_rng((HELDOUT, index))) for index in range(count)]
 
 
+class Peak(NamedTuple):
+    """The peak learning rate as a state, so that every rate is the same program."""
+
+    rate: jax.Array  # shape=()
+
+
+def peak(rate: float) -> optax.GradientTransformation:
+    """Updates times a rate."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u: u * state.rate, updates), state
+
+    return optax.GradientTransformation(lambda params: Peak(jnp.float32(rate)), update)
+
+
 def optimizer(model: models.Model, task: Task, plan: Plan, rate: float):
     """AdamW behind a clip at norm 1; a continuum block with a period is stepped at its period."""
 
     def adamw(period: int) -> optax.GradientTransformation:
-        # The rate is in the state, so that every rate is the same program.
-        adam = optax.inject_hyperparams(optax.adamw)(
-            learning_rate=rate, b2=0.98, weight_decay=plan.weight_decay
+        return optax.chain(
+            optax.adamw(1.0, b2=0.98, weight_decay=plan.weight_decay),
+            peak(rate),
+            optax.scale_by_schedule(optim.at_writes(plan.factor, period)),
         )
-        return optax.chain(adam, optax.scale_by_schedule(optim.at_writes(plan.factor, period)))
 
     timed = models.optimizer(model, adamw, step_tokens=task.shape[0] * task.shape[1])
     return optax.chain(optax.clip_by_global_norm(1.0), timed)
@@ -223,9 +238,6 @@ def compare(
       folder: of the cells.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # All rates and seeds of a model are one program.
-    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     shared = dataclasses.asdict(plan) | {"data": task.about}
     rates, seeds = shared.pop("rates"), shared.pop("seeds")
     rows = []
