@@ -79,7 +79,7 @@ def draw(rows: Sequence[dict], path: Path, *, title: str) -> None:
     columns = min(len(tasks), 3)
     deep = -(-len(tasks) // columns)
     picture, axes = figure(
-        4.2 * columns + 2, 3.2 * deep, rows=deep, columns=columns, sharey=True, squeeze=False
+        4.2 * columns + 2.8, 3.6 * deep, rows=deep, columns=columns, sharey=True, squeeze=False
     )
     for axis in axes.flat[len(tasks) :]:
         axis.set_axis_off()
@@ -90,7 +90,7 @@ def draw(rows: Sequence[dict], path: Path, *, title: str) -> None:
                 values = [next(v for k, v in e.items() if k != "step") for e in row["curve"]]
                 label = name if index == 0 else None
                 color = f"C{names.index(name) % 10}"
-                style = "-" if names.index(name) < 10 else "--"
+                style = ("-", "--", ":")[names.index(name) // 10 % 3]
                 axis.plot(steps, values, style, color=color, linewidth=1.1, label=label)
         axis.set_title(task, loc="left")
         axis.set(xlabel="step", ylim=(-0.02, 1.02))
@@ -102,7 +102,7 @@ def draw(rows: Sequence[dict], path: Path, *, title: str) -> None:
         handles |= {
             label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-    picture.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+    picture.legend(handles.values(), handles, loc="outside right center", frameon=False)
     picture.suptitle(title, x=0.01, ha="left")
     picture.savefig(path)
 
