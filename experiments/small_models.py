@@ -21,7 +21,7 @@ RULE = layers.RuleConfig(
 LINEAR = layers.SelfModifyingConfig(
     heads=HEADS,
     head_dim=WIDTH // HEADS,
-    chunk_size=1,
+    chunk_size=8,
     architecture="linear",
     rule=RULE,
     momentum=False,
@@ -29,7 +29,8 @@ LINEAR = layers.SelfModifyingConfig(
     learning_rate_start=0.5,
     projection_learning_rate=0.05,
     gate_gain=4.0,
-    inputs="unit",
+    convolution="streams",
+    inputs="silu",
 )
 MLP = dataclasses.replace(
     LINEAR,
