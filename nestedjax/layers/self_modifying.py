@@ -79,9 +79,9 @@ class SelfModifyingConfig:
       inner_scale: V ~ N(0, inner_scale^2 / d) at the start.
       gate_gain: what the read-outs of learning rates and decay are multiplied by. They see d
         numbers of norm one: sqrt(d) makes them learn like a projection of the block's input.
-      convolution: "input": one over the layer's input, or "streams": one each over queries, keys and
-        values, as in Titans. A key that holds the token before needs a convolution that the value
-        has not.
+      convolution: "input": one over the layer's input, or "streams": one each over queries, keys
+        and values, as in Titans: a key that holds the token before needs one that the value has
+        not.
       inputs: keys and values in front of the memories: "scaled" (by d^-1/2), "unit", or "silu":
         unit vectors of silu(x), as in DeltaNet, and queries of silu(x).
       decay_bias: logit of the decay gate at the start. Writes along one of d directions grow a
@@ -297,15 +297,16 @@ class _Group:
 
     def start(self, params) -> FastWeights:
         """The fast weights at the start of a context."""
-        leaves = {}
+        leaves: dict[str, Array | None] = {}
         for name in ("inner", "outer"):
             if name not in params["memory"]:
                 leaves[name] = None
                 continue
             dtype = accumulation_dtype(params["memory"][name])
             leaves[name] = jnp.stack([params[n][name].astype(dtype) for n in self.names], axis=1)
+        assert leaves["outer"] is not None
         zeros = jax.tree.map(jnp.zeros_like, leaves) if self.config.momentum else {}
-        return FastWeights(**leaves, **{f"{n}_momentum": zeros.get(n) for n in leaves})
+        return FastWeights(leaves["inner"], leaves["outer"], zeros.get("inner"), zeros.get("outer"))
 
     def decays_to(self, params) -> FastWeights | None:
         """What `rule.decay_to="start"` needs."""
