@@ -107,13 +107,19 @@ def self_modifying_mixer(
         input_conv=0 if streams else 4,
         projected=("queries",) if literal else ("queries", "keys", "values"),
         momentum=gates.sigmoid() if memory.momentum else None,
-        output=gates.plain() if literal else gates.gated_norm(),
+        output=_output(memory, literal),
         out=not literal,
         start=lambda config, heads, *, rngs: SelfModifyingStart(config, memory, rngs=rngs),
         per_head=False,
         boxes=lambda carry: memory_boxes(memory, carry.state),
         rngs=rngs,
     )
+
+
+def _output(memory: SelfModifyingConfig, literal: bool) -> gates.Maker:
+    if literal:
+        return gates.plain()
+    return gates.gated_norm() if memory.output_gate else gates.norm()
 
 
 def memory_boxes(config: SelfModifyingConfig, state) -> list[Box]:
