@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from nestedjax import memory
 from nestedjax.fields import Count, Heads, Positive, Range, check_fields
 from nestedjax.layers.memory_rule import RuleConfig
-from nestedjax.levels import Level, flow, incremental
+from nestedjax.levels import Level, check_switches, flow, incremental
 from pallas_kernels import accumulation_dtype
 from pallas_kernels.mlp_memory import (
     Documents,
@@ -49,7 +49,6 @@ from pallas_kernels.mlp_memory import (
 Logit = Annotated[float, Range(-80, 80)]  # beyond, a sigmoid is 0 or 1 in float32
 Inside = Annotated[float, Range(1e-6, 1 - 1e-6)]  # where a sigmoid can start
 MEMORIES = ("key", "learning_rate", "decay", "value", "memory")
-SWITCHES = ("not_written", "frozen", "reset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,18 +254,8 @@ def self_modifying(
     Reference: Nested Learning (arXiv 2512.24695), eq. 79-93; spec C6.
     """
     switches = dict(switches or {})
-    for name, switch in switches.items():
-        if name not in config.memories or switch not in SWITCHES:
-            raise ValueError(
-                f"switch {name!r}: {switch!r}; memories are {', '.join(config.memories)}, and"
-                f" switches {', '.join(SWITCHES)}"
-            )
     config.check_kernel(implementation)
-    if implementation != "xla" and switches:
-        raise NotImplementedError(
-            f"implementation={implementation!r} has no switches, got {switches}; use"
-            " implementation='xla'"
-        )
+    check_switches(switches, config.memories, implementation)
     make = _two_levels if config.two_levels else _one_level
     level = make(config, switches, recomputed if remat else lambda step: step, implementation)
 
