@@ -2,5 +2,17 @@
 
 from nestedjax.evaluation.generate import generate
 from nestedjax.evaluation.perplexity import Losses, Totals, stream_losses
+from nestedjax.evaluation.use import Blocks, GateReach, Moved, Use, block_losses, use
 
-__all__ = ["Losses", "Totals", "generate", "stream_losses"]
+__all__ = [
+    "Blocks",
+    "GateReach",
+    "Losses",
+    "Moved",
+    "Totals",
+    "Use",
+    "block_losses",
+    "generate",
+    "stream_losses",
+    "use",
+]
