@@ -1,7 +1,7 @@
 """The loss of texts of any length, streamed through a state of constant size."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,28 +118,14 @@ def stream_losses(
         raise ValueError(f"piece={piece} and first_bucket={first_bucket} must be at least 1")
     rate = size_bytes / tokens.size
     result = Losses(Totals(), {})
-    for start, found in pieces(score, state, tokens, piece):
-        result = result.plus(_tally(found, start + 1, rate, first_bucket))
-    return result
-
-
-def pieces(
-    score: Score, state: PyTree, tokens: np.ndarray, piece: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The losses of one text, piece by piece: the first token of each, and float64[piece].
-
-    Args:
-      score: as in `stream_losses`.
-      state: at the start of a context.
-      tokens: integer[N], N >= 2.
-      piece: tokens fed at once; of the last piece only what there is comes back.
-    """
     for start in range(0, tokens.size - 1, piece):
         count = min(piece, tokens.size - 1 - start)
         window = np.zeros(piece + 1, np.int32)
         window[: count + 1] = tokens[start : start + count + 1]
         losses, state = score(window[None, :-1], window[None, 1:], state)
-        yield start, np.asarray(losses, np.float64)[0, :count]
+        found = np.asarray(losses, np.float64)[0, :count]
+        result = result.plus(_tally(found, start + 1, rate, first_bucket))
+    return result
 
 
 def _tally(losses: np.ndarray, start: int, rate: float, first: int) -> Losses:

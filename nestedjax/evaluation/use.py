@@ -1,16 +1,28 @@
 """What a model relies on: how much loss the same text has with a part of it switched off."""
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nestedjax.evaluation.perplexity import PyTree, Score, pieces
+
+class Rows(NamedTuple):
+    """Texts cut into rows, each a context of its own; what is left at a text's end is padded.
+
+    Attributes:
+      tokens: int32[rows, length].
+      targets: int32[rows, length], the tokens that follow.
+      tokens_of: int[rows], how many tokens of a row count.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    tokens_of: np.ndarray
 
 
 class Blocks(NamedTuple):
-    """The loss of a text by blocks of it.
+    """The loss of texts by blocks of them.
 
     Attributes:
       tokens: predicted tokens of each block, float64[blocks].
@@ -87,24 +99,58 @@ class Moved(NamedTuple):
         return {"name": self.name, "movement": _finite(self.movement)}
 
 
-def block_losses(
-    score: Score, state: PyTree, texts: Iterable[np.ndarray], *, piece: int = 512
-) -> Blocks:
-    """The loss of texts in blocks of `piece` tokens, each text one context.
+def rows_of(texts: Sequence[np.ndarray], length: int) -> Rows:
+    """Texts as rows of `length` tokens; every token but a text's first is predicted once.
 
     Args:
-      score: as in `stream_losses`.
-      state: at the start of a context.
-      texts: integer[N] each, N >= 2.
-      piece: tokens of a block; the last of each text may have fewer.
+      texts: integer[N] each; those with less than two tokens give no row.
+      length: tokens of a row.
+
+    Example:
+      >>> import numpy as np
+      >>> from nestedjax.evaluation import rows_of
+      >>> rows_of([np.arange(6)], 3).targets.tolist(), rows_of([np.arange(6)], 3).tokens_of.tolist()
+      ([[1, 2, 3], [4, 5, 0]], [3, 2])
     """
-    found = [
-        (losses.size, float(losses.sum()))
-        for tokens in texts
-        for _, losses in pieces(score, state, tokens, piece)
-    ]
-    tokens, nats = np.array(found, np.float64).reshape(-1, 2).T
-    return Blocks(tokens, nats)
+    inputs, targets, counts = [], [], []
+    for text in texts:
+        for first in range(0, text.size - 1, length):
+            count = min(length, text.size - 1 - first)
+            row = np.zeros((2, length), np.int32)
+            row[0, :count] = text[first : first + count]
+            row[1, :count] = text[first + 1 : first + count + 1]
+            inputs.append(row[0])
+            targets.append(row[1])
+            counts.append(count)
+    shape = (len(counts), length)
+    return Rows(
+        np.array(inputs, np.int32).reshape(shape),
+        np.array(targets, np.int32).reshape(shape),
+        np.array(counts, np.int64),
+    )
+
+
+def block_losses(
+    score: Callable[[np.ndarray, np.ndarray], Any], rows: Rows, *, batch: int = 8
+) -> Blocks:
+    """The loss of each row.
+
+    Args:
+      score: `score(tokens[B, T], targets[B, T]) -> losses[B, T]`, each row a fresh context.
+      rows: from `rows_of`.
+      batch: rows that are scored at once.
+    """
+    nats = np.zeros(len(rows.tokens_of))
+    for first in range(0, len(nats), batch):
+        here = slice(first, first + batch)
+        missing = max(first + batch - len(nats), 0)  # one shape for all batches
+        tokens, targets = (
+            np.pad(a[here], ((0, missing), (0, 0))) for a in (rows.tokens, rows.targets)
+        )
+        losses = np.asarray(score(tokens, targets), np.float64)[: batch - missing]
+        counted = np.arange(losses.shape[1])[None, :] < rows.tokens_of[here, None]
+        nats[here] = np.where(counted, losses, 0.0).sum(1)
+    return Blocks(rows.tokens_of.astype(np.float64), nats)
 
 
 def use(name: str, switch: str, plain: Blocks, switched: Blocks) -> Use:

@@ -26,14 +26,14 @@ from nestedjax.data import (
     take_split,
 )
 from nestedjax.errors import ConfigError, at_least, one_line
-from nestedjax.evaluation import GateReach, Losses, Moved, Totals, Use, stream_losses
+from nestedjax.evaluation import GateReach, Losses, Moved, Totals, Use, rows_of, stream_losses
 from nestedjax.run.assemble import build, on_one_device
 from nestedjax.run.config import RunConfig
 from nestedjax.run.data import tokenizer_of
 from nestedjax.run.folder import require_config
-from nestedjax.run.functions import sampler
+from nestedjax.run.functions import sampler, token_losses
 from nestedjax.run.prompt import continuation, default_prompt, prompt_tokens, within
-from nestedjax.run.use import asked, gates, moved, scorer, uses
+from nestedjax.run.use import asked, gates, moved, uses
 
 PIECE = 512  # tokens of a text that are scored at once
 PERIODS = (64, 256, 1024, 4096)  # tokens of a prompt, for each block of a continuum memory
@@ -63,16 +63,19 @@ class Evaluation(NamedTuple):
     Attributes:
       files: name of each text -> its losses.
       all: over all of them.
-      use: the loss with parts of the model switched off, if it was asked for.
+      use: the loss with parts of the model switched off, if it was asked for, over rows of the
+        run's length, each a fresh context.
+      unswitched: the loss of the model as it is over the same rows, with `use`; else NaN.
       gates: how far the gates of the memories went, with `use`.
       starts: how far training has moved what memories begin from, with `use`.
     """
 
     files: dict[str, Losses]
     all: Losses
-    use: tuple[Use, ...] = ()
-    gates: tuple[GateReach, ...] = ()
-    starts: tuple[Moved, ...] = ()
+    use: Sequence[Use] = ()
+    unswitched: float = math.nan
+    gates: Sequence[GateReach] = ()
+    starts: Sequence[Moved] = ()
 
     @property
     def loss(self) -> float:
@@ -204,7 +207,8 @@ def evaluate(
         validation split (5%) and its test split (5%).
       use: also measure what the model relies on: for each name and switch of `models.switches`,
         or for those given as `[("memories", "not_written"), ...]`, the loss of the same texts with
-        that part of the model switched off. Every switch reads the texts once more.
+        that part of the model switched off, in rows of the run's length, each a fresh context, as
+        validation reads them. Every switch reads the texts once more.
 
     Returns:
       The losses; with `use` also `.use`, a row for each switch with `name`, `switch`, `loss`,
@@ -219,7 +223,7 @@ def evaluate(
     _require_trained(trained)
     pairs = asked(use, trained.model)
     definition, weights = models.split(trained.model)
-    start, score = _cached_scorer(definition)
+    start, score = _scorer(definition)
     state, found, read = start(weights), {}, []
     for name, documents in _texts(trained, files).items():
         losses = Losses(Totals(), {})
@@ -245,11 +249,10 @@ def evaluate(
     result = Evaluation(found, functools.reduce(Losses.plus, found.values()))
     if isinstance(use, bool) and not use:
         return result
-    run, model = trained.run, trained.model
+    run, model, rows = trained.run, trained.model, rows_of(read, trained.run.data.length)
+    plain, costs = uses(run, model, pairs, rows)
     return result._replace(
-        use=tuple(uses(run, model, pairs, read, piece=PIECE)),
-        gates=tuple(gates(run, model, read, piece=PIECE)),
-        starts=tuple(moved(run, model)),
+        use=costs, unswitched=plain, gates=gates(run, model, rows), starts=moved(run, model)
     )
 
 
@@ -326,7 +329,20 @@ def cached_sampler(
     return sampler(definition, tokens=tokens, temperature=temperature, top_k=top_k, settle=settle)
 
 
-_cached_scorer = functools.lru_cache(maxsize=8)(scorer)
+@functools.lru_cache(maxsize=8)
+def _scorer(definition: models.Definition) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Compiled functions: the state at the start of a context, and the losses of a piece."""
+
+    @jax.jit
+    def start(weights):
+        return models.merge(definition, weights).init_state(1)
+
+    @jax.jit
+    def score(weights, tokens, targets, state):
+        logits, state = models.merge(definition, weights)(tokens, state)
+        return token_losses(logits, targets), state
+
+    return start, score
 
 
 def _texts(trained: Trained, files: Any) -> dict[str, list[Document]]:

@@ -1,4 +1,7 @@
-"""What a trained model uses: its loss with each part switched off, gates and starts of memories."""
+"""What a trained model relies on: its loss with each part switched off; its gates and starts.
+
+Texts are cut into rows of the run's length, each a fresh context, as validation reads them.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,29 +12,13 @@ import numpy as np
 
 from nestedjax import models
 from nestedjax.errors import ConfigError, one_line, shown
-from nestedjax.evaluation import Blocks, GateReach, Moved, Use, block_losses, use
-from nestedjax.models.switch import Table, table
+from nestedjax.evaluation import Blocks, GateReach, Moved, Rows, Use, block_losses, use
+from nestedjax.models.switch import table
 from nestedjax.run.assemble import build
 from nestedjax.run.config import RunConfig
 from nestedjax.run.functions import token_losses
 
-PyTree = Any
-Scorer = tuple[Callable[..., Any], Callable[..., Any]]
-
-
-def scorer(definition: models.Definition) -> Scorer:
-    """Compiled functions of weights: the start of a context, and the losses of a piece of text."""
-
-    @jax.jit
-    def start(weights):
-        return models.merge(definition, weights).init_state(1)
-
-    @jax.jit
-    def score(weights, tokens, targets, state):
-        logits, state = models.merge(definition, weights)(tokens, state)
-        return token_losses(logits, targets), state
-
-    return start, score
+BATCH = 8  # rows that are read at once
 
 
 def asked(use: Any, model: models.Model) -> list[tuple[str, str]]:
@@ -68,14 +55,9 @@ def asked(use: Any, model: models.Model) -> list[tuple[str, str]]:
 
 
 def uses(
-    run: RunConfig,
-    model: models.Model,
-    pairs: Sequence[tuple[str, str]],
-    texts: Sequence[np.ndarray],
-    *,
-    piece: int,
-) -> list[Use]:
-    """The loss of texts with each switch on its own, against that of the model as it is.
+    run: RunConfig, model: models.Model, pairs: Sequence[tuple[str, str]], rows: Rows
+) -> tuple[float, list[Use]]:
+    """The loss of rows with each switch on its own, against that of the model as it is.
 
     Switches that do the same to the model, such as "memories" where there is one, are measured
     once. A kernel has no switches: its memories run in XLA here, which computes the same.
@@ -84,29 +66,35 @@ def uses(
       run: of the model.
       model: with its weights.
       pairs: `(name, switch)` of each row.
-      texts: tokens of each text, at least two.
-      piece: tokens of a block.
+      rows: of the texts, each a fresh context.
+
+    Returns:
+      The loss of the model as it is, and what each switch costs.
     """
     model = in_xla(run, model)
-    known: Table = table(model)
-    definition, weights = models.split(model)
-    start, score = scorer(definition)
-    state = start(weights)
+    known, weights = table(model), models.split(model)[1]
 
-    def blocks(score: Callable[..., Any]) -> Blocks:
-        def of(tokens, targets, state):
-            return score(weights, tokens, targets, state)
+    def blocks(model: models.Model) -> Blocks:
+        score = _scorer(models.split(model)[0])
+        return block_losses(lambda *row: score(weights, *row), rows, batch=BATCH)
 
-        return block_losses(of, state, texts, piece=piece)
-
-    plain, measured, rows = blocks(score), dict[frozenset, Blocks](), []
+    plain, measured, found = blocks(model), dict[frozenset, Blocks](), []
     for name, switch in pairs:
         what = frozenset(known[name, switch])
         if what not in measured:
-            changed = models.split(models.switched(model, {name: switch}))[0]
-            measured[what] = blocks(scorer(changed)[1])
-        rows.append(use(name, switch, plain, measured[what]))
-    return rows
+            measured[what] = blocks(models.switched(model, {name: switch}))
+        found.append(use(name, switch, plain, measured[what]))
+    return plain.loss, found
+
+
+def _scorer(definition: models.Definition) -> Callable[..., jax.Array]:
+    """The losses of rows, compiled."""
+
+    @jax.jit
+    def score(weights, tokens, targets):
+        return token_losses(models.merge(definition, weights)(tokens)[0], targets)
+
+    return score
 
 
 def in_xla(run: RunConfig, model: models.Model) -> models.Model:
@@ -118,39 +106,37 @@ def in_xla(run: RunConfig, model: models.Model) -> models.Model:
     return models.merge(built.definition, models.split(model)[1])
 
 
-def gates(
-    run: RunConfig, model: models.Model, texts: Sequence[np.ndarray], *, piece: int
-) -> list[GateReach]:
-    """How far the gates of the memories go on texts, each read as one context.
+def gates(run: RunConfig, model: models.Model, rows: Rows) -> list[GateReach]:
+    """How far the gates of the memories go on rows of text.
 
     Args:
       run: of the model.
       model: with its weights.
-      texts: tokens of each text, at least two.
-      piece: tokens that are read at once; what is left of a longer text is not looked at.
+      rows: of the texts, each a fresh context; those that a text's end leaves short are left out
+        where there are others.
     """
     watched = models.watched(in_xla(run, model))
     definition, weights = models.split(watched)
-    start = jax.jit(lambda weights: models.merge(definition, weights).init_state(1))
 
     @jax.jit
-    def read(weights, tokens, state):
-        return models.merge(definition, weights)(tokens, state)[1]
+    def read(weights, tokens):
+        model = models.merge(definition, weights)
+        return model(tokens, model.init_state(tokens.shape[0]))[1]
 
+    length = int(rows.tokens_of.max())
+    tokens = rows.tokens[rows.tokens_of == length, :length]
     reached: dict[tuple[str, str], list[tuple[float, float, float, int]]] = {}
-    for tokens in texts:
-        state, size = start(weights), min(piece, tokens.size)
-        count = tokens.size // size * size
-        for first in range(0, count, size):
-            state = read(weights, tokens[None, first : first + size].astype(np.int32), state)
-        for key, (least, mean, most) in models.gate_ranges(watched, state).items():
-            reached.setdefault(key, []).append((least, mean, most, count))
-    rows = []
-    for (name, gate), found in reached.items():
-        least, mean, most, count = (np.array(column) for column in zip(*found, strict=True))
+    for first in range(0, len(tokens), BATCH):
+        batch = tokens[first : first + BATCH]
+        found = models.gate_ranges(watched, read(weights, batch))
+        for key, reach in found.items():
+            reached.setdefault(key, []).append((*reach, len(batch)))
+    made = []
+    for (name, gate), parts in reached.items():
+        least, mean, most, count = (np.array(column) for column in zip(*parts, strict=True))
         average = float(np.average(mean, weights=count))
-        rows.append(GateReach(name, gate, float(least.min()), average, float(most.max())))
-    return rows
+        made.append(GateReach(name, gate, float(least.min()), average, float(most.max())))
+    return made
 
 
 def moved(run: RunConfig, model: models.Model) -> list[Moved]:
