@@ -299,15 +299,15 @@ class _Group:
 
     def start(self, params) -> FastWeights:
         """The fast weights at the start of a context."""
-        leaves = {}
-        for name in ("inner", "outer"):
-            if name not in params["memory"]:
-                leaves[name] = None
-                continue
+
+        def stacked(name: str) -> Array:
             dtype = accumulation_dtype(params["memory"][name])
-            leaves[name] = jnp.stack([params[n][name].astype(dtype) for n in self.names], axis=1)
-        zeros = jax.tree.map(jnp.zeros_like, leaves) if self.config.momentum else {}
-        return FastWeights(**leaves, **{f"{n}_momentum": zeros.get(n) for n in leaves})
+            return jnp.stack([params[n][name].astype(dtype) for n in self.names], axis=1)
+
+        inner, outer = None if self.config.linear else stacked("inner"), stacked("outer")
+        if not self.config.momentum:
+            return FastWeights(inner, outer, None, None)
+        return FastWeights(inner, outer, *jax.tree.map(jnp.zeros_like, (inner, outer)))
 
     def decays_to(self, params) -> FastWeights | None:
         """What `rule.decay_to="start"` needs."""
@@ -436,11 +436,11 @@ def _step(params, weights, x: memory.Tokens, group: _Group):
     start = group.decays_to(params)
     after, read = memory_chunk(weights, tokens, readout, group.rule, start=start)
     assert read is not None
-    y = read = jnp.moveaxis(read, -1, 0)
-    if group.watched:
-        made = generate(weights, tokens, readout, group.rule, queried=False)
-        y = read, _gates(group.config, _generated(*made[:2], watched=True))
-    return group.settled(params, after), y
+    read, after = jnp.moveaxis(read, -1, 0), group.settled(params, after)
+    if not group.watched:
+        return after, read
+    made = generate(weights, tokens, readout, group.rule, queried=False)
+    return after, (read, _gates(group.config, _generated(*made[:2], watched=True)))
 
 
 def _gates(config: SelfModifyingConfig, made: Generated) -> dict:
@@ -515,7 +515,5 @@ def _remember(params, weights, x: Generated, group: _Group):
     tokens, start = _written_tokens(params, x)[0], group.decays_to(params)
     weights, read = memory_chunk(weights, tokens, None, group.rule, start=start)
     assert read is not None
-    read = jnp.moveaxis(read, -1, 0)
-    return group.settled(params, weights), (
-        (read, _gates(group.config, x)) if group.watched else read
-    )
+    read, weights = jnp.moveaxis(read, -1, 0), group.settled(params, weights)
+    return weights, (read, _gates(group.config, x)) if group.watched else read

@@ -30,7 +30,7 @@ def per_head(level: Level) -> Level:
        [ 1. 11.]
        [ 3. 13.]]
     """
-    whole = level.whole
+    whole, switched = level.whole, level.switched
 
     def advance(params, state, x, reset, valid=None):
         def one(params, state, x):
@@ -47,5 +47,5 @@ def per_head(level: Level) -> Level:
         ndim=None if level.ndim is None else jax.tree.map(lambda n: n + 1, level.ndim),
         whole=None if whole is None else jax.vmap(whole, in_axes=(0, 0, 1, None), out_axes=(0, 1)),
         advance=advance,
-        switched=None if level.switched is None else lambda how: per_head(level.switched(how)),
+        switched=None if switched is None else lambda how: per_head(switched(how)),
     )

@@ -167,6 +167,7 @@ def _deep(
     )
     assert out.reads is not None
     final, momentum = out.final, None
+    assert final.inner is not None
     if final.inner_momentum is not None and final.outer_momentum is not None:
         momentum = (final.inner_momentum[0], final.outer_momentum[0])
     return MemoryState((final.inner[0], final.outer[0]), momentum, None), out.reads

@@ -73,12 +73,17 @@ class InContextModel(nnx.Module):
         # (label, switch) of blocks that do not learn in context; see `models.switched`
         self.switches: tuple[tuple[str, str], ...] = ()
         if not self.config.writes:
-            self.switches = tuple((label, "not_written") for label in cms.block_periods)
+            self.switches = tuple((label, "not_written") for label in self.learning)
 
     @property
     def embed(self) -> Embed:
         """The embedding: `logits = model.embed.attend(hidden)`."""
         return self.base.embed
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The labels of the blocks that learn in context, the fastest first."""
+        return tuple(self._cms.block_periods)
 
     def init_state(self, batch_size: int) -> PyTree:
         """The state of `batch_size` sequences at the start of a context."""

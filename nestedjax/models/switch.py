@@ -89,13 +89,14 @@ def switched(model: Model, how: Mapping[str, str]) -> Model:
             raise ValueError(_unknown(name, switch, known))
         actions += known[name, switch]
     copy = nnx.merge(*nnx.split(model))
-    modules, memories = dict(_modules(copy)), dict[Path, dict[str, str]]()
+    modules: dict[Path, Any] = dict(_modules(copy))
+    memories: dict[Path, dict[str, str]] = {}
     for path, part, switch in actions:
         module = modules[path]
         if isinstance(module, InContextModel):
-            module.switches = tuple({**dict(module.switches), part: switch}.items())
+            module.switches = tuple({**dict(module.switches), str(part): switch}.items())
         elif isinstance(module, ContinuumMemory):
-            module.skipped = (*module.skipped, part)
+            module.skipped += (int(part or 0),)
         elif switch == SKIPPED:
             module.skipped = True
         else:
@@ -131,7 +132,7 @@ def table(model: Model, *, refuse: bool = True) -> Table:
     blocks: Table = {}
     for path, learner in modules:
         if isinstance(learner, InContextModel):
-            for label in learner.config.continuum.block_periods:  # type: ignore[union-attr]
+            for label in learner.learning:
                 _add(blocks, label, SWITCHES, path, label)
                 groups.setdefault("memories", []).append(Action(path, label, ""))
     for name, actions in groups.items():
@@ -213,7 +214,7 @@ def memory_starts(model: Model) -> dict[str, list[Any]]:
         if isinstance(module, InContextModel):
             for _, weight in nnx.to_flat_state(nnx.state(module, nnx.Param)):
                 label = weight.get_metadata("group")
-                if label in module.config.continuum.block_periods:
+                if label in module.learning:
                     found.setdefault(label, []).append(weight[...])
     return found
 
