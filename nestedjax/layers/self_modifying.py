@@ -78,7 +78,11 @@ class SelfModifyingConfig:
       inner_scale: V ~ N(0, inner_scale^2 / d) at the start.
       gate_gain: what the read-outs of learning rates and decay are multiplied by. They see d
         numbers of norm one: sqrt(d) makes them learn like a projection of the block's input.
-      inputs: "scaled" (by d^-1/2) or "unit" keys and values in front of the memories.
+      convolution: "input": one over the layer's input, or "streams": one each over queries, keys and
+        values, as in Titans. A key that holds the token before needs a convolution that the value
+        has not.
+      inputs: keys and values in front of the memories: "scaled" (by d^-1/2), "unit", or "silu":
+        unit vectors of silu(x), as in DeltaNet, and queries of silu(x).
       decay_bias: logit of the decay gate at the start. Writes along one of d directions grow a
         memory by about eta / d a token; a gate that forgets faster than that erases it for good,
         since M = identity, both matrices zero, is a fixed point (but for a decay to the start).
@@ -100,7 +104,8 @@ class SelfModifyingConfig:
     projection_learning_rate: Inside | None = None
     inner_scale: Positive = 1.0
     gate_gain: Positive = 1.0
-    inputs: Literal["scaled", "unit"] = "scaled"
+    convolution: Literal["input", "streams"] = "input"
+    inputs: Literal["scaled", "unit", "silu"] = "scaled"
     decay_bias: Logit = 9.0
 
     def __post_init__(self):

@@ -78,7 +78,8 @@ def self_modifying_mixer(
       rngs: where the weights are drawn.
 
     Raises:
-      ValueError: the literal form with heads that are not as wide as the model.
+      ValueError: the literal form with heads that are not as wide as the model, or with
+        convolutions of streams that it does not project.
     """
     if memory.heads * memory.head_dim != config.width and literal:
         raise ValueError(
@@ -87,17 +88,24 @@ def self_modifying_mixer(
         )
     # Of norm one, as the keys are: with self-generated targets, values larger than the keys move
     # the target faster than the memory follows, and training diverges.
-    inputs = gates.identity if literal else gates.scaled(memory.head_dim**-0.5)
-    if memory.inputs == "unit":
-        inputs = gates.unit
+    maps = {
+        "scaled": gates.identity if literal else gates.scaled(memory.head_dim**-0.5),
+        "unit": gates.unit,
+        "silu": gates.unit_silu,
+    }
+    streams = memory.convolution == "streams"
+    if streams and literal:
+        raise ValueError("the literal form has one convolution; set convolution to 'input'")
     return MemoryMixer(
         config,
         self_modifying(memory, implementation=config.implementation),
         heads=memory.heads,
         key_dim=memory.head_dim,
-        keys=inputs,
-        values=inputs,
-        input_conv=4,
+        queries=gates.silu if memory.inputs == "silu" else gates.identity,
+        keys=maps[memory.inputs],
+        values=maps[memory.inputs],
+        conv=4 if streams else 0,
+        input_conv=0 if streams else 4,
         projected=("queries",) if literal else ("queries", "keys", "values"),
         momentum=gates.sigmoid() if memory.momentum else None,
         output=gates.plain() if literal else gates.gated_norm(),

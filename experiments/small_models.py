@@ -1,0 +1,74 @@
+"""The models that the experiments on small tasks compare: equal widths, depths, feed-forwards.
+
+One place for the settings of each; an experiment's own table changes what it is about.
+"""
+
+import dataclasses
+from typing import Any
+
+from nestedjax import layers, models
+
+WIDTH, LAYERS, HEADS = 64, 2, 4
+HIDDEN = 176  # of every SwiGLU network: 8/3 of the width
+CONV = 4  # tokens of every short convolution
+CONTEXT = 1024  # tokens that attention sees: all of every task
+
+# HOPE's memories on these tasks: each token corrects its error once, toward targets of norm 1, at
+# rates that start at a half, the projections' at a twentieth; read after the write.
+RULE = layers.RuleConfig(
+    objective="delta", targets="unit", dgd="none", inner_clip=None, decay_to="start"
+)
+LINEAR = layers.SelfModifyingConfig(
+    heads=HEADS,
+    head_dim=WIDTH // HEADS,
+    chunk_size=8,
+    architecture="linear",
+    rule=RULE,
+    momentum=False,
+    read="running",
+    learning_rate_start=0.5,
+    projection_learning_rate=0.05,
+    gate_gain=4.0,
+    convolution="streams",
+    inputs="silu",
+)
+MLP = dataclasses.replace(
+    LINEAR,
+    architecture="mlp",
+    hidden=4 * WIDTH // HEADS,
+    rule=dataclasses.replace(RULE, written="outer", step="normalised"),
+)
+ALL = layers.MEMORIES  # of them static: nothing is ever written
+PROJECTIONS = tuple(name for name in ALL if name != "memory")
+
+
+def hope(
+    vocab: int, memory: layers.SelfModifyingConfig = MLP, *, layers: int = LAYERS, **changes: Any
+) -> models.HopeConfig:
+    """HOPE with one continuum block, which is then a SwiGLU network like the others'.
+
+    Args:
+      vocab: tokens.
+      memory: `MLP` or `LINEAR`.
+      layers: blocks.
+      **changes: of fields of the memory.
+    """
+    held = dataclasses.replace(memory, **changes)
+    block = models.CMSConfig(periods=(None,), hidden=HIDDEN, mlp="swiglu")
+    return models.HopeConfig(vocab, WIDTH, layers, held, block)
+
+
+def transformer(vocab: int, *, layers: int = LAYERS, conv: int = CONV) -> models.TransformerConfig:
+    """Transformer++ with HOPE's convolution in front of its projections."""
+    attention = models.AttentionConfig(heads=HEADS, context=CONTEXT, conv=conv)
+    return models.TransformerConfig(vocab, WIDTH, layers, HIDDEN, attention)
+
+
+def deltanet(vocab: int, *, layers: int = LAYERS) -> models.DeltaNetConfig:
+    """DeltaNet, whose convolutions are on queries, keys and values."""
+    return models.DeltaNetConfig(vocab, WIDTH, layers, HIDDEN, HEADS, 32, CONV)
+
+
+def gated_deltanet(vocab: int, *, layers: int = LAYERS) -> models.GatedDeltaNetConfig:
+    """Gated DeltaNet, whose convolutions are on queries, keys and values."""
+    return models.GatedDeltaNetConfig(vocab, WIDTH, layers, HIDDEN, HEADS, 32, CONV)
