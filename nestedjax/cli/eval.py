@@ -93,12 +93,12 @@ def _use_table(found: Any) -> str:
         return "\nuse: nothing to switch: no memory, continuum block or convolution in this model"
     width = max(len(row.name) for row in (*found.use, *found.gates, *found.starts))
     width = min(max(width, 8), 26)
-    lines = ["", f"{'use':{width}}  {'switch':<12}  {'loss':>8}  {'delta':>9}  {'+-':>7}"]
+    lines = ["", f"{'use':{width}}  {'switch':<12}  {'loss':>8}  {'delta':>10}  {'+-':>8}"]
     lines.append(f"{'model':{width}}  {'as it is':<12}  {found.unswitched:>8.4f}")
     for row in found.use:
         lines.append(
-            f"{row.name[:width]:{width}}  {row.switch:<12}  {row.loss:>8.4f}  {row.delta:>+9.4f}"
-            f"  {row.standard_error:>7.4f}"
+            f"{row.name[:width]:{width}}  {row.switch:<12}  {row.loss:>8.4f}  {row.delta:>+10.5f}"
+            f"  {row.standard_error:>8.5f}"
         )
     if found.gates:
         head = ("least", "mean", "most")

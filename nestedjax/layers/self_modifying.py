@@ -78,9 +78,9 @@ class SelfModifyingConfig:
       inner_scale: V ~ N(0, inner_scale^2 / d) at the start.
       gate_gain: what the read-outs of learning rates and decay are multiplied by. They see d
         numbers of norm one: sqrt(d) makes them learn like a projection of the block's input.
-      convolution: "input": one over the layer's input, or "streams": one each over queries, keys and
-        values, as in Titans. A key that holds the token before needs a convolution that the value
-        has not.
+      convolution: "input": one over the layer's input, or "streams": one each over queries, keys
+        and values, as in Titans. A key that holds the token before needs a convolution that the
+        value has not.
       inputs: keys and values in front of the memories: "scaled" (by d^-1/2), "unit", or "silu":
         unit vectors of silu(x), as in DeltaNet, and queries of silu(x).
       decay_bias: logit of the decay gate at the start. Writes along one of d directions grow a

@@ -128,7 +128,8 @@ def plot_use(rows: Sequence[Use], path: str | os.PathLike, *, title: str) -> Non
     axes.set_xlabel("loss with the switch, less the loss without (nats per token)", color=INK)
     axes.grid(True, axis="x", color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
+    axes.margins(x=0.08, y=1 / (len(rows) + 2))
+    picture.legend(frameon=False, loc="outside lower center", ncols=4)
     _save(picture, epath.Path(path))
 
 
