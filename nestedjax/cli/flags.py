@@ -17,6 +17,7 @@ from nestedjax.errors import ConfigError
 from nestedjax.run import RunConfig, Setting
 
 NAMES = {"files": "--data"}  # settings whose flag has another name
+NEGATIVES = {"writes": "--without-writes"}  # switches whose flag to turn them off has another name
 WORDS = {  # how help names the values of a type, where the library forgets that none is one
     int | None: "INT|none",
     float | None: "FLOAT|none",
@@ -193,7 +194,7 @@ def _parameter(key: str, setting: Setting, group: Group) -> inspect.Parameter:
     kind, more = _flag_type(setting.kind), dict[str, Any]()
     if kind is bool:
         path, dot, last = flag.removeprefix("--").rpartition(".")
-        more["negative"] = f"--{path}{dot}no-{last}"
+        more["negative"] = NEGATIVES.get(setting.name, f"--{path}{dot}no-{last}")
     elif (word := WORDS.get(kind)) is not None:
         more["metavar"] = word
     doc = (

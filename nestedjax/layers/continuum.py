@@ -147,6 +147,7 @@ class ContinuumMemory(Layer):
         start = jnp.zeros((len(cms.periods),), weight_dtype(dtype))
         shares = param(start, ("levels",), matrix=None, weight_decay=False)
         self.weights = shares if headwise else None
+        self.skipped: tuple[int, ...] = ()  # blocks that add nothing; see `models.switched`
         for index, level in enumerate(self.levels):
             grouped(level, f"cms.{index}")
 
@@ -162,10 +163,10 @@ class ContinuumMemory(Layer):
             share = jax.nn.softmax(self.weights[...]).astype(x.dtype)
             h = self.norms[0](x)
             for index, level in enumerate(self.levels):
-                x = x + share[index] * level(h)
+                x = x if index in self.skipped else x + share[index] * level(h)
             return x, {}
-        for norm, level in zip(self.norms, self.levels, strict=True):
-            x = x + level(norm(x))
+        for index, (norm, level) in enumerate(zip(self.norms, self.levels, strict=True)):
+            x = x if index in self.skipped else x + level(norm(x))
         return x, {}
 
     def boxes(self, state: dict) -> list[Box]:

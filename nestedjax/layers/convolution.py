@@ -28,6 +28,7 @@ class CausalConv(nnx.Module):
         self.kernel = param(taps, ("taps", *axes), matrix=None, weight_decay=False)
         self.axes = tuple(None if name == "embed" else name for name in axes)
         self.dtype = dtype
+        self.skipped = False  # see `models.switched`
 
     def init_state(self, batch: int) -> Float[Array, "B w *shape"]:
         """The state at the start of a context."""
@@ -61,4 +62,4 @@ class CausalConv(nnx.Module):
         if document is not None:
             same = document[:, length:] == document[:, -1:]
             last = jnp.where(same.reshape(*same.shape, *wide), last, 0.0)
-        return y, last
+        return (x.astype(y.dtype) if self.skipped else y), last

@@ -19,6 +19,7 @@ from nestedjax.layers.layer import Layer
 from nestedjax.layers.linear import Linear
 from nestedjax.layers.parameters import Sizes, residual_scale
 from nestedjax.layers.recompute import save_products
+from nestedjax.layers.watched import GateRange, Watched
 from nestedjax.layers.window_attention import positions, rotary
 from nestedjax.levels import Box, Level
 from nestedjax.levels.describe import count, size
@@ -37,6 +38,7 @@ class _Functions:
     one: Level
     maps: Mapping[str, gates.FeatureMap]
     boxes: Callable[[PyTree], list[Box]] | None
+    watched: Watched | None = None
 
 
 def _check(config: Sizes, level: Level, shape: gates.Heads, projected, out: bool) -> None:
@@ -57,6 +59,26 @@ def _check(config: Sizes, level: Level, shape: gates.Heads, projected, out: bool
                 f"heads={shape.heads} of {name}={wide} are not width={config.width}: without a"
                 " projection the mixer's input and output are cut into heads as they are"
             )
+
+
+def require_switches(level: Level) -> None:
+    """Refuse a level whose memories cannot be switched.
+
+    Raises:
+      ValueError: it says nothing of its memories.
+    """
+    if level.switched is None or not level.memories:
+        raise ValueError(
+            f"the memories of the level {level.name!r} cannot be switched: give it `memories` and"
+            " `switched` (see nestedjax.levels.Level)"
+        )
+
+
+def _without_writes(level: Level) -> Level:
+    """The level with nothing written into any of its memories."""
+    require_switches(level)
+    assert level.switched is not None
+    return level.switched({name: "not_written" for name in level.memories})
 
 
 class MemoryMixer(Layer):
@@ -88,11 +110,13 @@ class MemoryMixer(Layer):
       per_head: whether the level is of one head.
       boxes: `boxes(carry) -> boxes` of the memory itself, given the `Carry` of one sequence (arrays
         or shapes); None: what `levels.describe` says of the level, for every head.
+      watched: the level for `models.watched`, if it makes its own gates; it is not `per_head`.
       rngs: where the weights are drawn.
 
     Raises:
       ValueError: `config.implementation` is a kernel and the level has none; an unknown stream;
-        heads that do not make up the width where there is no projection.
+        heads that do not make up the width where there is no projection; a level that cannot be
+        switched where `config.writes` is False.
 
     Example:
       >>> import jax.numpy as jnp
@@ -134,11 +158,18 @@ class MemoryMixer(Layer):
         start: gates.Maker = gates.empty(),  # noqa: B008
         per_head: bool = True,
         boxes: Callable[[PyTree], list[Box]] | None = None,
+        watched: Watched | None = None,
         rngs: nnx.Rngs,
     ):
         shape = gates.Heads(heads, key_dim, value_dim or key_dim)
         _check(config, level, shape, projected, out)
+        if not getattr(config, "writes", True):
+            level = _without_writes(level)
+            if watched is not None:
+                watched = watched._replace(level=_without_writes(watched.level))
         self.heads, self.dtype, self.remat = shape, config.dtype, config.remat
+        self.skipped = False  # see `models.switched`
+        self.watching = False  # see `models.watched`
         self.width, self.implementation = config.width, config.implementation
         self.rotary_base = rotary_base
         self.functions = _Functions(
@@ -146,6 +177,7 @@ class MemoryMixer(Layer):
             one=level,
             maps={"queries": queries, "keys": keys, "values": values},
             boxes=boxes,
+            watched=watched,
         )
         self.input_conv = nnx.data(None)
         if input_conv:
@@ -197,9 +229,22 @@ class MemoryMixer(Layer):
         x = jnp.zeros((1, 1, self.width), self.dtype)
         tokens, _ = self._tokens(x, self._held(1), None, None)
         one = jax.tree.map(lambda leaf: leaf[0], tokens)
-        carry = levels.start(self.functions.level, self.start(), one)
+        carry = levels.start(self._level, self.start(), one)
         many = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (batch, *a.shape)), carry)
-        return {"memory": over_batch(many), **self._held(batch)}
+        state = {"memory": over_batch(many), **self._held(batch)}
+        return {**state, "gates": self._ranges(batch)} if self.watching else state
+
+    @property
+    def _level(self) -> Level:
+        """The level that runs: where gates are watched, one that returns its own."""
+        watched = self.functions.watched
+        return watched.level if self.watching and watched else self.functions.level
+
+    def _ranges(self, batch: int) -> dict[str, GateRange]:
+        """The ranges of the gates before the first token."""
+        nothing = GateRange.start(batch, self.heads.heads)
+        own = self.functions.watched.gates if self.functions.watched else ()
+        return {name: nothing for name in (*self.gates, *own)}
 
     def _held(self, batch: int) -> dict:
         """What the mixer itself holds at the start of a context."""
@@ -233,10 +278,38 @@ class MemoryMixer(Layer):
             before, after = save_products(before), save_products(after)
         if written is not None and self.input_conv is not None:
             raise ValueError("written= goes around input_conv; leave one of them out")
-        held = {n: a for n, a in state.items() if n != "memory"} if state else None
+        held = {n: a for n, a in state.items() if n not in ("memory", "gates")} if state else None
         tokens, held = before(x, held or self._held(x.shape[0]), resets, written)
         reads, carry = self._remember(state["memory"] if state else None, tokens, resets)
-        return after(x, reads.astype(x.dtype)), {"memory": carry, **held}
+        if self.watching:
+            gates = {name: getattr(tokens, name) for name in self.gates}
+            if self.functions.watched is not None:
+                reads, own = reads
+                gates |= own
+            ranges = state["gates"] if state else self._ranges(x.shape[0])
+            held["gates"] = {name: ranges[name].plus(gate) for name, gate in gates.items()}
+        y = after(x, reads.astype(x.dtype))
+        return (jnp.zeros_like(y) if self.skipped else y), {"memory": carry, **held}
+
+    def switched(self, how: Mapping[str, str]) -> None:
+        """Switch memories of the level: what `models.switched` does to a copy of the mixer.
+
+        Args:
+          how: `{memory: switch}`, as `levels.Level.switched` takes it.
+
+        Raises:
+          ValueError: the level cannot be switched, or has no such memory or switch.
+          NotImplementedError: it runs in a kernel.
+        """
+        require_switches(self.functions.one)
+        one, level = (f.switched(how) for f in (self.functions.one, self.functions.level))  # type: ignore[misc]
+        same = self.functions.level is self.functions.one
+        watched = self.functions.watched
+        if watched is not None and watched.level.switched is not None:
+            watched = watched._replace(level=watched.level.switched(how))
+        self.functions = dataclasses.replace(
+            self.functions, one=one, level=one if same else level, watched=watched
+        )
 
     def _tokens(self, x, held: dict, resets, written) -> tuple[Tokens, dict]:
         """What the memory is given, [B, T, H, ...], and what the mixer holds afterwards."""
@@ -266,7 +339,7 @@ class MemoryMixer(Layer):
 
     def _remember(self, carry, tokens: Tokens, resets) -> tuple[Array, levels.Carry]:
         """The memory of every sequence over its tokens."""
-        level = self.functions.level
+        level = self._level
 
         def every(params, carry, tokens, resets):
             return levels.run_batch(level, params, carry, tokens, reset=resets)

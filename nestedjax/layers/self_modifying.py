@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from nestedjax import memory
 from nestedjax.fields import Count, Heads, Positive, Range, check_fields
 from nestedjax.layers.memory_rule import RuleConfig
-from nestedjax.levels import Level, flow, incremental
+from nestedjax.levels import Level, check_switches, flow, incremental
 from pallas_kernels import accumulation_dtype
 from pallas_kernels.mlp_memory import (
     Documents,
@@ -49,7 +49,6 @@ from pallas_kernels.mlp_memory import (
 Logit = Annotated[float, Range(-80, 80)]  # beyond, a sigmoid is 0 or 1 in float32
 Inside = Annotated[float, Range(1e-6, 1 - 1e-6)]  # where a sigmoid can start
 MEMORIES = ("key", "learning_rate", "decay", "value", "memory")
-SWITCHES = ("not_written", "frozen", "reset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +144,12 @@ class SelfModifyingConfig:
         return (*self.memories[:4], *self.memories[5:])
 
     @property
+    def gates(self) -> tuple[str, ...]:
+        """The gates that the memories make for themselves."""
+        own = () if self.projection_learning_rate is None else ("projection_learning_rate",)
+        return ("learning_rate", "decay", *own)
+
+    @property
     def linear(self) -> bool:
         """Whether memories are matrices."""
         return self.architecture != "mlp"
@@ -184,6 +189,7 @@ class Generated(NamedTuple):
     learning_rate: Float[Array, "T H"]
     decay: Float[Array, "T H"]
     momentum: Float[Array, "T H"] | None
+    projection_learning_rate: Float[Array, "T H"] | None = None  # where the gates are watched
 
 
 def init_params(key: Array, config: SelfModifyingConfig) -> dict:
@@ -239,6 +245,7 @@ def self_modifying(
     remat: bool = True,
     implementation: str = "xla",
     switches: Mapping[str, str] | None = None,
+    watched: bool = False,
 ) -> Level:
     """The self-modifying memory as a level: `memory.Tokens` of all heads in, reads [T, H, d] out.
 
@@ -257,6 +264,8 @@ def self_modifying(
         which then runs the whole chunks of a call; unfinished ones are steps in XLA.
       switches: `{memory: switch}` of "not_written" (its write term is zero), "frozen" (it stays as
         it is) or "reset" (after every chunk it is back at its start).
+      watched: its outputs are `(reads, {gate: [T, H]})`, of `config.gates`; in XLA, and one token
+        costs what its chunk does.
 
     Raises:
       ValueError: an unknown memory or switch.
@@ -265,24 +274,21 @@ def self_modifying(
     Reference: Nested Learning (arXiv 2512.24695), eq. 79-93; spec C6.
     """
     switches = dict(switches or {})
-    for name, switch in switches.items():
-        if name not in config.memories or switch not in SWITCHES:
-            raise ValueError(
-                f"switch {name!r}: {switch!r}; memories are {', '.join(config.memories)}, and"
-                f" switches {', '.join(SWITCHES)}"
-            )
     config.check_kernel(implementation)
-    if implementation != "xla" and switches:
-        raise NotImplementedError(
-            f"implementation={implementation!r} has no switches, got {switches}; use"
-            " implementation='xla'"
-        )
+    check_switches(switches, config.memories, implementation)
+    if watched:
+        implementation = "xla"
     make = _two_levels if config.two_levels else _one_level
-    level = make(config, switches, recomputed if remat else lambda step: step, implementation)
+    checkpoint = recomputed if remat else lambda step: step
+    level = make(config, switches, checkpoint, implementation, watched)
 
     def switched(more: Mapping[str, str]) -> Level:
         return self_modifying(
-            config, remat=remat, implementation=implementation, switches={**switches, **more}
+            config,
+            remat=remat,
+            implementation=implementation,
+            switches={**switches, **more},
+            watched=watched,
         )
 
     return level._replace(memories=config.memories, switched=switched)
@@ -295,6 +301,7 @@ class _Group:
     config: SelfModifyingConfig
     switches: Mapping[str, str]
     names: tuple[str, ...]
+    watched: bool = False
 
     @property
     def rule(self) -> Rule:
@@ -302,16 +309,15 @@ class _Group:
 
     def start(self, params) -> FastWeights:
         """The fast weights at the start of a context."""
-        leaves: dict[str, Array | None] = {}
-        for name in ("inner", "outer"):
-            if name not in params["memory"]:
-                leaves[name] = None
-                continue
+
+        def stacked(name: str) -> Array:
             dtype = accumulation_dtype(params["memory"][name])
-            leaves[name] = jnp.stack([params[n][name].astype(dtype) for n in self.names], axis=1)
-        assert leaves["outer"] is not None
-        zeros = jax.tree.map(jnp.zeros_like, leaves) if self.config.momentum else {}
-        return FastWeights(leaves["inner"], leaves["outer"], zeros.get("inner"), zeros.get("outer"))
+            return jnp.stack([params[n][name].astype(dtype) for n in self.names], axis=1)
+
+        inner, outer = None if self.config.linear else stacked("inner"), stacked("outer")
+        if not self.config.momentum:
+            return FastWeights(inner, outer, None, None)
+        return FastWeights(inner, outer, *jax.tree.map(jnp.zeros_like, (inner, outer)))
 
     def decays_to(self, params) -> FastWeights | None:
         """What `rule.decay_to="start"` needs."""
@@ -328,9 +334,9 @@ class _Group:
         )
 
 
-def _one_level(config, switches, checkpoint, implementation) -> Level:
+def _one_level(config, switches, checkpoint, implementation, watched) -> Level:
     """All memories in one state."""
-    group = _Group(config, switches, (*config.generating, "memory"))
+    group = _Group(config, switches, (*config.generating, "memory"), watched)
     level = Level(
         "self_modifying",
         config.chunk_size,
@@ -339,14 +345,14 @@ def _one_level(config, switches, checkpoint, implementation) -> Level:
         whole=None if implementation == "xla" else partial(_whole, group, implementation),
         ndim=_axes(),
     )
-    return _by_token(level, group, _tokens)
+    return level if watched else _by_token(level, group, _tokens)
 
 
-def _two_levels(config, switches, checkpoint, implementation) -> Level:
+def _two_levels(config, switches, checkpoint, implementation, watched) -> Level:
     """The memories that generate the context, then the queried one."""
     del implementation  # checked: there is no kernel
-    others = _Group(config, switches, config.generating)
-    queried = _Group(config, switches, ("memory",))
+    others = _Group(config, switches, config.generating, watched)
+    queried = _Group(config, switches, ("memory",), watched)
     projections = Level(
         "projections",
         config.chunk_sizes[1],
@@ -361,7 +367,8 @@ def _two_levels(config, switches, checkpoint, implementation) -> Level:
         queried.start,
         checkpoint(lambda params, state, x: _remember(params, state, x, queried)),
     )
-    both = flow(projections, _by_token(memory, queried, _written_tokens))
+    memory = memory if watched else _by_token(memory, queried, _written_tokens)
+    both = flow(projections, memory)
     assert both.advance is not None
     advance = both.advance
     return both._replace(
@@ -437,9 +444,18 @@ def _step(params, weights, x: memory.Tokens, group: _Group):
     """One chunk of all memories: generate its context, write it everywhere, read."""
     tokens, readout = _tokens(params, x)
     start = group.decays_to(params)
-    weights, read = memory_chunk(weights, tokens, readout, group.rule, start=start)
+    after, read = memory_chunk(weights, tokens, readout, group.rule, start=start)
     assert read is not None
-    return group.settled(params, weights), jnp.moveaxis(read, -1, 0)
+    read, after = jnp.moveaxis(read, -1, 0), group.settled(params, after)
+    if not group.watched:
+        return after, read
+    made = generate(weights, tokens, readout, group.rule, queried=False)
+    return after, (read, _gates(group.config, _generated(*made[:2], watched=True)))
+
+
+def _gates(config: SelfModifyingConfig, made: Generated) -> dict:
+    """The gates that the memories made for each token, [T, H]."""
+    return {name: getattr(made, name) for name in config.gates}
 
 
 def _whole(group: _Group, implementation, params, weights, x: memory.Tokens, begins):
@@ -473,7 +489,7 @@ def _project(params, weights, x: memory.Tokens, group: _Group):
     rule, start = group.rule, group.decays_to(params)
     queries, written, _ = generate(weights, tokens, readout, rule, queried=False)
     weights, _ = write_chunk(weights, _slower(written), rule, start=start)
-    return group.settled(params, weights), _generated(queries, written)
+    return group.settled(params, weights), _generated(queries, written, watched=group.watched)
 
 
 def _slower(written):
@@ -486,19 +502,22 @@ def _generate_one(params, weights, x: memory.Tokens, group: _Group):
     """One token's context."""
     tokens, readout = _tokens(params, jax.tree.map(lambda a: a[None], x))
     queries, written, _ = generate(weights, tokens, readout, group.rule, queried=False)
-    return jax.tree.map(lambda a: a[0], _generated(queries, written))
+    made = _generated(queries, written, watched=group.watched)
+    return jax.tree.map(lambda a: a[0], made)
 
 
-def _generated(queries, written) -> Generated:
+def _generated(queries, written, *, watched: bool) -> Generated:
     """The context with tokens first."""
     assert queries is not None
-    keys, values, *gates, _ = written
-    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), Generated(queries, keys, values, *gates))
+    made = Generated(queries, *written)
+    if not watched:  # the others have been written by then
+        made = made._replace(projection_learning_rate=None)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), made)
 
 
 def _written_tokens(params, x: Generated) -> tuple[Tokens, None]:
     """The context with tokens last; nothing is left to be read out."""
-    return Tokens(*jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), x)), None
+    return Tokens(*jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), x[:6])), None
 
 
 def _remember(params, weights, x: Generated, group: _Group):
@@ -506,4 +525,5 @@ def _remember(params, weights, x: Generated, group: _Group):
     tokens, start = _written_tokens(params, x)[0], group.decays_to(params)
     weights, read = memory_chunk(weights, tokens, None, group.rule, start=start)
     assert read is not None
-    return group.settled(params, weights), jnp.moveaxis(read, -1, 0)
+    read, weights = jnp.moveaxis(read, -1, 0), group.settled(params, weights)
+    return weights, (read, _gates(group.config, x)) if group.watched else read

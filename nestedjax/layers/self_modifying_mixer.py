@@ -8,6 +8,7 @@ from nestedjax.layers import gates
 from nestedjax.layers.memory_mixer import MemoryMixer
 from nestedjax.layers.parameters import Sizes, is_param, param, weight, weight_dtype
 from nestedjax.layers.self_modifying import SelfModifyingConfig, init_params, self_modifying
+from nestedjax.layers.watched import Watched
 from nestedjax.levels import Box
 from nestedjax.levels.describe import count, size
 from nestedjax.optim import MatrixAxes
@@ -111,6 +112,7 @@ def self_modifying_mixer(
         out=not literal,
         start=lambda config, heads, *, rngs: SelfModifyingStart(config, memory, rngs=rngs),
         per_head=False,
+        watched=Watched(self_modifying(memory, watched=True), memory.gates),
         boxes=lambda carry: memory_boxes(memory, carry.state),
         rngs=rngs,
     )

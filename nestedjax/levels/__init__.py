@@ -7,12 +7,13 @@ from nestedjax.levels.compose import chain, flow, parallel
 from nestedjax.levels.describe import HasBoxes, describe, table
 from nestedjax.levels.heads import per_head
 from nestedjax.levels.incremental import Unfinished, incremental
-from nestedjax.levels.level import Level, due, read_write
+from nestedjax.levels.level import SWITCHES, Level, check_switches, due, read_write
 from nestedjax.levels.nested import nested
 from nestedjax.levels.order import TRANSFERS, Box, order
 from nestedjax.levels.run import Carry, misplaced, reset, run, start, stream
 
 __all__ = [
+    "SWITCHES",
     "TRANSFERS",
     "Adaptation",
     "Adapting",
@@ -26,6 +27,7 @@ __all__ = [
     "at_boundary",
     "carry_axes",
     "chain",
+    "check_switches",
     "describe",
     "due",
     "flow",

@@ -1,12 +1,12 @@
 """Composing levels into one system: `chain`, `flow`, `parallel`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 from jaxtyping import Array, Int
 
-from nestedjax.levels.level import Level, PerToken, PyTree
+from nestedjax.levels.level import Level, PerToken, PyTree, check_switches
 from nestedjax.levels.run import Carry, advance_position, run, run_some, scan_whole, token_count
 
 # `describe` reads this: each part depends on the output of the one before it.
@@ -135,7 +135,8 @@ def parallel(
         position = advance_position(position, token_count(x) if valid is None else valid, reset)
         return combine(weights(params), outputs), Carry(carries, None, position)
 
-    return Level(name, _longest(levels), init, step, advance=advance, parts=tuple(levels))
+    whole = Level(name, _longest(levels), init, step, advance=advance, parts=tuple(levels))
+    return switchable(whole, levels, lambda parts: parallel(*parts, aggregate=aggregate, name=name))
 
 
 def _sequence(levels: tuple[Level, ...], order: list[int], name: str) -> Level:
@@ -162,7 +163,9 @@ def _sequence(levels: tuple[Level, ...], order: list[int], name: str) -> Level:
             carries.append(carry)
         return x, Carry(tuple(carries), None, position)
 
-    return Level(name, _longest(levels), init, step, advance=advance, parts=parts, about=_SEQUENCE)
+    period = _longest(levels)
+    whole = Level(name, period, init, step, advance=advance, parts=parts, about=_SEQUENCE)
+    return switchable(whole, levels, lambda parts: _sequence(tuple(parts), order, name))
 
 
 def _feed(level, params, state, x, reset, valid):
@@ -170,6 +173,36 @@ def _feed(level, params, state, x, reset, valid):
     if valid is None:
         return run(level, params, state, x, reset=reset)
     return run_some(level, params, state, x, valid)
+
+
+def switchable(
+    system: Level, levels: tuple[Level, ...], build: Callable[[Sequence[Level]], Level]
+) -> Level:
+    """A composition with the memories of its levels; a name that two of them have is qualified.
+
+    Args:
+      system: the composition.
+      levels: what it was made of.
+      build: the same composition of other levels.
+
+    Returns:
+      The composition, with "level.memory" in place of a memory's name where it is not unique.
+    """
+    every = [name for level in levels for name in level.memories]
+
+    def known(level: Level) -> dict[str, str]:
+        return {n if every.count(n) == 1 else f"{level.name}.{n}": n for n in level.memories}
+
+    def switched(how: Mapping[str, str]) -> Level:
+        check_switches(how, memories)
+        parts = []
+        for level in levels:
+            own = {name: how[full] for full, name in known(level).items() if full in how}
+            parts.append(level.switched(own) if own and level.switched is not None else level)
+        return build(parts)
+
+    memories = tuple(full for level in levels for full in known(level))
+    return system._replace(memories=memories, switched=switched if memories else None)
 
 
 def picker(levels: tuple[Level, ...], index: int) -> Callable[[PyTree], PyTree]:

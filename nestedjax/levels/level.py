@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 from jaxtyping import PyTree as TreeOf
 
 PyTree = Any
+SWITCHES = ("not_written", "frozen", "reset")  # of a memory; see `Level.switched`
 # A tree of arrays that share their leading axis, the tokens: of any number T, or of one period P.
 PerToken: TypeAlias = TreeOf[Shaped[Array | np.ndarray, "T ..."]]
 PerPeriod: TypeAlias = TreeOf[Shaped[Array | np.ndarray, "P ..."]]
@@ -134,3 +135,34 @@ def due(position: Int[Array, ""] | int, period: int) -> Bool[Array, ""] | bool:
       [False, False, True, False, False, True]
     """
     return (position + 1) % period == 0
+
+
+def check_switches(
+    switches: Mapping[str, str], memories: tuple[str, ...], implementation: str = "xla"
+) -> None:
+    """Refuse switches that a level does not have.
+
+    Args:
+      switches: `{memory: switch}`, as `Level.switched` takes it.
+      memories: the names of the level's memories.
+      implementation: how the level runs.
+
+    Raises:
+      ValueError: an unknown memory or switch.
+      NotImplementedError: a kernel.
+
+    Example:
+      >>> from nestedjax import levels
+      >>> levels.check_switches({"key": "frozen"}, ("key", "value"))
+    """
+    for name, switch in switches.items():
+        if name not in memories or switch not in SWITCHES:
+            raise ValueError(
+                f"switch {name!r}: {switch!r}; memories are {', '.join(memories)}, and switches"
+                f" {', '.join(SWITCHES)}"
+            )
+    if switches and implementation != "xla":
+        raise NotImplementedError(
+            f"implementation={implementation!r} has no switches, got {dict(switches)}; use"
+            " implementation='xla'"
+        )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nestedjax.levels.branch import select, when
-from nestedjax.levels.compose import check_divides, picker
+from nestedjax.levels.compose import check_divides, picker, switchable
 from nestedjax.levels.level import Level, PerToken, PyTree
 from nestedjax.levels.run import (
     Carry,
@@ -100,7 +100,8 @@ def nested(
 
     plain = Level(name, slow.period, init, step)
     system = _Nested(slow.period, plain, fast, slow, reinit, pick_fast, pick_slow)
-    return plain._replace(advance=advance, parts=levels, about={"flow": "sequence"})
+    whole = plain._replace(advance=advance, parts=levels, about={"flow": "sequence"})
+    return switchable(whole, levels, lambda parts: nested(parts[0], parts[1], reinit, name=name))
 
 
 class _Nested(NamedTuple):

@@ -114,6 +114,12 @@ def normalised_linear_attention(
         name="normalised_linear_attention",
     )
 
+    return _normalised(plain, epsilon)
+
+
+def _normalised(plain: Level, epsilon: float) -> Level:
+    """The level with its reads divided by their last feature."""
+
     def normalised(y: Array) -> Array:
         return y[..., :-1] / (y[..., -1:] + epsilon)
 
@@ -129,8 +135,13 @@ def normalised_linear_attention(
 
         return both
 
+    switched = plain.switched
+    assert switched is not None
     return plain._replace(
-        step=after(plain.step, 1), whole=after(plain.whole, 1), advance=after(plain.advance, 0)
+        step=after(plain.step, 1),
+        whole=after(plain.whole, 1),
+        advance=after(plain.advance, 0),
+        switched=lambda how: _normalised(switched(how), epsilon),
     )
 
 

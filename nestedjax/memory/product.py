@@ -1,13 +1,13 @@
 """The product of the menus: an associative memory as a level."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from nestedjax.errors import require_range
-from nestedjax.levels import Level, incremental
+from nestedjax.levels import Level, check_switches, incremental
 from nestedjax.memory.architectures import Architecture, Weights
 from nestedjax.memory.features import FeatureMap, identity
 from nestedjax.memory.objectives import Objective
@@ -182,45 +182,70 @@ def associative_memory(
         architecture, objective, retention, rule, read=read, implementation=implementation
     )
     memory = Memory(architecture, objective, retention, rule, read, feature_map, value_map)
-    execute = _STEPS[chosen.execution]
+    default = ".".join((architecture.name, objective.name, retention.name, rule.name))
+    return _level(memory, chosen.execution, chunk_size, implementation, name or default)
+
+
+def _level(
+    memory: Memory, execution: Execution, chunk_size: int, implementation: str, name: str
+) -> Level:
+    """The level of a point of the product, which can be switched."""
+    execute, reset = _STEPS[execution], memory.switch == "reset"
 
     def init(params: Weights) -> MemoryState:
-        if not isinstance(params, tuple):
-            raise ValueError(
-                f"{architecture.name} memory: initial weights are a {type(params).__name__}, "
-                f"expected a tuple of {len(architecture.shapes)}: make them with "
-                "architecture.init(key)"
-            )
-        named = {f"initial weight {i}": w for i, w in enumerate(params)}
-        check_floats(f"{architecture.name} memory", **named)
-        shapes = tuple(w.shape for w in params)
-        if shapes != architecture.shapes:
-            raise ValueError(
-                f"{architecture.name} memory: initial weights have shapes {shapes}, the "
-                f"architecture {architecture.shapes}; make them with architecture.init(key)"
-            )
+        _check_start(memory.architecture, params)
         return initial_state(memory, params)
 
     def step(
         params: Weights, state: MemoryState, x: Tokens
     ) -> tuple[MemoryState, Float[Array, "T dv"]]:
-        del params  # the initial weights live on in the state
+        # the initial weights live on in the state
         state, reads = execute(memory, state, _prepared(memory, state, x))
-        return state, reads.astype(x.queries.dtype)
+        return init(params) if reset else state, reads.astype(x.queries.dtype)
+
+    def switched(how: Mapping[str, str]) -> Level:
+        check_switches(how, (name,), implementation if implementation in KERNELS else "xla")
+        other = memory._replace(switch=how.get(name, memory.switch))
+        return _level(other, execution, chunk_size, implementation, name)
 
     whole = None
     if implementation in KERNELS:
         whole = _whole(memory, kernel_for(memory, implementation, chunk_size), init)
-    default = ".".join((architecture.name, objective.name, retention.name, rule.name))
-    about = {"objective": objective.name, "rule": rule.name, "transfer": "param"}
+    about = {"objective": memory.objective.name, "rule": memory.rule.name, "transfer": "param"}
     level = Level(
-        name or default, chunk_size, init, step, whole=whole, about=about, ndim=TOKEN_AXES
+        name,
+        chunk_size,
+        init,
+        step,
+        whole=whole,
+        about=about,
+        ndim=TOKEN_AXES,
+        memories=(name,),
+        switched=switched,
     )
-    if read == "anchor":
+    if memory.read == "anchor":
         return level._replace(token=_anchored(memory))
     return incremental(
         level, start=lambda params, state: running_start(memory, state), token=_running(memory)
     )
+
+
+def _check_start(architecture: Architecture, params: Weights) -> None:
+    """Refuse initial weights of another form than the architecture's."""
+    if not isinstance(params, tuple):
+        raise ValueError(
+            f"{architecture.name} memory: initial weights are a {type(params).__name__}, "
+            f"expected a tuple of {len(architecture.shapes)}: make them with "
+            "architecture.init(key)"
+        )
+    named = {f"initial weight {i}": w for i, w in enumerate(params)}
+    check_floats(f"{architecture.name} memory", **named)
+    shapes = tuple(w.shape for w in params)
+    if shapes != architecture.shapes:
+        raise ValueError(
+            f"{architecture.name} memory: initial weights have shapes {shapes}, the "
+            f"architecture {architecture.shapes}; make them with architecture.init(key)"
+        )
 
 
 def _prepared(memory: Memory, state: MemoryState, x: Tokens) -> Tokens:

@@ -41,7 +41,8 @@ def _solve(memory: Memory, old: "_Carry", window: Window, token: Tokens) -> "_Ca
     keys, learning_rate = window.keys, memory.objective.factor * window.learning_rate[:, None]
     weight = old.weights[0] if token.decay is None else token.decay * old.weights[0]
     system = jnp.eye(len(keys), dtype=weight.dtype) + learning_rate * (keys @ keys.T)
-    residual = keys @ weight.T - window.values
+    residual = keys @ weight.T  # what is erased; without a write nothing takes its place
+    residual = residual if memory.silent else residual - window.values
     return _Carry((weight - solve(system, learning_rate * residual).T @ keys,), None)
 
 
@@ -90,7 +91,7 @@ def _dense_gradients(memory: Memory, anchor: Weights, token: Window) -> Weights:
     output, pull = jax.vjp(lambda w: memory.architecture.apply(w, token.keys), anchor)
     (gradients,) = pull(memory.output_error(output, token))
     penalty = memory.objective.penalty
-    if penalty is not None:
+    if penalty is not None and not memory.silent:
         gradients = (gradients[0] + jax.grad(penalty)(anchor[0], token.values),)
     inputs, _ = memory.factors(anchor, token)
     return tuple(

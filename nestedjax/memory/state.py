@@ -71,7 +71,11 @@ class MemoryState(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """One entry of each menu: what every execution of the memory is given."""
+    """One entry of each menu, and a switch: what every execution of the memory is given.
+
+    With "not_written" no gradient is written while decay and erasure act; with "frozen" the tokens
+    come with learning rate 0 and decay 1.
+    """
 
     architecture: Architecture
     objective: Objective
@@ -80,6 +84,12 @@ class Memory(NamedTuple):
     read: str
     feature_map: FeatureMap
     value_map: FeatureMap
+    switch: str | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether its write term is zero."""
+        return self.switch == "not_written"
 
     def link(self, accumulators: Weights) -> Weights:
         """The weights that the accumulators stand for."""
@@ -98,7 +108,9 @@ class Memory(NamedTuple):
     def output_error(
         self, output: Float[Array, "*t dv"], tokens: "Tokens | Window"
     ) -> Float[Array, "*t dv"]:
-        """Derivative, by the memory's output, of the loss that the rule descends."""
+        """Derivative, by the memory's output, of the loss that the rule descends; 0 if silent."""
+        if self.silent:
+            return jnp.zeros_like(output)
         error = self.objective.error(output, tokens.values, tokens.threshold)
         if self.rule.functional:
             body = output - tokens.keys if self.architecture.residual else output
@@ -162,6 +174,10 @@ def mean_rates(place: Int[Array, "*t"], tokens: Tokens) -> Float[Array, "*t"]:
 def prepare(memory: Memory, tokens: Tokens, dtype: jnp.dtype) -> Tokens:
     """The tokens in the state's dtype, with the feature and value maps applied."""
     tokens = jax.tree.map(lambda x: x.astype(dtype), tokens)
+    if memory.switch == "frozen":
+        kept = None if tokens.decay is None else jnp.ones_like(tokens.decay)
+        still = jnp.zeros_like(tokens.learning_rate)
+        tokens = tokens._replace(learning_rate=still, decay=kept)
     return tokens._replace(
         keys=memory.feature_map(tokens.keys),
         queries=memory.feature_map(tokens.queries),

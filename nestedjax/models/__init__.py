@@ -20,6 +20,7 @@ from nestedjax.models.periods import labels, optimizer, periods, step_tokens_by_
 from nestedjax.models.presets import PRESETS, SIZES, Size, fitted, presets, size_of
 from nestedjax.models.recurrent import RecurrentConfig
 from nestedjax.models.retnet import RetNetConfig
+from nestedjax.models.switch import gate_ranges, memory_starts, switched, switches, watched
 from nestedjax.models.transformer import TransformerConfig
 
 __all__ = [
@@ -51,9 +52,11 @@ __all__ = [
     "build",
     "create",
     "fitted",
+    "gate_ranges",
     "labels",
     "logical_axes",
     "matrix_axes",
+    "memory_starts",
     "merge",
     "optimizer",
     "parameter_count",
@@ -62,6 +65,9 @@ __all__ = [
     "size_of",
     "split",
     "step_tokens_by_label",
+    "switched",
+    "switches",
+    "watched",
     "weight_decays",
     "weights",
 ]

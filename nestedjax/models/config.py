@@ -32,6 +32,9 @@ class ModelConfig:
         "full" (all but the blocks' inputs) or "dots" (as "full", but matrix products are kept).
       implementation: how memories run over the whole chunks of a call: "xla" (a scan over chunks),
         "pallas_tpu" or "pallas_gpu" (one kernel each way, on such a device only).
+      writes: whether memories are written in context. Without, the write term of every memory is
+        zero at every token (decay and erasure act), and no block of a continuum memory learns in
+        context: the model to compare with, to see what writing pays.
     """
 
     vocab: Count
@@ -40,6 +43,7 @@ class ModelConfig:
     dtype: Dtype = dataclasses.field(default="float32", kw_only=True)
     remat: Remat = dataclasses.field(default="none", kw_only=True)
     implementation: Implementation = dataclasses.field(default="xla", kw_only=True)
+    writes: bool = dataclasses.field(default=True, kw_only=True)
 
     def __post_init__(self):
         check_fields(self)
@@ -51,6 +55,22 @@ class ModelConfig:
             raise ValueError(
                 f"implementation={self.implementation!r} is how memories run, and a"
                 f" {type(self).__name__} has none; leave it out"
+            )
+        if not self.writes:
+            self._check_without_writes()
+
+    def _check_without_writes(self) -> None:
+        """Refuse a model that writes nothing anyway, or writes in a kernel."""
+        cms = self.continuum
+        if not self.chunks and (cms is None or cms.lifetime != "in_context"):
+            raise ValueError(
+                f"writes=False: a {type(self).__name__} has no memory that is written in context;"
+                " leave it out"
+            )
+        if self.implementation != "xla":
+            raise ValueError(
+                f"writes=False: implementation={self.implementation!r} has no switches; use"
+                " implementation='xla'"
             )
 
     def block(self, *, rngs: nnx.Rngs) -> Block | tuple[Block, ...]:

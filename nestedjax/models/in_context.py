@@ -13,7 +13,7 @@ from nestedjax import levels
 from nestedjax.layers import CMSConfig, Embed, InnerConfig, param, weight_dtype
 from nestedjax.levels import Box, Carry, Level
 from nestedjax.levels.describe import count, size
-from nestedjax.models.inner_optimizer import inner_optimizer
+from nestedjax.models.inner_optimizer import inner_optimizer, switched_writes
 from nestedjax.models.language_model import LanguageModel
 from nestedjax.models.periods import block_labels
 from nestedjax.optim import boxes_of, in_tokens
@@ -70,11 +70,20 @@ class InContextModel(nnx.Module):
         shape = (len(cms.timed), self.config.layers)
         start = jnp.zeros(shape, weight_dtype(self.config.dtype))
         self.rates = param(start, ("levels", "layers"), matrix=None, weight_decay=False)
+        # (label, switch) of blocks that do not learn in context; see `models.switched`
+        self.switches: tuple[tuple[str, str], ...] = ()
+        if not self.config.writes:
+            self.switches = tuple((label, "not_written") for label in self.learning)
 
     @property
     def embed(self) -> Embed:
         """The embedding: `logits = model.embed.attend(hidden)`."""
         return self.base.embed
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The labels of the blocks that learn in context, the fastest first."""
+        return tuple(self._cms.block_periods)
 
     def init_state(self, batch_size: int) -> PyTree:
         """The state of `batch_size` sequences at the start of a context."""
@@ -229,7 +238,9 @@ class InContextModel(nnx.Module):
             cms.timed[0],
             forward=chunk,
             loss=loss,
-            tx=lambda weights: inner_optimizer(cms, _in_chunks(cms), weights.rates),
+            tx=lambda weights: switched_writes(
+                inner_optimizer(cms, _in_chunks(cms), weights.rates), dict(self.switches)
+            ),
             init_fast=lambda weights: _take(weights.model, cms),
             init_carry=lambda weights: plain(nnx.merge(graphdef, weights.model).init_state(1)),
             second_order=cms.inner.second_order,

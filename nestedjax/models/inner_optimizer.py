@@ -42,6 +42,30 @@ def inner_optimizer(
     return by_period(groups, labels, reduction=inner.reduction)
 
 
+def switched_writes(
+    tx: optax.GradientTransformationExtraArgs, switches: Mapping[str, str]
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of `{label: fast weights}` with some blocks switched.
+
+    Args:
+      tx: what writes the blocks; its state stays what it is.
+      switches: label -> "not_written" (no gradient; weight decay and momentum act), "frozen" or
+        "reset" (no update: what a block is written at a period's end is all that a reset undoes).
+    """
+
+    def quiet(tree: PyTree, labels: Any) -> PyTree:
+        return {
+            n: jax.tree.map(jnp.zeros_like, of) if n in labels else of for n, of in tree.items()
+        }
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> Any:
+        updates, state = tx.update(quiet(updates, switches), state, params, **extra)
+        still = [name for name, switch in switches.items() if switch != "not_written"]
+        return quiet(updates, still), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update) if switches else tx
+
+
 def _rule(inner: InnerConfig, rate: Float[Array, " layers"]) -> optax.GradientTransformation:
     steps = [] if inner.clip is None else [_clip(inner.clip)]
     if inner.optimizer == "momentum":

@@ -1,14 +1,16 @@
-"""Pictures: where matplotlib is set up, and the loss curve of a run."""
+"""Pictures: where matplotlib is set up, the loss curve of a run, and what its model relies on."""
 
 import io
 import math
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from etils import epath
 
 from nestedjax.errors import ConfigError
+from nestedjax.evaluation import Use
 from nestedjax.training import read_metrics
 
 INK, GRID = "#222222", "#e8e8e8"
@@ -82,6 +84,52 @@ def plot_losses(
     axes.grid(True, color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    _save(picture, epath.Path(path))
+
+
+def plot_use(rows: Sequence[Use], path: str | os.PathLike, *, title: str) -> None:
+    """Draw what each switch of a model costs, as PNG; costs of very different size share a scale.
+
+    Args:
+      rows: of `nestedjax.run.evaluate(..., use=True).use`; at least one.
+      path: of the picture.
+      title: what the run is.
+
+    Raises:
+      OSError: the picture cannot be written; one that was there stays.
+    """
+    switches = list(dict.fromkeys(row.switch for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
+    picture, axes = figure(7.2, 1.4 + 0.26 * len(rows))
+    places, ticks, at = [], [], 0.0
+    for name in names:
+        own = [row for row in rows if row.name == name]
+        ticks.append(at + (len(own) - 1) / 2)
+        places += [(row, at + i) for i, row in enumerate(own)]
+        at += len(own) + 0.5
+    for number, switch in enumerate(switches):
+        those = [(row, y) for row, y in places if row.switch == switch]
+        errors = [e if math.isfinite(e := row.standard_error) else 0.0 for row, _ in those]
+        axes.errorbar(
+            [row.delta for row, _ in those],
+            [y for _, y in those],
+            xerr=errors,
+            fmt="o",
+            color=(SMOOTH, VALID, "#4d8f5b", INK)[number % 4],
+            markersize=4,
+            elinewidth=1,
+            label=switch.replace("_", " "),
+        )
+    axes.axvline(0.0, color=INK, linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_yticks(ticks, names)
+    axes.invert_yaxis()
+    axes.set_title(f"{title}: what is lost without", color=INK, loc="left")
+    axes.set_xlabel("loss with the switch, less the loss without (nats per token)", color=INK)
+    axes.grid(True, axis="x", color=GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.08, y=1 / (len(rows) + 2))
+    picture.legend(frameon=False, loc="outside lower center", ncols=4)
     _save(picture, epath.Path(path))
 
 

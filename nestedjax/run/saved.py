@@ -18,6 +18,7 @@ from nestedjax.run.settings import arguments_of
 from nestedjax.version import __version__
 
 LAYOUT = 2  # of config.json, of what lies beside it, and of the names of the weights
+WAS_FLAT = ("objective", "dgd", "erase", "values", "inner_clip")  # of `memory.rule`, in `memory`
 READ_BY = {1: "nestedjax 0.1"}  # which version reads the layouts before
 
 
@@ -51,6 +52,7 @@ def from_json(values: Any, modules: Sequence[str] = ()) -> RunConfig:
     model = dict(_object(values.get("model", {}), "model"))
     _check_layout(values.pop("layout", 1), whole="model" in values)
     kind = class_of(model.pop("type", None), modules)
+    model = _with_rule(model)
     made = _converted(model, kind, "model")
     values["optimizer"] = _with_tuples(values.get("optimizer", {}))
     config = _converted({**values, "model": made}, RunConfig, "")
@@ -58,6 +60,16 @@ def from_json(values: Any, modules: Sequence[str] = ()) -> RunConfig:
     for name in _unknown({**values, "model": model}, known):
         raise ValueError(f"unknown setting {name!r}; {near(name, _names(known))}")
     return config
+
+
+def _with_rule(model: dict[str, Any]) -> dict[str, Any]:
+    """The model with what a memory writes under `memory.rule`, where it lay flat before."""
+    memory = model.get("memory")
+    if not isinstance(memory, Mapping) or "rule" in memory or not {*WAS_FLAT} & {*memory}:
+        return model
+    rule = {name: memory[name] for name in WAS_FLAT if name in memory}
+    kept = {name: value for name, value in memory.items() if name not in rule}
+    return {**model, "memory": {**kept, "rule": rule}}
 
 
 def _object(values: Any, name: str) -> Mapping[str, Any]:

@@ -26,13 +26,14 @@ from nestedjax.data import (
     take_split,
 )
 from nestedjax.errors import ConfigError, at_least, one_line
-from nestedjax.evaluation import Losses, Totals, stream_losses
+from nestedjax.evaluation import GateReach, Losses, Moved, Totals, Use, rows_of, stream_losses
 from nestedjax.run.assemble import build, on_one_device
 from nestedjax.run.config import RunConfig
 from nestedjax.run.data import tokenizer_of
 from nestedjax.run.folder import require_config
 from nestedjax.run.functions import sampler, token_losses
 from nestedjax.run.prompt import continuation, default_prompt, prompt_tokens, within
+from nestedjax.run.use import asked, gates, moved, uses
 
 PIECE = 512  # tokens of a text that are scored at once
 PERIODS = (64, 256, 1024, 4096)  # tokens of a prompt, for each block of a continuum memory
@@ -62,10 +63,19 @@ class Evaluation(NamedTuple):
     Attributes:
       files: name of each text -> its losses.
       all: over all of them.
+      use: the loss with parts of the model switched off, if it was asked for, over rows of the
+        run's length, each a fresh context.
+      unswitched: the loss of the model as it is over the same rows, with `use`; else NaN.
+      gates: how far the gates of the memories went, with `use`.
+      starts: how far training has moved what memories begin from, with `use`.
     """
 
     files: dict[str, Losses]
     all: Losses
+    use: Sequence[Use] = ()
+    unswitched: float = math.nan
+    gates: Sequence[GateReach] = ()
+    starts: Sequence[Moved] = ()
 
     @property
     def loss(self) -> float:
@@ -182,7 +192,10 @@ def generate(
 
 
 def evaluate(
-    trained: Trained, files: str | os.PathLike | Sequence[str | os.PathLike] | None = None
+    trained: Trained,
+    files: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    *,
+    use: bool | Sequence[tuple[str, str]] = False,
 ) -> Evaluation:
     """The loss of a model on texts, each document one context from its first token to its last.
 
@@ -192,21 +205,33 @@ def evaluate(
       trained: from `load`, or `train(...).trained`.
       files: text files or folders; None for the held-out parts of the run's own text: its
         validation split (5%) and its test split (5%).
+      use: also measure what the model relies on: for each name and switch of `models.switches`,
+        or for those given as `[("memories", "not_written"), ...]`, the loss of the same texts with
+        that part of the model switched off, in rows of the run's length, each a fresh context, as
+        validation reads them. Every switch reads the texts once more.
+
+    Returns:
+      The losses; with `use` also `.use`, a row for each switch with `name`, `switch`, `loss`,
+      `delta` and `standard_error` (in nats per token; over blocks of 512 tokens), and what the
+      gates and starts of the memories are on these texts.
 
     Raises:
       DataError: a file is missing, empty or a single token; or the run has no text of its own, or
         its text is not what it was.
+      ConfigError: a switch that the model does not have, or a model that cannot be switched.
     """
     _require_trained(trained)
+    pairs = asked(use, trained.model)
     definition, weights = models.split(trained.model)
-    texts = _texts(trained, files)
     start, score = _scorer(definition)
-    state, found, vocab = start(weights), {}, trained.run.model.vocab
-    for name, documents in texts.items():
+    state, found, read = start(weights), {}, []
+    for name, documents in _texts(trained, files).items():
         losses = Losses(Totals(), {})
         for document in documents:
-            tokens = within(encode(trained.tokenizer, document), vocab, document.name)
+            tokens = encode(trained.tokenizer, document)
+            tokens = within(tokens, trained.run.model.vocab, document.name)
             if tokens.size >= 2:
+                read.append(tokens)
                 losses = losses.plus(
                     stream_losses(
                         functools.partial(score, weights),
@@ -221,7 +246,14 @@ def evaluate(
                 f"{name} has less than two tokens, which predicts nothing; give more text"
             )
         found[name] = losses
-    return Evaluation(found, functools.reduce(Losses.plus, found.values()))
+    result = Evaluation(found, functools.reduce(Losses.plus, found.values()))
+    if isinstance(use, bool) and not use:
+        return result
+    run, model, rows = trained.run, trained.model, rows_of(read, trained.run.data.length)
+    plain, costs = uses(run, model, pairs, rows)
+    return result._replace(
+        use=costs, unswitched=plain, gates=gates(run, model, rows), starts=moved(run, model)
+    )
 
 
 def adapted(
