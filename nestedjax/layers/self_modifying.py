@@ -84,8 +84,8 @@ class SelfModifyingConfig:
         not.
       inputs: keys and values in front of the memories: "scaled" (by d^-1/2), "unit", or "silu":
         unit vectors of silu(x), as in DeltaNet, and queries of silu(x).
-      output_gate: whether the normalised reads are multiplied by silu(W x), which the paper's are
-        not.
+      output_gate: what the normalised reads are multiplied by: "silu" (of W x), "sigmoid"
+        (2 sigmoid(W x), which starts near one) or "none", as in the paper.
       decay_bias: logit of the decay gate at the start. Writes along one of d directions grow a
         memory by about eta / d a token; a gate that forgets faster than that erases it for good,
         since M = identity, both matrices zero, is a fixed point (but for a decay to the start).
@@ -109,7 +109,7 @@ class SelfModifyingConfig:
     gate_gain: Positive = 1.0
     convolution: Literal["input", "streams"] = "input"
     inputs: Literal["scaled", "unit", "silu"] = "scaled"
-    output_gate: bool = True
+    output_gate: Literal["silu", "sigmoid", "none"] = "silu"
     decay_bias: Logit = 9.0
 
     def __post_init__(self):

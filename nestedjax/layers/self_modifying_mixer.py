@@ -121,7 +121,9 @@ def self_modifying_mixer(
 def _output(memory: SelfModifyingConfig, literal: bool) -> gates.Maker:
     if literal:
         return gates.plain()
-    return gates.gated_norm() if memory.output_gate else gates.norm()
+    if memory.output_gate == "none":
+        return gates.norm()
+    return gates.gated_norm(memory.output_gate)
 
 
 def memory_boxes(config: SelfModifyingConfig, state) -> list[Box]:

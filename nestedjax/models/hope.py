@@ -80,7 +80,7 @@ def _memory(size: Size, **changes) -> SelfModifyingConfig:
         gate_gain=math.sqrt(wide),
         convolution="streams",
         inputs="silu",
-        output_gate=False,
+        output_gate="sigmoid",
     )
     return dataclasses.replace(memory, **changes)
 

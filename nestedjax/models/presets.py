@@ -153,7 +153,7 @@ def budget(name: str) -> int:
 
 def attention_blocks(size: Size) -> int:
     """As many blocks of 12 d^2 parameters (attention, a network of 8 d^2) as equal HOPE's."""
-    total = size.layers * (12 * size.width**2 + 10 * size.width * size.head_dim)
+    total = size.layers * (13 * size.width**2 + 10 * size.width * size.head_dim)
     return round(total / (12 * size.width**2))
 
 
