@@ -337,7 +337,7 @@ class MemoryMixer(Layer):
             after["position"] = position[:, -1] + 1
         return Tokens(**streams, **{n: gate(source) for n, gate in self.gates.items()}), after
 
-    def _remember(self, carry, tokens: Tokens, resets) -> tuple[Array, levels.Carry]:
+    def _remember(self, carry, tokens: Tokens, resets) -> tuple[Any, levels.Carry]:
         """The memory of every sequence over its tokens."""
         level = self._level
 

@@ -8,7 +8,16 @@ from nestedjax.cli import flags as cli_flags
 from nestedjax.cli import main
 
 OWN_FLAGS = {f"--{name}" for name in "help run mesh config import prompt tokens adapt plot".split()}
-OWN_FLAGS |= {"--temperature", "--top-k", "--periods", "--inner-learning-rate", "--seed", "--json"}
+OWN_FLAGS |= {
+    "--use",
+    "--without-writes",
+    "--temperature",
+    "--top-k",
+    "--periods",
+    "--inner-learning-rate",
+    "--seed",
+    "--json",
+}
 # Words before "=" that are no settings: axes of a mesh, arguments in Python, keys of config.json.
 WORDS = {"data", "fsdp", "tensor", "sequence", "axis", "modules", "type", "layout", "model", "step"}
 
