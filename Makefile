@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 # Two pretended devices use two cores better than two threads of one device do.
 train: $(VENV)/installed
 	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=2" \
-	JAX_PLATFORMS=cpu $(BIN)/nestedjax train hope_nano --run runs/hope_nano --mesh data=2
+	JAX_PLATFORMS=cpu $(BIN)/nestedjax train hope_nano --run runs/hope_nano --mesh data=2 --use
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

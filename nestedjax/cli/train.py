@@ -41,6 +41,7 @@ def options(
     run: str | None = None,
     mesh: str | None = None,
     config: str | None = None,
+    use: bool = False,
     modules: Annotated[tuple[str, ...], Parameter("--import")] = (),
 ) -> None:
     """The flags that are no settings.
@@ -49,6 +50,8 @@ def options(
       run: the run folder; by default runs/PRESET.
       mesh: all devices along axes, such as data=2,fsdp=2,tensor=2; none for one device.
       config: the config.json of a run whose settings the new one takes.
+      use: at the end, also say what the loss on the held-out text is with nothing written into the
+        memories, and with those that generate keys, values and gates frozen; see `nestedjax eval`.
       modules: modules to import, in which models of your own are.
     """
 
@@ -121,12 +124,41 @@ def _train(config: Any, folder: str, own: dict[str, Any]) -> int:
         return STOPPED.get(result.stopped_by, 143)
     say(printable(run.generate(result.trained, tokens=SAMPLE, seed=config.seed)))
     say("" if (curve := _plot(folder, config.preset)) is None else f"\nloss curve: {curve}")
+    if own.get("use"):
+        _say_use(result.trained)
     say(f"metrics: {folder}/metrics.jsonl, {folder}/tensorboard")
     say(f"checkpoints: {folder}/checkpoints")
     loss = result.record.get("val_loss", float("nan"))
     tokens = config.loop.steps * config.step_tokens
     say(f"done: step={config.loop.steps} val_loss={loss:.4f} tokens={tokens} run={folder}")
     return 0
+
+
+SWITCHED = {
+    ("memories", "not_written"): "with nothing written",
+    ("projections", "frozen"): "with the projections frozen",
+}
+
+
+def _say_use(trained: Any) -> None:
+    """What the memories were worth on the held-out text."""
+    from nestedjax import models, run
+    from nestedjax.cli.output import say
+
+    try:
+        pairs = [pair for pair in SWITCHED if pair in models.switches(trained.model)]
+        if not pairs:
+            say("memories: this model has none that are written in context")
+            return
+        found = run.evaluate(trained, use=pairs)
+    except (ValueError, OSError) as error:  # the run itself is whole
+        say(f"memories: not measured ({error})")
+        return
+    said = []
+    for row in found.use:
+        cost = f"{row.delta:+.4f} +- {row.standard_error:.4f}"
+        said.append(f"{SWITCHED[row.name, row.switch]} {row.loss:.4f} ({cost})")
+    say("\n  ".join([f"memories: held-out loss {found.unswitched:.4f}", *said]))
 
 
 def _plot(folder: str, title: str) -> str | None:
