@@ -4,6 +4,7 @@ One place for the settings of each; an experiment's own table changes what it is
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from nestedjax import layers, models
@@ -13,30 +14,19 @@ HIDDEN = 176  # of every SwiGLU network: 8/3 of the width
 CONV = 4  # tokens of every short convolution
 CONTEXT = 1024  # tokens that attention sees: all of every task
 
-# HOPE's memories on these tasks: each token corrects its error once, toward targets of norm 1, at
-# rates that start at a half, the projections' at a twentieth; read after the write.
-RULE = layers.RuleConfig(
-    objective="delta", targets="unit", dgd="none", inner_clip=None, decay_to="start"
-)
-LINEAR = layers.SelfModifyingConfig(
-    heads=HEADS,
+# HOPE as its presets have it, in chunks of 8 tokens; an MLP memory is four times as wide inside.
+LINEAR = dataclasses.replace(
+    models.PRESETS["hope_linear_nano"].memory,
     head_dim=WIDTH // HEADS,
+    hidden=WIDTH // HEADS,
     chunk_size=8,
-    architecture="linear",
-    rule=RULE,
-    momentum=False,
-    read="running",
-    learning_rate_start=0.5,
-    projection_learning_rate=0.05,
-    gate_gain=4.0,
-    convolution="streams",
-    inputs="silu",
+    gate_gain=math.sqrt(WIDTH // HEADS),
 )
 MLP = dataclasses.replace(
     LINEAR,
     architecture="mlp",
     hidden=4 * WIDTH // HEADS,
-    rule=dataclasses.replace(RULE, written="outer", step="normalised"),
+    rule=dataclasses.replace(LINEAR.rule, written="outer", step="normalised"),
 )
 ALL = layers.MEMORIES  # of them static: nothing is ever written
 PROJECTIONS = tuple(name for name in ALL if name != "memory")

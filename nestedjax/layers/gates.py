@@ -13,7 +13,7 @@ is a maker: called with the model's configuration and the mixer's `Heads`, it re
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +231,8 @@ class Plain(nnx.Module):
 class Norm(nnx.Module):
     """Every head's read normalised, with a scale a head, and optionally gated; see the menu."""
 
-    def __init__(self, config: Sizes, heads: Heads, *, gated: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, heads: Heads, *, gated: bool | str, rngs: nnx.Rngs):
+        self.activation = silu if gated == "silu" else _around_one
         shape, axes = (heads.heads, heads.value_dim), ("embed", "heads", "head_dim")
         self.norm = RMSNorm(shape, axes[1:], dtype=config.dtype)
         self.gate = (
@@ -249,9 +250,9 @@ class Norm(nnx.Module):
     def __call__(
         self, reads: Float[Array, "B T H v"], x: Float[Array, "B T d"]
     ) -> Float[Array, "B T H v"]:
-        """The normalised reads, times silu(W x) if gated."""
+        """The normalised reads, times silu(W x) or 2 sigmoid(W x) if gated."""
         reads = self.norm(reads)
-        return reads if self.gate is None else reads * silu(self.gate(x))
+        return reads if self.gate is None else reads * self.activation(self.gate(x))
 
     def boxes(self) -> list[Box]:
         """The boxes of its weights."""
@@ -268,9 +269,17 @@ def norm() -> Maker:
     return lambda config, heads, *, rngs: Norm(config, heads, gated=False, rngs=rngs)
 
 
-def gated_norm() -> Maker:
-    """RMSNorm of every head's read, times silu(W x)."""
-    return lambda config, heads, *, rngs: Norm(config, heads, gated=True, rngs=rngs)
+def gated_norm(activation: Literal["silu", "sigmoid"] = "silu") -> Maker:
+    """RMSNorm of every head's read, times silu(W x), or "sigmoid": 2 sigmoid(W x).
+
+    A random silu(W x) turns half of the reads around. Around one, they are seen from the first step
+    on: what a memory stores is then learned in fewer steps.
+    """
+    return lambda config, heads, *, rngs: Norm(config, heads, gated=activation, rngs=rngs)
+
+
+def _around_one(x: Array) -> Array:
+    return 2.0 * jax.nn.sigmoid(x)
 
 
 # Starts: the slow parameters of the memory's level, for every head.

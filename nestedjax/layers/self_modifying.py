@@ -77,12 +77,15 @@ class SelfModifyingConfig:
         one of their own, read from the same memory. None for the one of the queried memory.
       inner_scale: V ~ N(0, inner_scale^2 / d) at the start.
       gate_gain: what the read-outs of learning rates and decay are multiplied by. They see d
-        numbers of norm one: sqrt(d) makes them learn like a projection of the block's input.
+        numbers of norm one: sqrt(d) makes them learn like a projection of the block's input. They
+        are drawn that much smaller, so that gates start alike.
       convolution: "input": one over the layer's input, or "streams": one each over queries, keys
-        and values, as in Titans. A key that holds the token before needs a convolution that the
-        value has not.
+        and values, as in Titans: a key that holds the token before needs one that the value has
+        not.
       inputs: keys and values in front of the memories: "scaled" (by d^-1/2), "unit", or "silu":
         unit vectors of silu(x), as in DeltaNet, and queries of silu(x).
+      output_gate: what the normalised reads are multiplied by: "silu" (of W x), "sigmoid"
+        (2 sigmoid(W x), which starts near one) or "none", as in the paper.
       decay_bias: logit of the decay gate at the start. Writes along one of d directions grow a
         memory by about eta / d a token; a gate that forgets faster than that erases it for good,
         since M = identity, both matrices zero, is a fixed point (but for a decay to the start).
@@ -106,6 +109,7 @@ class SelfModifyingConfig:
     gate_gain: Positive = 1.0
     convolution: Literal["input", "streams"] = "input"
     inputs: Literal["scaled", "unit", "silu"] = "scaled"
+    output_gate: Literal["silu", "sigmoid", "none"] = "silu"
     decay_bias: Logit = 9.0
 
     def __post_init__(self):
@@ -216,14 +220,15 @@ def init_params(key: Array, config: SelfModifyingConfig) -> dict:
         }
     share = config.learning_rate_start
     logit = -math.log(config.chunk_size) if share is None else _logit(share)
+    spread = 1 / (math.sqrt(d) * config.gate_gain)
     readout = {
-        "learning_rate": jax.random.normal(keys[-2], (heads, d)) / math.sqrt(d),
-        "decay": jax.random.normal(keys[-1], (heads, d)) / math.sqrt(d),
+        "learning_rate": jax.random.normal(keys[-2], (heads, d)) * spread,
+        "decay": jax.random.normal(keys[-1], (heads, d)) * spread,
         "learning_rate_bias": jnp.full((heads,), logit),  # by default sigmoid = 1 / (C + 1)
         "decay_bias": jnp.full((heads,), config.decay_bias),
     }
     if config.projection_learning_rate is not None:
-        own = jax.random.normal(jax.random.fold_in(keys[-2], 1), (heads, d)) / math.sqrt(d)
+        own = jax.random.normal(jax.random.fold_in(keys[-2], 1), (heads, d)) * spread
         readout["projection_learning_rate"] = own
         logit = _logit(config.projection_learning_rate)
         readout["projection_learning_rate_bias"] = jnp.full((heads,), logit)

@@ -108,7 +108,7 @@ def self_modifying_mixer(
         input_conv=0 if streams else 4,
         projected=("queries",) if literal else ("queries", "keys", "values"),
         momentum=gates.sigmoid() if memory.momentum else None,
-        output=gates.plain() if literal else gates.gated_norm(),
+        output=_output(memory, literal),
         out=not literal,
         start=lambda config, heads, *, rngs: SelfModifyingStart(config, memory, rngs=rngs),
         per_head=False,
@@ -116,6 +116,14 @@ def self_modifying_mixer(
         boxes=lambda carry: memory_boxes(memory, carry.state),
         rngs=rngs,
     )
+
+
+def _output(memory: SelfModifyingConfig, literal: bool) -> gates.Maker:
+    if literal:
+        return gates.plain()
+    if memory.output_gate == "none":
+        return gates.norm()
+    return gates.gated_norm(memory.output_gate)
 
 
 def memory_boxes(config: SelfModifyingConfig, state) -> list[Box]:

@@ -165,9 +165,10 @@ def _deep(
         chunk_size=chunk_size,
         implementation=implementation,
     )
-    assert out.reads is not None
+    assert out.reads is not None and out.final.inner is not None
+    weights = (out.final.inner[0], out.final.outer[0])
     final, momentum = out.final, None
     assert final.inner is not None
     if final.inner_momentum is not None and final.outer_momentum is not None:
         momentum = (final.inner_momentum[0], final.outer_momentum[0])
-    return MemoryState((final.inner[0], final.outer[0]), momentum, None), out.reads
+    return MemoryState(weights, momentum, None), out.reads

@@ -1,6 +1,7 @@
 """HOPE: self-modifying Titans followed by a continuum memory (paper eq. 94-97, spec E)."""
 
 import dataclasses
+import math
 
 from flax import nnx
 
@@ -13,7 +14,7 @@ from nestedjax.layers import (
 )
 from nestedjax.models.block import Block
 from nestedjax.models.config import ModelConfig
-from nestedjax.models.presets import PRESETS, SIZES, Size, presets, stream_periods
+from nestedjax.models.presets import PRESETS, SIZES, Size, fitted, presets, stream_periods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +57,49 @@ class HopeConfig(ModelConfig):
         return self.cms
 
 
-def _preset(size: Size) -> HopeConfig:
-    """Heads of width / heads features, memories as wide, four continuum blocks."""
+# A token corrects its error once, toward a target of norm one, at a rate near a half; the memories
+# that generate keys, values and gates are written at a rate of their own, more slowly.
+REMEMBERS = RuleConfig(
+    objective="delta", targets="unit", dgd="none", inner_clip=None, decay_to="start"
+)
+
+
+def _memory(size: Size, **changes) -> SelfModifyingConfig:
+    """Heads of width / heads features, and what the memories need to be of use (docs/math.md)."""
     wide = size.head_dim
     memory = SelfModifyingConfig(
-        heads=size.heads, head_dim=wide, hidden=wide, chunk_size=size.chunk_size
+        heads=size.heads,
+        head_dim=wide,
+        hidden=wide,
+        chunk_size=size.chunk_size,
+        rule=dataclasses.replace(REMEMBERS, written="outer", step="normalised"),
+        momentum=False,
+        read="running",
+        learning_rate_start=0.5,
+        projection_learning_rate=0.05,
+        gate_gain=math.sqrt(wide),
+        convolution="streams",
+        inputs="silu",
+        output_gate="sigmoid",
     )
+    return dataclasses.replace(memory, **changes)
+
+
+def _preset(size: Size) -> HopeConfig:
+    """MLP memories as wide as their heads, of which the output matrix is written."""
     cms = CMSConfig(periods=stream_periods(size), hidden=size.width)
-    return HopeConfig(size.vocab, size.width, size.layers, memory, cms, **size.options)
+    return HopeConfig(size.vocab, size.width, size.layers, _memory(size), cms, **size.options)
+
+
+def _linear(size: Size) -> HopeConfig:
+    """Linear memories, which share one transition a level."""
+    memory = _memory(size, architecture="linear", rule=REMEMBERS)
+
+    def make(hidden: int) -> HopeConfig:
+        cms = CMSConfig(periods=stream_periods(size), hidden=hidden)
+        return HopeConfig(size.vocab, size.width, size.layers, memory, cms, **size.options)
+
+    return fitted(make, size)
 
 
 def _literal(size: Size) -> HopeConfig:
@@ -81,5 +117,7 @@ def _literal(size: Size) -> HopeConfig:
 
 
 # Contexts of 1,024 bytes in rows of 256: so its memories stay useful in a text of any length.
-presets("hope", _preset, runs={"nano": {"context_rows": 4}})
+RUNS = {"nano": {"context_rows": 4, "learning_rate": 8e-3}}
+presets("hope", _preset, runs=RUNS)
+presets("hope_linear", _linear, runs=RUNS)
 PRESETS.add("hope_nano_literal", lambda: _literal(SIZES["nano"]))

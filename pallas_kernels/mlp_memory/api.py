@@ -1,5 +1,6 @@
 """The public face of the deep memory: validates, picks an implementation, casts back."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def _pallas_gpu(*operands, **options):
     return mlp_memory_pallas_gpu(*operands, **options)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": mlp_memory_reference,
     "xla": mlp_memory_xla,
     "pallas_tpu": mlp_memory_pallas_tpu,
@@ -194,9 +195,9 @@ def mlp_memory(
         operation = f"mlp_memory(implementation={implementation!r})"
         operands = initial, tokens, readout, documents
         initial, tokens, readout, documents = reverse_only(operands, operation)
-        run = _IMPLEMENTATIONS[implementation]
-    else:  # only these have something to decay to
-        run = partial(_IMPLEMENTATIONS[implementation], begin=start)
+    # Only the others have something to decay to.
+    more = {} if kept is None else {"begin": start}
+    run = partial(_IMPLEMENTATIONS[implementation], **more)
     reads, final = run(initial, tokens, readout, documents, rule=rule, chunk_size=chunk_size)
     final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
     if reads is not None:

@@ -6,6 +6,8 @@ them. Tokens are columns ([features, C]): then every product below takes its mat
 memory, and splitting the tall matrix into the memories moves nothing. Heads are the first axis.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -60,7 +62,7 @@ def write_chunk(
     read = None
     if reads is not None:
         read = _read_last(inner[0] if inner else None, outer, reads, rule, from_start)
-    ends = {"inner": (weights.inner, weights.inner_momentum)}
+    ends: dict[str, tuple[Any, Any]] = {"inner": (weights.inner, weights.inner_momentum)}
     for name, solved in zip(["inner"] * len(inner) + ["outer"], [*inner, outer], strict=True):
         end, momentum = delta_rule.write_chunk(solved)
         old, base = getattr(weights, name), getattr(from_start, name, None)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._gpu.tiles import ROWS, as_parts, as_tiles, summed
 from pallas_kernels.delta_rule.gpu_vectors import logs_of
-from pallas_kernels.mlp_memory.chunk import unit
+from pallas_kernels.mlp_memory.anchor import unit
 from pallas_kernels.mlp_memory.gpu_forward import Spec
 from pallas_kernels.mlp_memory.gpu_self import backward, forward
 from pallas_kernels.mlp_memory.types import FastWeights, Readout, Tokens
@@ -28,7 +28,8 @@ def self_modifying(
     queries = unit(jnp.asarray(tokens.queries, jnp.float32))
     inputs = zip(_INPUTS, (tokens.keys, tokens.values, queries), strict=True)
     tiles = {name: as_tiles(a[..., :whole], spec.dtype) for name, a in inputs}
-    biases = (jnp.broadcast_to(b[:, None], readout.learning_rate.shape) for b in readout[2:])
+    offsets = (readout.learning_rate_bias, readout.decay_bias)
+    biases = (jnp.broadcast_to(b[:, None], readout.learning_rate.shape) for b in offsets)
     gates = jnp.stack([readout.learning_rate, readout.decay, *biases], axis=1)
     spec = spec._replace(read=spec.rule.read)
     momentum = None

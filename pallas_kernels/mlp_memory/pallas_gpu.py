@@ -78,13 +78,13 @@ def mlp_memory_pallas_gpu(
 
 def _check(start: FastWeights, tokens: Tokens, rule: Rule, chunk_size: int) -> int:
     """The bfloat16 parts of a matrix, if the kernel takes the call."""
-    *_, f, d = start.inner.shape
+    *_, d, f = start.outer.shape
     other = "use implementation='xla'"
     given = {a.dtype for a in (tokens.queries, tokens.keys, tokens.values) if a is not None}
-    if start.inner.dtype != jnp.float32 or not given <= {jnp.dtype("bfloat16"), jnp.dtype("f4")}:
+    if start.outer.dtype != jnp.float32 or not given <= {jnp.dtype("bfloat16"), jnp.dtype("f4")}:
         names = ", ".join(sorted(dtype.name for dtype in given))
         raise NotImplementedError(
-            f"the GPU kernel takes bfloat16 or float32, not {names} with a {start.inner.dtype} "
+            f"the GPU kernel takes bfloat16 or float32, not {names} with a {start.outer.dtype} "
             f"state: {other}"
         )
     if rule.adaptive_query:
@@ -130,7 +130,7 @@ def _whole_chunks(spec: Spec, start: FastWeights, tokens: Tokens, documents: dic
     queries = tiles.pop("queries", None)
     vectors = _vectors(tiles["keys"], tokens, whole, rule)
     read = 0 if queries is None else 1
-    unread, reads, pieces = start.inner.shape[1] - read, None, []
+    unread, reads, pieces = start.outer.shape[1] - read, None, []
     if unread:
         some = slice(0, unread)
         matrices = tuple(a[:, some] for a in start if a is not None)

@@ -40,9 +40,9 @@ def mlp_memory_pallas_tpu(
     Raises:
       NotImplementedError: numbers of 64 bits; memories too large for the VMEM.
     """
-    if start.inner.dtype != jnp.float32:
+    if start.outer.dtype != jnp.float32:
         raise NotImplementedError(
-            f"the TPU kernel keeps its state in float32, not {start.inner.dtype}; use "
+            f"the TPU kernel keeps its state in float32, not {start.outer.dtype}; use "
             "implementation='xla'"
         )
     vmem_limit = vmem_limit_of() if vmem_limit is None else vmem_limit
@@ -61,7 +61,7 @@ def mlp_memory_pallas_tpu(
         form = Form(dense=True, rounded=rounds_products() if rounded is None else rounded)
         options = dict(
             vmem_limit=vmem_limit,
-            abreast=max(1, _ABREAST // start.inner.shape[1]),
+            abreast=max(1, _ABREAST // start.outer.shape[1]),
             every=every,
             sequences=sequences,
             interpret=interpret,
@@ -72,7 +72,7 @@ def mlp_memory_pallas_tpu(
         if reads is not None:
             pieces.append(jnp.swapaxes(reads.reshape(len(reads), whole, -1), -1, -2))
     if whole < length:
-        rest = jax.tree.map(lambda a: a[..., whole:].astype(start.inner.dtype), tokens)
+        rest = jax.tree.map(lambda a: a[..., whole:].astype(start.outer.dtype), tokens)
         if documents is not None:
             documents = documents._replace(begins=documents.begins[:, -1:])
         reads, state = mlp_memory_xla(
@@ -116,12 +116,12 @@ def _chunk(rule, form, constants, weights, given):
     if fresh is not None:
         weights = restarted(weights, begins[0, 0, 0] > 0.5, *fresh)
     dtype = tokens.keys.dtype
-    tokens = jax.tree.map(lambda a: a.astype(weights.inner.dtype), tokens)
+    tokens = jax.tree.map(lambda a: a.astype(weights.outer.dtype), tokens)
     columns = [None if a is None else jnp.swapaxes(a, -1, -2) for a in tokens[:3]]
     gates = [None if g is None else g[:, 0] for g in tokens[3:]]
     readout = None
     if rows is not None:
-        readout = Readout(*(a[..., 0] for a in rows[:2]), *(a[:, 0, 0] for a in rows[2:]))
+        readout = Readout(*(a[..., 0] for a in rows[:2]), *(a[:, 0, 0] for a in rows[2:4]))
     tokens = tokens._replace(**dict(zip(Tokens._fields, [*columns, *gates], strict=True)))
     weights, reads = memory_chunk(weights, tokens, readout, rule, form=form)
     return weights, None if reads is None else jnp.swapaxes(reads, -1, -2).astype(dtype)

@@ -5,6 +5,7 @@ the recurrence as the paper prints it; no code is shared with the chunked forms.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,8 @@ def _context(state, x, readout, rule):
         return x
 
     def say(i, z):
-        return _memory(*jax.tree.map(lambda a: a[i], (state.inner, state.outer)), z, rule)
+        inner, outer = jax.tree.map(lambda a: a[i], (state.inner, state.outer))
+        return _memory(inner, outer, z, rule)
 
     queries = say(4, x.queries) if rule.adaptive_query else x.queries
     gain = rule.gate_gain
@@ -130,23 +132,25 @@ def _write(weight, momentum, begin, gradient, z, eta, erase, x, heard):
 def _token(state: FastWeights, anchor: FastWeights, x: Tokens, readout, rule, begin):
     """Write one token with the gradient at the anchor; read."""
     x, n = _context(anchor, x, readout, rule), state.outer.shape[0]
-    begin = begin if rule.decay_to == "start" else FastWeights(None, None, None, None)
+    begin = begin if rule.decay_to == "start" else None
     heard = jnp.array([float(i not in rule.silent) for i in range(n)], state.outer.dtype)
     static = jnp.array([i in rule.static for i in range(n)])[:, None, None]
     found = jax.vmap(partial(_gradients, x=x, rule=rule))(anchor.inner, anchor.outer)
-    new = {}
+    new: dict[str, Any] = {}
     for layer, name in enumerate(("inner", "outer")):
         old = getattr(state, name), getattr(state, f"{name}_momentum")
         written = old
         if old[0] is not None and (name == "outer" or rule.written == "both"):
-            of = *old, getattr(begin, name), *(part[layer] for part in found)
-            axes = (0, 0, 0, 0, 0 if found[1][layer].ndim == 2 else None, 0, 0, None, 0)
-            written = jax.vmap(_write, in_axes=axes)(*of, x, heard)
+            base, (gradient, z, eta, erase) = getattr(begin, name, None), (p[layer] for p in found)
+            axes = (0, 0, 0, 0, 0, 0, 0, None, 0)
+            written = jax.vmap(_write, in_axes=axes)(
+                old[0], old[1], base, gradient, z, eta, erase, x, heard
+            )
         kept = jax.tree.map(lambda a, b: jnp.where(static, a, b), old, written)
         new[name], new[f"{name}_momentum"] = kept
     after = FastWeights(**new)
     if x.queries is None:
         return after, None
     source = {"running_prev": state, "running": after, "anchor": anchor}[rule.read]
-    one = jax.tree.map(lambda a: a[-1], (source.inner, source.outer))
-    return after, _memory(*one, x.queries, rule)
+    inner, outer = jax.tree.map(lambda a: a[-1], (source.inner, source.outer))
+    return after, _memory(inner, outer, x.queries, rule)

@@ -36,7 +36,10 @@ CONFIGS = {
             MEMORY, read="running", rule=RuleConfig(dgd="functional"), momentum=False
         ),
     ),
-    "hope_nano": models.PRESETS["hope_nano"],
+    "hope_nano": dataclasses.replace(  # as it was when these weights were trained
+        models.PRESETS["hope_nano"],
+        memory=models.SelfModifyingConfig(heads=4, head_dim=32, hidden=32, chunk_size=32),
+    ),
 }
 
 
