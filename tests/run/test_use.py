@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,6 +14,7 @@ import nestedjax as nj
 from nestedjax import models, run
 from nestedjax.errors import ConfigError
 from nestedjax.run.plots import plot_use
+from nestedjax.run.use import asked
 from tests.run import tiny
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer. " * 40
@@ -48,7 +50,7 @@ def by_hand(model, trained, files):
         tokens = np.frombuffer(file.read_bytes(), np.uint8).astype(np.int32)
         for first in range(0, tokens.size - 1, 16):
             row = tokens[first : first + 17]
-            y = np.asarray(model(row[None, :-1])[0], np.float64)[0]
+            y = model(jnp.asarray(row[None, :-1]))[0][0]
             losses = optax.softmax_cross_entropy_with_integer_labels(y, row[1:])
             found.append(np.asarray(losses))
     return found
@@ -107,7 +109,7 @@ def test_the_same_switch_is_measured_once(trained, texts, monkeypatch):
     assert a[2:] == b[2:] and len(calls) == 2  # the model as it is, and without the layer
 
 
-def test_mistakes_are_named_in_one_line(trained, texts):
+def test_mistakes_are_named_in_one_line(trained):
     for use, says in (
         ([("memorie", "frozen")], "the model has no memorie:frozen; it has key:not_written, "),
         ("memories", r"use='memories' must be True, or a list of \(name, switch\), such as"),
@@ -115,7 +117,7 @@ def test_mistakes_are_named_in_one_line(trained, texts):
         (7, "use=7 must be True, or a list"),
     ):
         with pytest.raises(ConfigError, match=says) as error:
-            nj.evaluate(trained, texts, use=use)
+            asked(use, trained.model)
         assert "\n" not in str(error.value)
 
 
