@@ -18,6 +18,18 @@ VOCAB = families.VOCAB
 LENGTH = 12
 
 
+def small(preset):
+    """The memory of a preset, in the sizes of the tests."""
+    memory = models.PRESETS[preset].memory
+    sizes = {"heads": 2, "head_dim": 4, "hidden": 4, "chunk_size": 4}
+    return families.hope(families.STREAM, dataclasses.replace(memory, **sizes))
+
+
+FAMILIES = families.FAMILIES | {
+    preset: small(preset) for preset in ("hope_nano", "hope_linear_nano")
+}
+
+
 def of(config):
     graphdef, weights = families.built(config)
     return models.merge(graphdef, weights)
@@ -28,10 +40,10 @@ def logits(model, tokens):
     return jax.jit(lambda w, t: models.merge(definition, w)(t)[0])(weights, tokens)
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_listed_and_switched(name):
     """In one compilation: every switch changes the logits, the model itself stays as it is."""
-    model = of(families.FAMILIES[name])
+    model = of(FAMILIES[name])
     known = models.switches(model)
     assert len(set(known)) == len(known)
     tokens, table = families.tokens_of(LENGTH), switching.table(model)
@@ -93,9 +105,10 @@ def test_a_memory_that_starts_empty_and_is_not_written_adds_nothing(name):
         np.testing.assert_allclose(other, skipped, atol=1e-5)
 
 
-def test_a_frozen_memory_is_one_that_has_a_rate_of_zero():
+@pytest.mark.parametrize("name", ["hope", "hope_nano", "hope_linear_nano"])
+def test_a_frozen_memory_is_one_that_has_a_rate_of_zero(name):
     """HOPE with learning rates of 0 and decays of 1, by the biases of its gates."""
-    config = families.FAMILIES["hope"]
+    config = FAMILIES[name]
     model, tokens = of(config), families.tokens_of(LENGTH)
     graphdef, weights = models.split(model)
 
@@ -153,10 +166,10 @@ def test_a_context_goes_on_with_a_switch():
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["hope", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["hope", "hope_nano", "gated_deltanet"])
 def test_gates_that_are_watched(name):
     """The model computes the same, whole or in pieces; ranges are those of every token."""
-    model, tokens = of(families.FAMILIES[name]), families.tokens_of(LENGTH)
+    model, tokens = of(FAMILIES[name]), families.tokens_of(LENGTH)
     watched = models.watched(model)
     y, state = watched(tokens, watched.init_state(2))
     np.testing.assert_allclose(y, model(tokens)[0], atol=1e-5)
@@ -183,9 +196,19 @@ def test_gates_that_are_watched(name):
 # ---- Training without writes
 
 
-@pytest.mark.parametrize("name", ["hope", "hope_in_context", "deltanet", "hope_attention_nested"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hope",
+        "hope_in_context",
+        "deltanet",
+        "hope_attention_nested",
+        "hope_nano",
+        "hope_linear_nano",
+    ],
+)
 def test_a_model_without_writes_is_the_one_that_is_not_written(name):
-    config = families.FAMILIES[name]
+    config = FAMILIES[name]
     model, tokens = of(config), families.tokens_of(LENGTH)
     never = of(dataclasses.replace(config, writes=False))
     jax.tree.map(np.testing.assert_array_equal, models.weights(model), models.weights(never))

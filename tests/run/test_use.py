@@ -13,8 +13,10 @@ import pytest
 import nestedjax as nj
 from nestedjax import models, run
 from nestedjax.errors import ConfigError
+from nestedjax.layers import RuleConfig
 from nestedjax.run.plots import plot_use
 from nestedjax.run.use import asked
+from tests.models import families
 from tests.run import tiny
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer. " * 40
@@ -78,10 +80,11 @@ def test_deltas_and_errors_are_those_of_the_rows(trained, texts):
 def test_gates_and_starts(trained, texts):
     found = nj.evaluate(trained, texts, use=PAIRS[:1])
     gates = {row.gate: row for row in found.gates}
-    assert {*gates} == {"learning_rate", "decay", "momentum"}
+    assert {*gates} == {"learning_rate", "decay", "projection_learning_rate"}
     for row in found.gates:
         assert row.name == "self_modifying" and 0 < row.least <= row.mean <= row.most < 1
-    assert abs(gates["learning_rate"].mean - 1 / 9) < 0.05  # where it starts, with chunks of 8
+    assert abs(gates["learning_rate"].mean - 0.5) < 0.1  # where it starts
+    assert abs(gates["projection_learning_rate"].mean - 0.05) < 0.03
     first = models.create(trained.run.model, seed=trained.run.seed)
     for row in found.starts:
         now, drawn = (models.memory_starts(model)[row.name] for model in (trained.model, first))
@@ -147,14 +150,16 @@ def test_a_run_without_writes(tmp_path):
 
 
 def test_configurations_from_before_the_rule():
-    """Five settings of a memory's rule lay beside its others."""
-    new = run.to_json(nj.run_preset("hope_nano", {"memory.rule.objective": "dot"}))
+    """Five settings of a memory's rule lay beside its others; what is newer takes its default."""
+    rule = RuleConfig(objective="dot", dgd="none", inner_clip=2.0)
+    model = families.hope(families.STREAM, dataclasses.replace(families.MEMORY, rule=rule))
+    new = run.to_json(nj.run_preset(model))
     old = json.loads(json.dumps(new))
+    flat = ("objective", "dgd", "erase", "values", "inner_clip")
+    kept = ("heads", "head_dim", "hidden", "chunk_size", "momentum", "read", "decay_bias")
     memory = old["model"]["memory"]
-    rule = memory.pop("rule")
-    memory |= {n: rule[n] for n in ("objective", "dgd", "erase", "values", "inner_clip")}
-    for name in ("static", "gate_gain", "inputs", "architecture"):
-        memory.pop(name)
+    memory = {n: memory[n] for n in kept} | {n: memory["rule"][n] for n in flat}
+    old["model"]["memory"] = memory
     assert run.from_json(old) == run.from_json(new)
     memory["dgd"] = "all"
     with pytest.raises(ValueError, match=r"model.memory.rule.dgd='all' must be"):
