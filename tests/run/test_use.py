@@ -13,6 +13,7 @@ import pytest
 import nestedjax as nj
 from nestedjax import models, run
 from nestedjax.errors import ConfigError
+from nestedjax.layers import RuleConfig
 from nestedjax.run.plots import plot_use
 from nestedjax.run.use import asked
 from tests.run import tiny
@@ -78,10 +79,11 @@ def test_deltas_and_errors_are_those_of_the_rows(trained, texts):
 def test_gates_and_starts(trained, texts):
     found = nj.evaluate(trained, texts, use=PAIRS[:1])
     gates = {row.gate: row for row in found.gates}
-    assert {*gates} == {"learning_rate", "decay", "momentum"}
+    assert {*gates} == {"learning_rate", "projection_learning_rate", "decay"}
     for row in found.gates:
         assert row.name == "self_modifying" and 0 < row.least <= row.mean <= row.most < 1
-    assert abs(gates["learning_rate"].mean - 1 / 9) < 0.05  # where it starts, with chunks of 8
+    assert abs(gates["learning_rate"].mean - 0.5) < 0.1  # where they start
+    assert abs(gates["projection_learning_rate"].mean - 0.05) < 0.03
     first = models.create(trained.run.model, seed=trained.run.seed)
     for row in found.starts:
         now, drawn = (models.memory_starts(model)[row.name] for model in (trained.model, first))
@@ -148,7 +150,10 @@ def test_a_run_without_writes(tmp_path):
 
 def test_configurations_from_before_the_rule():
     """Five settings of a memory's rule lay beside its others."""
-    new = run.to_json(nj.run_preset("hope_nano", {"memory.rule.objective": "dot"}))
+    plain = dataclasses.replace(  # whose other settings are the defaults
+        nj.run_preset("hope_nano").model, memory=models.SelfModifyingConfig(rule=RuleConfig("dot"))
+    )
+    new = run.to_json(dataclasses.replace(nj.run_preset("hope_nano"), model=plain))
     old = json.loads(json.dumps(new))
     memory = old["model"]["memory"]
     rule = memory.pop("rule")
