@@ -1,7 +1,8 @@
 """Size of every self-modifying memory over a long context, of an untrained model or of a run.
 
 Claim:     at initialisation |W_t| / |W_0| stays within [0.2, 8] over 16,384 tokens for every memory
-           of every layer and head, on text and on random tokens. In a trained model it does not: see "Trained"
+           of every layer and head, on text and on random tokens. In a trained model it need not:
+           see "Trained", of the write as it was published
 Command:   python -m experiments.memory_norms [--run runs/hope_nano]
 Data:      the text that ships with the package; bytes drawn uniformly
 Hardware:  1 CPU core, half a minute
