@@ -36,9 +36,9 @@ class WithoutConvolution(models.HopeConfig):
     """HOPE whose memory sees its input as it is."""
 
     def block(self, *, rngs: nnx.Rngs) -> models.Block:
-        """The self-modifying memory without its convolution, then the continuum memory."""
+        """The self-modifying memory without its convolutions, then the continuum memory."""
         mixer = layers.self_modifying_mixer(self, self.memory, rngs=rngs)
-        mixer.input_conv = nnx.data(None)
+        mixer.convolutions = nnx.data({})
         return models.Block(self, mixer, layers.ContinuumMemory(self, self.cms, rngs=rngs))
 
 

@@ -31,7 +31,7 @@ def build(preset: str | ModelConfig, *, rngs: nnx.Rngs) -> Model:
       >>> from nestedjax import models
       >>> model = nnx.eval_shape(lambda: models.build("hope_1p3b", rngs=nnx.Rngs(0)))
       >>> f"{models.parameter_count(model):,}"
-      '1,324,042,944'
+      '1,323,727,904'
     """
     if isinstance(preset, str):
         if preset not in PRESETS:

@@ -36,7 +36,7 @@ def abstract(make: Callable[[], Model]) -> Model:
       >>> from nestedjax import models
       >>> model = models.abstract(lambda: models.create("hope_1p3b"))
       >>> f"{models.parameter_count(model):,}"
-      '1,324,042,944'
+      '1,323,727,904'
     """
     return nnx.eval_shape(make)
 

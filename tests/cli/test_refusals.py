@@ -41,7 +41,7 @@ def tree(folder):
         (["train", "hope_nano", "--tokenizer", "no.model"], "tokenizer file not found"),
         (["train", "hope_nano", "--run="], "--run '': is empty; name one"),
         (["train", "hope_nano", "--run", ""], "--run '': is empty; name one"),
-        (["eval", "--run", "x"], "no flag --run; --help lists all of them"),
+        (["eval", "--run", "x"], "no flag --run; did you mean --use?"),
         (["generate", "x", "--tokens", "2.5"], "--tokens 2.5: expected a whole number"),
         (["generate", "x", "--periods", "x"], "--periods x: expected a whole number or none"),
         (["levels", "hope_nano", "--plot", ""], "--plot '': is empty; name a .png file"),

@@ -61,7 +61,7 @@ def test_the_row_without_a_convolution_has_none():
     made = models.abstract(lambda: models.create(table["no_convolution"]))
     whole = models.abstract(lambda: models.create(table["hope"]))
     difference = models.parameter_count(whole) - models.parameter_count(made)
-    assert difference == small.LAYERS * small.CONV * small.WIDTH
+    assert difference == small.LAYERS * small.CONV * 3 * small.WIDTH
 
 
 @pytest.fixture

@@ -276,7 +276,7 @@ def test_the_order_of_the_presets_is_that_of_a4(preset):
     assert {box.level for box in slow if box.period == 2048} == {
         next(box.level for box in boxes if box.name == "embedding")
     }
-    memories = {box.level for box in boxes if box.objective == "l2"}
+    memories = {box.level for box in boxes if box.objective == "delta"}
     assert len(memories) == (preset == "hope_nano")
     frequencies = [box.frequency for box in boxes]
     assert frequencies == sorted(frequencies)
