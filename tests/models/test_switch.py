@@ -40,7 +40,12 @@ def logits(model, tokens):
     return jax.jit(lambda w, t: models.merge(definition, w)(t)[0])(weights, tokens)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def with_slow(names, slow=("hope_in_context",)):
+    """The names, those that take minutes to compile marked."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
+
+
+@pytest.mark.parametrize("name", with_slow(FAMILIES))
 def test_every_family_is_listed_and_switched(name):
     """In one compilation: every switch changes the logits, the model itself stays as it is."""
     model = of(FAMILIES[name])
