@@ -61,7 +61,7 @@ def configs(vocab: int, *, step_tokens: int) -> dict[str, models.ModelConfig]:
     full = hope()
     return {
         "hope": full,
-        "no_writes": hope(static=small.ALL),
+        "no_writes": hope(writes=False),
         # The delta rule is DGD on the dot objective: what is left of it without DGD.
         "no_dgd": rule(objective="dot"),
         # Momentum has no decay to the start: compare it with "decay_to_zero".

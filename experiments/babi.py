@@ -44,10 +44,10 @@ def configs(vocab: int) -> dict[str, models.ModelConfig]:
     return {
         "hope": small.hope(vocab),
         "hope_static": small.hope(vocab, static=small.PROJECTIONS),
-        "hope_no_writes": small.hope(vocab, static=small.ALL),
+        "hope_no_writes": small.hope(vocab, writes=False),
         "hope_linear": small.hope(vocab, small.LINEAR),
         "hope_linear_static": small.hope(vocab, small.LINEAR, static=small.PROJECTIONS),
-        "hope_linear_no_writes": small.hope(vocab, small.LINEAR, static=small.ALL),
+        "hope_linear_no_writes": small.hope(vocab, small.LINEAR, writes=False),
         "deltanet": small.deltanet(vocab),
         "gated_deltanet": small.gated_deltanet(vocab),
         "transformer": small.transformer(vocab),

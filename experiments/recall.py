@@ -37,7 +37,7 @@ def configs(vocab: int) -> dict[str, models.ModelConfig]:
         "deltanet": small.deltanet(vocab),
         "gated_deltanet": small.gated_deltanet(vocab),
         "transformer": small.transformer(vocab),
-        "no_writes": small.hope(vocab, static=small.ALL),
+        "no_writes": small.hope(vocab, writes=False),
     }
 
 

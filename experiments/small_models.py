@@ -28,12 +28,16 @@ MLP = dataclasses.replace(
     hidden=4 * WIDTH // HEADS,
     rule=dataclasses.replace(LINEAR.rule, written="outer", step="normalised"),
 )
-ALL = layers.MEMORIES  # of them static: nothing is ever written
-PROJECTIONS = tuple(name for name in ALL if name != "memory")
+PROJECTIONS = tuple(name for name in layers.MEMORIES if name != "memory")
 
 
 def hope(
-    vocab: int, memory: layers.SelfModifyingConfig = MLP, *, layers: int = LAYERS, **changes: Any
+    vocab: int,
+    memory: layers.SelfModifyingConfig = MLP,
+    *,
+    layers: int = LAYERS,
+    writes: bool = True,
+    **changes: Any,
 ) -> models.HopeConfig:
     """HOPE with one continuum block, which is then a SwiGLU network like the others'.
 
@@ -41,11 +45,12 @@ def hope(
       vocab: tokens.
       memory: `MLP` or `LINEAR`.
       layers: blocks.
+      writes: whether anything is written into the memories.
       **changes: of fields of the memory.
     """
     held = dataclasses.replace(memory, **changes)
     block = models.CMSConfig(periods=(None,), hidden=HIDDEN, mlp="swiglu")
-    return models.HopeConfig(vocab, WIDTH, layers, held, block)
+    return models.HopeConfig(vocab, WIDTH, layers, held, block, writes=writes)
 
 
 def transformer(vocab: int, *, layers: int = LAYERS, conv: int = CONV) -> models.TransformerConfig:

@@ -88,8 +88,12 @@ def near(name: str, known: Iterable[str]) -> str:
       'did you mean length?'
       >>> near("x", ["length", "batch"])
       'there are batch, length'
+      >>> near("--run", ["--use", "--json"])  # dashes make no flag alike
+      'there are --json, --use'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    bare = {n.lstrip("-"): n for n in names}
+    close = difflib.get_close_matches(name.lstrip("-"), list(bare), n=3, cutoff=0.6)
+    close = [bare[n] for n in close]
     close = close or [n for n in names if name and name in n][:3]
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"

@@ -154,7 +154,7 @@ def test_what_is_allowed():
 # ---- The second half: from the command line to the models
 
 CONFIGURATIONS = ("RunConfig", "DataConfig", "OptimizerConfig")
-FILES = 51  # that a batch passes from `data[step]` to the updated state; `python -m tests.path`
+FILES = 50  # that a batch passes from `data[step]` to the updated state; `python -m tests.path`
 
 
 def climbs(handed):

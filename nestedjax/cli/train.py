@@ -158,7 +158,8 @@ def _say_use(trained: Any) -> None:
     for row in found.use:
         cost = f"{row.delta:+.4f} +- {row.standard_error:.4f}"
         said.append(f"{SWITCHED[row.name, row.switch]} {row.loss:.4f} ({cost})")
-    say("\n  ".join([f"memories: held-out loss {found.unswitched:.4f}", *said]))
+    title = f"memories: loss of the validation and test text {found.unswitched:.4f}"
+    say("\n  ".join([title, *said]))
 
 
 def _plot(folder: str, title: str) -> str | None:

@@ -57,7 +57,7 @@ class Use(NamedTuple):
 
     def row(self) -> dict[str, str | float | None]:
         """The figures as values that JSON can hold: None for what is not finite."""
-        return {n: _finite(v) if isinstance(v, float) else v for n, v in self._asdict().items()}
+        return _values(self)
 
 
 class GateReach(NamedTuple):
@@ -79,7 +79,7 @@ class GateReach(NamedTuple):
 
     def row(self) -> dict[str, str | float | None]:
         """As `Use.row`."""
-        return {n: _finite(v) if isinstance(v, float) else v for n, v in self._asdict().items()}
+        return _values(self)
 
 
 class Moved(NamedTuple):
@@ -96,7 +96,7 @@ class Moved(NamedTuple):
 
     def row(self) -> dict[str, str | float | None]:
         """As `Use.row`."""
-        return {"name": self.name, "movement": _finite(self.movement)}
+        return _values(self)
 
 
 def rows_of(texts: Sequence[np.ndarray], length: int) -> Rows:
@@ -184,5 +184,7 @@ def use(name: str, switch: str, plain: Blocks, switched: Blocks) -> Use:
     return Use(name, switch, switched.loss, delta, error)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _values(row: Use | GateReach | Moved) -> dict[str, str | float | None]:
+    return {
+        n: v if isinstance(v, str) or math.isfinite(v) else None for n, v in row._asdict().items()
+    }

@@ -8,7 +8,6 @@ from nestedjax.layers.feed_forward import MLP, FeedForward
 from nestedjax.layers.layer import Layer
 from nestedjax.layers.linear import Embed, Linear
 from nestedjax.layers.memory_mixer import MemoryMixer
-from nestedjax.layers.memory_rule import RuleConfig
 from nestedjax.layers.norm import RMSNorm
 from nestedjax.layers.parameters import (
     Sizes,
@@ -21,7 +20,8 @@ from nestedjax.layers.parameters import (
     weight,
     weight_dtype,
 )
-from nestedjax.layers.self_modifying import MEMORIES, SelfModifyingConfig, self_modifying
+from nestedjax.layers.self_modifying import self_modifying
+from nestedjax.layers.self_modifying_config import MEMORIES, RuleConfig, SelfModifyingConfig
 from nestedjax.layers.self_modifying_mixer import self_modifying_mixer
 
 __all__ = [

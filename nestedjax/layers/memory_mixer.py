@@ -163,7 +163,7 @@ class MemoryMixer(Layer):
     ):
         shape = gates.Heads(heads, key_dim, value_dim or key_dim)
         _check(config, level, shape, projected, out)
-        if not getattr(config, "writes", True):
+        if not config.writes:
             level = _without_writes(level)
             if watched is not None:
                 watched = watched._replace(level=_without_writes(watched.level))

@@ -50,6 +50,11 @@ class Sizes(Protocol):
         """How memories run over the whole chunks of a call."""
         ...
 
+    @property
+    def writes(self) -> bool:
+        """Whether memories are written in context."""
+        ...
+
 
 def weight_dtype(dtype: str) -> jnp.dtype:
     """The dtype in which weights and memories of a model computing in `dtype` are kept."""

@@ -14,18 +14,16 @@ matrices uses each layer's own input. What else may be chosen is in `RuleConfig`
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nestedjax import memory
-from nestedjax.fields import Count, Heads, Positive, Range, check_fields
-from nestedjax.layers.memory_rule import RuleConfig
+from nestedjax.layers.self_modifying_config import SelfModifyingConfig, rule_of
 from nestedjax.levels import Level, check_switches, flow, incremental
 from pallas_kernels import accumulation_dtype
 from pallas_kernels.mlp_memory import (
@@ -34,8 +32,6 @@ from pallas_kernels.mlp_memory import (
     Readout,
     Rule,
     Tokens,
-    check_kernel,
-    check_rule,
     generate,
     memory_chunk,
     mlp_memory,
@@ -45,139 +41,6 @@ from pallas_kernels.mlp_memory import (
     running_start,
     write_chunk,
 )
-
-Logit = Annotated[float, Range(-80, 80)]  # beyond, a sigmoid is 0 or 1 in float32
-Inside = Annotated[float, Range(1e-6, 1 - 1e-6)]  # where a sigmoid can start
-MEMORIES = ("key", "learning_rate", "decay", "value", "memory")
-
-
-@dataclasses.dataclass(frozen=True)
-class SelfModifyingConfig:
-    """A self-modifying memory.
-
-    Attributes:
-      heads: independent heads.
-      head_dim: d, width of keys, values and queries.
-      hidden: f, hidden width of each MLP memory; linear ones have none.
-      chunk_size: tokens between two writes of the queried memory.
-      projection_chunk_size: tokens between two writes of the others; None for `chunk_size`. One
-        must divide the other.
-      architecture: "mlp" (M(z) = z + U s(V z)), "linear" (M(z) = U z, from the identity) or
-        "residual_linear" (M(z) = z + U z, from U = 0).
-      rule: what a token writes.
-      momentum: whether writes go through an inner momentum.
-      read: "running_prev" (the state before the token), "running" or "anchor" (the chunk's start).
-      adaptive_query: whether a sixth memory generates the queries.
-      static: memories that are never written, of "key", "learning_rate", "decay", "value",
-        "query" and "memory": slow weights like any other.
-      max_learning_rate: upper bound of the inner learning rates.
-      learning_rate_start: the share of it that the queried memory's learning rate starts near; None
-        for 1 / (C + 1), and for all memories if the others have none of their own.
-      projection_learning_rate: the share that the learning rate of the other memories starts near:
-        one of their own, read from the same memory. None for the one of the queried memory.
-      inner_scale: V ~ N(0, inner_scale^2 / d) at the start.
-      gate_gain: what the read-outs of learning rates and decay are multiplied by. They see d
-        numbers of norm one: sqrt(d) makes them learn like a projection of the block's input. They
-        are drawn that much smaller, so that gates start alike.
-      convolution: "input": one over the layer's input, or "streams": one each over queries, keys
-        and values, as in Titans: a key that holds the token before needs one that the value has
-        not.
-      inputs: keys and values in front of the memories: "scaled" (by d^-1/2), "unit", or "silu":
-        unit vectors of silu(x), as in DeltaNet, and queries of silu(x).
-      output_gate: what the normalised reads are multiplied by: "silu" (of W x), "sigmoid"
-        (2 sigmoid(W x), which starts near one) or "none", as in the paper.
-      decay_bias: logit of the decay gate at the start. Writes along one of d directions grow a
-        memory by about eta / d a token; a gate that forgets faster than that erases it for good,
-        since M = identity, both matrices zero, is a fixed point (but for a decay to the start).
-    """
-
-    heads: Heads = 2
-    head_dim: Count = 64
-    hidden: Count = 64
-    chunk_size: Count = 16
-    projection_chunk_size: Count | None = None
-    architecture: Literal["mlp", "linear", "residual_linear"] = "mlp"
-    rule: RuleConfig = RuleConfig()
-    momentum: bool = True
-    read: Literal["running_prev", "running", "anchor"] = "running_prev"
-    adaptive_query: bool = False
-    static: tuple[str, ...] = ()
-    max_learning_rate: Positive = 1.0
-    learning_rate_start: Inside | None = None
-    projection_learning_rate: Inside | None = None
-    inner_scale: Positive = 1.0
-    gate_gain: Positive = 1.0
-    convolution: Literal["input", "streams"] = "input"
-    inputs: Literal["scaled", "unit", "silu"] = "scaled"
-    output_gate: Literal["silu", "sigmoid", "none"] = "silu"
-    decay_bias: Logit = 9.0
-
-    def __post_init__(self):
-        check_fields(self)
-        sizes = self.chunk_sizes
-        if max(sizes) % min(sizes):
-            raise ValueError(
-                f"chunk_size={sizes[0]} and projection_chunk_size={sizes[1]}: one must divide the "
-                "other; change either"
-            )
-        check_rule(_rule(self, {}), linear=self.linear, momentum=self.momentum)
-        for name in self.static:
-            if name not in self.memories:
-                raise ValueError(
-                    f"static={self.static!r} names {name!r}; the memories are"
-                    f" {', '.join(self.memories)}"
-                )
-
-    @property
-    def chunk_sizes(self) -> tuple[int, int]:
-        """Tokens between two writes: (queried memory, the others)."""
-        return self.chunk_size, self.projection_chunk_size or self.chunk_size
-
-    @property
-    def memories(self) -> tuple[str, ...]:
-        """The names of the adaptive memories."""
-        return (*MEMORIES, "query") if self.adaptive_query else MEMORIES
-
-    @property
-    def generating(self) -> tuple[str, ...]:
-        """The memories that generate the queried one's context, in their order in the state."""
-        return (*self.memories[:4], *self.memories[5:])
-
-    @property
-    def gates(self) -> tuple[str, ...]:
-        """The gates that the memories make for themselves."""
-        own = () if self.projection_learning_rate is None else ("projection_learning_rate",)
-        return ("learning_rate", "decay", *own)
-
-    @property
-    def linear(self) -> bool:
-        """Whether memories are matrices."""
-        return self.architecture != "mlp"
-
-    @property
-    def two_levels(self) -> bool:
-        """Whether the queried memory is a level of its own: by its period or its learning rate."""
-        return len(set(self.chunk_sizes)) == 2 or self.projection_learning_rate is not None
-
-    def check_kernel(self, implementation: str) -> None:
-        """Refuse what a kernel does not have.
-
-        Raises:
-          NotImplementedError: with the setting and what to use instead.
-        """
-        if implementation == "xla":
-            return
-        if self.two_levels:
-            queried, others = self.chunk_sizes
-            what = f"projection_learning_rate={self.projection_learning_rate}"
-            if queried != others:
-                what = f"chunk_size={queried} and projection_chunk_size={others}"
-            raise NotImplementedError(
-                f"implementation={implementation!r} has one chunk size and one learning rate for"
-                f" all memories, got {what}; use implementation='xla'"
-            )
-        if implementation != "reference":
-            check_kernel(_rule(self, {}, self.memories), implementation, linear=self.linear)
 
 
 class Generated(NamedTuple):
@@ -190,53 +53,6 @@ class Generated(NamedTuple):
     decay: Float[Array, "T H"]
     momentum: Float[Array, "T H"] | None
     projection_learning_rate: Float[Array, "T H"] | None = None  # where the gates are watched
-
-
-def init_params(key: Array, config: SelfModifyingConfig) -> dict:
-    """Slow parameters: the meta-learned initial state of each memory and the gates' read-outs.
-
-    Each memory starts near the identity: V ~ N(0, 1/d), U ~ N(0, 0.09/f). U is not exactly zero, so
-    that V has a gradient from the first token on, and large enough that its norm stays within a
-    factor of 5 over long contexts. Linear memories start as the identity.
-
-    Returns:
-      `{name: {"inner": [H, f, d], "outer": [H, d, f]}}` for each memory (linear ones have "outer"
-      alone), and `"readout"` with `learning_rate`, `decay` [H, d] and `learning_rate_bias`,
-      `decay_bias` [H]; with a learning rate of the projections' own, `projection_learning_rate` and
-      its bias, too.
-    """
-    heads, d, f = config.heads, config.head_dim, config.hidden
-    keys = jax.random.split(key, 2 * len(config.memories) + 2)
-    params: dict = {}
-    for index, name in enumerate(config.memories):
-        if config.linear:
-            start = jnp.zeros((d, d)) if config.architecture == "residual_linear" else jnp.eye(d)
-            params[name] = {"outer": jnp.tile(start[None], (heads, 1, 1))}
-            continue
-        inner = jax.random.normal(keys[2 * index], (heads, f, d)) / math.sqrt(d)
-        params[name] = {
-            "inner": inner * config.inner_scale,
-            "outer": jax.random.normal(keys[2 * index + 1], (heads, d, f)) * (0.3 / math.sqrt(f)),
-        }
-    share = config.learning_rate_start
-    logit = -math.log(config.chunk_size) if share is None else _logit(share)
-    spread = 1 / (math.sqrt(d) * config.gate_gain)
-    readout = {
-        "learning_rate": jax.random.normal(keys[-2], (heads, d)) * spread,
-        "decay": jax.random.normal(keys[-1], (heads, d)) * spread,
-        "learning_rate_bias": jnp.full((heads,), logit),  # by default sigmoid = 1 / (C + 1)
-        "decay_bias": jnp.full((heads,), config.decay_bias),
-    }
-    if config.projection_learning_rate is not None:
-        own = jax.random.normal(jax.random.fold_in(keys[-2], 1), (heads, d)) * spread
-        readout["projection_learning_rate"] = own
-        logit = _logit(config.projection_learning_rate)
-        readout["projection_learning_rate_bias"] = jnp.full((heads,), logit)
-    return {**params, "readout": readout}
-
-
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))
 
 
 def self_modifying(
@@ -305,7 +121,7 @@ class _Group:
 
     @property
     def rule(self) -> Rule:
-        return _rule(self.config, self.switches, self.names)
+        return rule_of(self.config, self.switches, self.names)
 
     def start(self, params) -> FastWeights:
         """The fast weights at the start of a context."""
@@ -407,19 +223,6 @@ def _by_token(level: Level, group: _Group, columns) -> Level:
     if rule.read == "anchor":
         return level._replace(token=anchored)
     return incremental(level, start=lambda params, state: running_start(state), token=token)
-
-
-def _rule(config, switches, names: tuple[str, ...] = ()) -> Rule:
-    frozen = {*config.static, *(n for n, switch in switches.items() if switch == "frozen")}
-    return config.rule.rule(
-        read=config.read,
-        max_learning_rate=config.max_learning_rate,
-        gate_gain=config.gate_gain,
-        adaptive_query=config.adaptive_query,
-        residual=config.architecture != "linear",
-        static=tuple(i for i, name in enumerate(names) if name in frozen),
-        silent=tuple(i for i, n in enumerate(names) if switches.get(n) == "not_written"),
-    )
 
 
 def _columns(array, dtype):

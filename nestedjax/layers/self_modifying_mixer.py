@@ -7,7 +7,8 @@ from nestedjax import levels
 from nestedjax.layers import gates
 from nestedjax.layers.memory_mixer import MemoryMixer
 from nestedjax.layers.parameters import Sizes, is_param, param, weight, weight_dtype
-from nestedjax.layers.self_modifying import SelfModifyingConfig, init_params, self_modifying
+from nestedjax.layers.self_modifying import self_modifying
+from nestedjax.layers.self_modifying_config import SelfModifyingConfig, init_params
 from nestedjax.layers.watched import Watched
 from nestedjax.levels import Box
 from nestedjax.levels.describe import count, size

@@ -16,8 +16,7 @@ from pallas_kernels import delta_rule
 from pallas_kernels._linalg.numerics import PLAIN, Form
 from pallas_kernels._linalg.products import nn
 from pallas_kernels.delta_rule import Operands, Solved, Tables
-from pallas_kernels.mlp_memory.activation import activation
-from pallas_kernels.mlp_memory.anchor import Writes, writes
+from pallas_kernels.mlp_memory.anchor import Writes, activation, writes
 from pallas_kernels.mlp_memory.types import FastWeights, Reads, Rule, Written
 
 

@@ -75,3 +75,20 @@ def test_without_writes(tmp_path, text, capsys):
     assert "a TransformerConfig has no memory that is written in context" in line
     code, out, _ = command(capsys, "train", "hope_nano", "--help")
     assert code == 0 and "--without-writes" in out
+
+
+def test_training_says_what_the_memories_were_worth(hope, trained, capsys):
+    """The lines are the rows of `evaluate`; a model without memories says so."""
+    found = nj.evaluate(nj.load(hope), use=[("memories", "not_written"), ("projections", "frozen")])
+    code, out, _ = command(capsys, "train", "--run", hope, "--use")
+    assert code == 0
+    first = f"memories: loss of the validation and test text {found.unswitched:.4f}"
+    lines = out.splitlines()
+    at = lines.index(first)
+    for line, row in zip(lines[at + 1 : at + 3], found.use, strict=True):
+        assert f"{row.loss:.4f} ({row.delta:+.4f} +- {row.standard_error:.4f})" in line
+    assert "nothing written" in lines[at + 1] and lines[-1].startswith("done: ")
+    code, out, _ = command(capsys, "train", "--run", trained, "--use")
+    assert code == 0 and "memories: this model has none that are written in context" in out
+    code, out, _ = command(capsys, "train", "--run", trained)
+    assert code == 0 and "memories:" not in out

@@ -51,9 +51,21 @@ def test_the_models_of_a_table_have_equal_sizes(name):
         assert hidden == small.HIDDEN and network is not None, model
 
 
-def test_without_writes_is_the_model_of_which_no_memory_is_written():
-    config = recall.configs(8)["no_writes"]
-    assert {*config.memory.static} == {*config.memory.memories}
+@pytest.mark.parametrize(("name", "written"), [("no_writes", False), ("hope", True)])
+def test_without_writes_no_value_reaches_the_output(name, written):
+    """Values are what is written, and nothing else sees them."""
+    model = models.create(recall.configs(8)[name])
+    definition, weights = models.split(model)
+    tokens = jnp.arange(12)[None] % 8
+
+    def other(path, leaf):
+        values = "values" in jax.tree_util.keystr(path)
+        return -2 * leaf if values else leaf
+
+    changed = jax.tree_util.tree_map_with_path(other, weights)
+    before, after = (models.merge(definition, w)(tokens)[0] for w in (weights, changed))
+    difference = float(jnp.max(jnp.abs(before - after)))
+    assert difference > 1e-3 if written else difference == 0.0
 
 
 def test_the_row_without_a_convolution_has_none():
