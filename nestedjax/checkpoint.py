@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import time
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -31,12 +32,22 @@ PyTree = Any
 
 UNSUPPORTED = ("uint2", "uint4")  # of tensorstore; the signed ones are supported
 
+
+def _of_orbax(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    paths = [
+        frame.f_code.co_filename
+        for frame, _ in traceback.walk_tb(getattr(error, "__traceback__", None))
+    ]
+    return any("orbax" in text for text in (record.pathname, str(record.msg), *paths))
+
+
 # Orbax logs what it raises with its traceback, and what a writer has just removed; asyncio logs the
 # writes that Orbax no longer awaits. We raise all that in one line.
 logging.getLogger("absl").addFilter(
-    lambda r: "orbax" not in r.pathname or not (r.levelno > 30 or "not exist" in str(r.msg))
+    lambda r: not _of_orbax(r) or not (r.levelno > 30 or "not exist" in str(r.msg))
 )
-logging.getLogger("asyncio").addFilter(lambda r: "orbax" not in str(r.msg))
+logging.getLogger("asyncio").addFilter(lambda r: not _of_orbax(r))
 
 
 class CheckpointError(ValueError):
@@ -127,10 +138,18 @@ class Checkpoints:
         """Remove what a kill or a full disk left of a save.
 
         Now, not in the background as the manager's own option, which only the next save awaits.
+        After a failed save, writers that Orbax no longer awaits may still add to what is removed
+        here: `steps` never lists it, and the next opening removes it.
         """
         clean = ocp.path.step.temporary_paths.cleanup_temporary_paths
         with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop of its own
-            thread.submit(lambda: asyncio.run(clean(self.folder))).result()
+            for attempt in range(5):
+                try:
+                    return thread.submit(lambda: asyncio.run(clean(self.folder))).result()
+                except OSError:  # such a writer has added to a folder that was just emptied
+                    if attempt == 4:
+                        raise
+                    time.sleep(0.1)
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first."""

@@ -27,12 +27,12 @@ def test_a_full_disk_ends_the_run_and_room_continues_it(start, text, tmp_path, c
         )
         kept = saved_steps(folder)
         assert kept and f"(step {kept[-1]} and those before it are whole)" in last
-        assert not list((folder / "checkpoints").glob("*tmp*"))
         assert nj.load(folder).step == kept[-1]
         filler.unlink()
         rest = ("--checkpoint-every", 1000, "--validate-every", 1000)
         code, out, _ = command(capsys, "train", "transformer_nano", "--run", folder, *rest)
         assert code == 0 and f"continues at step {kept[-1]}" in out
+        assert not list((folder / "checkpoints").glob("*tmp*"))
         assert [record["step"] for record in read_metrics(folder)] == list(range(1, 1001))
 
 
