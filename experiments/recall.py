@@ -7,8 +7,9 @@ Command:   python -m experiments.recall --scale cpu   (a part: --tasks 64x8 --mo
 Data:      generated: KEY VALUE for each pair, then keys alone; the answer of each is its value.
            Keys and values are disjoint, four times as many of each as there are pairs
 Protocol:  from scratch, AdamW at 3e-3 (b2 0.98, weight decay 0.01, clip 1), warm-up of 50 steps,
-           then constant; batch 64; three seeds; accuracy on the same fresh batches by step. To
-           name one of the values of the row is right once in as many as there are pairs or more
+           then constant; batch 64; three seeds; accuracy on the same fresh batches by step, until
+           it is 0.99. To name one of the values of the row is right once in as many as there are
+           pairs or more
 Hardware:  2 CPU cores; --scale gpu and tpu are meant for one chip
 Output:    a table, `recall.json`, `recall.png` and the finished cells in --out (started again, it
            goes on); what was found is in LOG.md
@@ -86,9 +87,9 @@ TASKS = {"smoke": tasks((32, 4)), "cpu": tasks(*SMALL), "gpu": tasks(*LARGE), "t
 STEPS = {"32x4": 600, "64x8": 600, "128x16": 400}  # of two cores; on a chip all have 4,000
 PLANS = {
     "smoke": lambda task: trials.Plan(6, 3, seeds=(0,)),
-    "cpu": lambda task: trials.Plan(STEPS[task], 25),
-    "gpu": lambda task: trials.Plan(4000, 50),
-    "tpu": lambda task: trials.Plan(4000, 50),
+    "cpu": lambda task: trials.Plan(STEPS[task], 25, until=0.99),
+    "gpu": lambda task: trials.Plan(4000, 50, until=0.99),
+    "tpu": lambda task: trials.Plan(4000, 50, until=0.99),
 }
 
 

@@ -60,6 +60,8 @@ class Plan:
       warmup: steps of a linear rise from zero.
       schedule: after the warm-up, "constant" or "cosine" (to a fortieth of the peak).
       weight_decay: of every weight.
+      until: a run ends at the first measurement whose first accuracy is at least this; None for
+        all steps.
     """
 
     steps: int
@@ -69,6 +71,7 @@ class Plan:
     warmup: int = 50
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = 0.01
+    until: float | None = None
 
     def factor(self, step: Any) -> Any:
         """What the peak learning rate is multiplied with."""
@@ -114,6 +117,14 @@ def heldout(draw: Callable[[np.random.Generator], Batch], count: int) -> list[Ba
     return [draw(np.random.default_rng((HELDOUT, index))) for index in range(count)]
 
 
+class Solved(Exception):
+    """A run is over before its last step; `state` is its last one."""
+
+    def __init__(self, state: training.TrainState):
+        super().__init__("solved")
+        self.state = state
+
+
 class Peak(NamedTuple):
     """The peak learning rate as a state, so that every rate is the same program."""
 
@@ -148,7 +159,7 @@ def fit(config: models.ModelConfig, task: Task, plan: Plan, *, rate: float, seed
 
     Returns:
       `parameters`; `seconds` (of the processor; on an accelerator, of the clock); `accuracy`, name
-      -> share of right answers after the last step; `curve`, a list of {"step": ..., name:
+      -> share of right answers after the last step that was done; `curve`, a list of {"step": ..., name:
       accuracy}; `error`, why it stopped, or None.
     """
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
@@ -164,26 +175,30 @@ def fit(config: models.ModelConfig, task: Task, plan: Plan, *, rate: float, seed
     def measured(state: training.TrainState, sets: Mapping[str, list[Batch]]) -> dict[str, float]:
         return {name: float(evaluate(state.params, sets[name])["accuracy"]) for name in sets}
 
+    def measure(state: training.TrainState) -> None:
+        curve.append({"step": int(state.step), **measured(state, task.heldout)})
+        if plan.until is not None and curve[-1][next(iter(task.heldout))] >= plan.until:
+            raise Solved(state)
+
     tx = optimizer(model, task, plan, rate)
     row: dict = {"parameters": models.parameter_count(model), "accuracy": {}, "error": None}
     try:
-        result = training.train(
-            training.stateless(loss),
-            jax.jit(lambda weights: training.init_state(weights, tx))(weights),
-            tx=tx,
-            dataset=Drawn(task, seed),
-            config=training.LoopConfig(plan.steps, plan.steps, plan.steps, DISPATCH),
-            hooks=[
-                training.Hook(
-                    plan.every,
-                    lambda s: curve.append({"step": int(s.step), **measured(s, task.heldout)}),
-                )
-            ],
-        )
-        if result.stopped_by:
-            raise SystemExit(f"stopped by {result.stopped_by}; start it again to go on")
+        try:
+            result = training.train(
+                training.stateless(loss),
+                jax.jit(lambda weights: training.init_state(weights, tx))(weights),
+                tx=tx,
+                dataset=Drawn(task, seed),
+                config=training.LoopConfig(plan.steps, plan.steps, plan.steps, DISPATCH),
+                hooks=[training.Hook(plan.every, measure)],
+            )
+            if result.stopped_by:
+                raise SystemExit(f"stopped by {result.stopped_by}; start it again to go on")
+            state = result.state
+        except Solved as solved:
+            state = solved.state
         last = {name: curve[-1][name] for name in task.heldout}
-        row["accuracy"] = {**last, **measured(result.state, task.final)}
+        row["accuracy"] = {**last, **measured(state, task.final)}
     except training.TrainingError as error:
         row["error"] = one_line(error)
     return row | {"seconds": round(clock() - began, 1), "curve": curve}

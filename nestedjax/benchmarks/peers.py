@@ -39,9 +39,14 @@ class Workload:
 
 
 def configurations() -> dict[str, Any]:
-    """The models that are compared: vocab 512, width 256, 4 layers, 4 heads, chunks of 64."""
+    """The models that are compared: vocab 512, width 256, 4 layers, 4 heads, chunks of 64.
+
+    `hope` and `hope_linear` have the memories of their presets at these sizes; `hope_published` has
+    the write as published.
+    """
     from nestedjax.layers import SelfModifyingConfig
     from nestedjax.models import (
+        PRESETS,
         AttentionConfig,
         CMSConfig,
         HopeAttentionConfig,
@@ -50,17 +55,36 @@ def configurations() -> dict[str, Any]:
     )
 
     head = WIDTH // HEADS
-    memory = SelfModifyingConfig(heads=HEADS, head_dim=head, hidden=head, chunk_size=CHUNK)
+    published = SelfModifyingConfig(heads=HEADS, head_dim=head, hidden=head, chunk_size=CHUNK)
+
+    def remembers(preset: str) -> SelfModifyingConfig:
+        return dataclasses.replace(
+            PRESETS[preset].memory,
+            heads=HEADS,
+            head_dim=head,
+            hidden=head,
+            chunk_size=CHUNK,
+            gate_gain=head**0.5,
+        )
+
+    memories = {
+        "hope": remembers("hope_nano"),
+        "hope_linear": remembers("hope_linear_nano"),
+        "hope_published": published,
+    }
     cms = CMSConfig(periods=(None, None, None, None), hidden=WIDTH)
     attention = AttentionConfig(heads=HEADS, context=1024)
     return {
-        "hope": HopeConfig(VOCAB, WIDTH, LAYERS, memory, cms, remat="tokens"),
+        **{
+            name: HopeConfig(VOCAB, WIDTH, LAYERS, memory, cms, remat="tokens")
+            for name, memory in memories.items()
+        },
         "hope_attention": HopeAttentionConfig(VOCAB, WIDTH, LAYERS, attention, cms),
         "transformer": TransformerConfig(VOCAB, WIDTH, LAYERS, 3 * WIDTH, attention),
     }
 
 
-MODELS = ("hope", "hope_attention", "transformer")
+MODELS = ("hope", "hope_linear", "hope_published", "hope_attention", "transformer")
 
 
 def measure(workload: Workload, *, config: Any = None) -> dict[str, Any]:

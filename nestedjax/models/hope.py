@@ -57,7 +57,7 @@ class HopeConfig(ModelConfig):
         return self.cms
 
 
-# A token corrects its error once, toward a target of norm one, at a rate near a half; the memories
+# A token corrects its error once, toward a target of norm one, at a rate near one; the memories
 # that generate keys, values and gates are written at a rate of their own, more slowly.
 REMEMBERS = RuleConfig(
     objective="delta", targets="unit", dgd="none", inner_clip=None, decay_to="start"
@@ -75,8 +75,8 @@ def _memory(size: Size, **changes) -> SelfModifyingConfig:
         rule=dataclasses.replace(REMEMBERS, written="outer", step="normalised"),
         momentum=False,
         read="running",
-        learning_rate_start=0.5,
-        projection_learning_rate=0.05,
+        learning_rate_start=0.8,
+        projection_learning_rate=0.02,
         gate_gain=math.sqrt(wide),
         convolution="streams",
         inputs="silu",

@@ -175,8 +175,8 @@ class Solved(NamedTuple):
       x: [..., n, C].
       initial: W_0, [..., m, n].
       initial_momentum: S_0, [..., m, n], or None.
-      written: learning_rate_i error_i, [..., m, C].
-      erased: erase_i W_{i-1} x_i, [..., m, C], or None without erasure.
+      written: learning_rate_i error_i, [..., m, C]; with what is erased where both are one unknown.
+      erased: erase_i W_{i-1} x_i, [..., m, C], or None without erasure and where `written` has it.
       form: see `Form`.
     """
 
@@ -235,19 +235,32 @@ def solve_chunks(given: list[tuple[Operands, Tables, bool]], form: Form = PLAIN)
         if operands.erase is None:
             continue
         overlap = gram(x, form)
-        # `right` is B. The solution's row i is R_i; times erase_i it is what token i erases.
         right = _from_start(x, operands.anchored, start, before=True)
+        if _as_one(tables, form):
+            # What is written and what is erased decay alike: their sum solves a system of its own,
+            # whose right side is no product.
+            right = written + operands.erase[..., None, :] * right
+            systems.append((tables.decay_before * overlap * operands.erase[..., :, None], right))
+            continue
+        # `right` is B. The solution's row i is R_i; times erase_i it is what token i erases.
         right = right - nt(written, tables.write_before * overlap, form)
         systems.append((tables.decay_before * overlap * operands.erase[..., None, :], right))
     if not systems:
         return starts
     named = tuple(name for operands, _, name in given if operands.erase is not None)
     found, solutions = [], list(solve_unit_lowers(systems, named=named, form=form))
-    for start, (operands, _, _) in zip(starts, given, strict=True):
-        if operands.erase is not None:
+    for start, (operands, tables, _) in zip(starts, given, strict=True):
+        if operands.erase is not None and _as_one(tables, form):
+            start = start._replace(written=solutions.pop(0))
+        elif operands.erase is not None:
             start = start._replace(erased=operands.erase[..., None, :] * solutions.pop(0))
         found.append(start)
     return found
+
+
+def _as_one(tables: Tables, form: Form) -> bool:
+    """Whether writes and erasures are one unknown: without momentum; a kernel keeps them apart."""
+    return tables.carried is None and not form.dense
 
 
 def read_chunk(solved: Solved, queries, *, read: str, anchored=None) -> Float[Array, "..."]:
