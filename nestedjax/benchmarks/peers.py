@@ -57,9 +57,11 @@ def configurations() -> dict[str, Any]:
     head = WIDTH // HEADS
     published = SelfModifyingConfig(heads=HEADS, head_dim=head, hidden=head, chunk_size=CHUNK)
 
-    def remembers(preset: str) -> SelfModifyingConfig:
+    def remembers(name: str) -> SelfModifyingConfig:
+        preset = PRESETS[name]
+        assert isinstance(preset, HopeConfig)
         return dataclasses.replace(
-            PRESETS[preset].memory,
+            preset.memory,
             heads=HEADS,
             head_dim=head,
             hidden=head,
