@@ -5,10 +5,14 @@ Claim:     at initialisation |W_t| / |W_0| stays within [0.2, 8] over 16,384 tok
            (--published) within [0.2, 5], and so do the two matrices of each by themselves. In a
            trained model it need not: see "Trained", of the write as it was published
 Command:   python -m experiments.memory_norms [--published] [--preset NAME | --run runs/hope_nano]
+Rules:     python -m experiments.memory_norms --rules --tokens 65536 [--only hope_nano]
+           every choice of the menu of writes, changed alone from the memories of three presets and
+           from the published one, in models of one layer with heads of 16 features: one row each
 Data:      the text that ships with the package; bytes drawn uniformly
-Hardware:  1 CPU core, half a minute
-Expected:  hope_nano: whole memories [1.2, 5.0]; output matrices, which start small, to 17.
-           --published: text [0.87, 1.64], random [0.70, 1.48]; single matrices [0.48, 4.6]
+Hardware:  1 CPU core, half a minute; --rules six minutes
+Expected:  hope_nano: whole memories [1.05, 5.1]; output matrices, which start small, to 17.
+           --published: text [0.82, 1.68], random [0.67, 1.62]; single matrices [0.41, 5.0].
+           --rules: `experiments/rules.py` says which rules run away; the table is in LOG.md
 Trained:   `make train` (seed 0, val_loss 1.6351): text [0.000, 0.76], random [0.000, 11.4]; single
            matrices up to 22.5: some memories erase themselves for good, others grow
 Before:    with keep near 0.98 at the start (logit 4) and keys and values of norm sqrt(d), every
@@ -25,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import nestedjax as nj
+from experiments import rules
 from nestedjax import data, models
 from nestedjax.layers import MEMORIES, SelfModifyingConfig
 from pallas_kernels.mlp_memory import FastWeights
@@ -43,8 +48,11 @@ def squared_norms(state):
     return jnp.concatenate(pairs, axis=3)
 
 
-def measure(model, length, seed):
-    """Least and largest ratio of every memory: {memory: {"whole" or "matrix": [low, high]}}."""
+def looks(model, length, seed):
+    """Squared norms at the start and after every `PIECE` tokens of text and of random ones.
+
+    [layers, 2, heads, memories, matrices], and with the looks in front.
+    """
     text = np.frombuffer(data.bundled().read_bytes(), np.uint8)[:length]
     noise = np.random.default_rng(seed).integers(0, model.config.vocab, length)
     tokens = jnp.asarray(np.stack([text, noise]), jnp.int32)
@@ -60,9 +68,14 @@ def measure(model, length, seed):
     for first in range(0, length, PIECE):
         state, now = advance(tokens[:, first : first + PIECE], state)
         seen.append(np.asarray(now))
-    seen = np.stack(seen)
-    whole = np.sqrt(seen.sum(-1) / np.asarray(start).sum(-1))
-    matrix = np.sqrt(seen / np.asarray(start))
+    return np.asarray(start), np.stack(seen)
+
+
+def measure(model, length, seed):
+    """Least and largest ratio of every memory: {memory: {"whole" or "matrix": [low, high]}}."""
+    start, seen = looks(model, length, seed)
+    whole = np.sqrt(seen.sum(-1) / start.sum(-1))
+    matrix = np.sqrt(seen / start)
     found = {}
     for source, name in enumerate(("text", "random")):
         for index, memory in enumerate(MEMORIES):
@@ -70,6 +83,60 @@ def measure(model, length, seed):
             spans = [[float(r.min()), float(r.max())] for r in ratios]
             found[f"{name}.{memory}"] = dict(zip(("whole", "matrix"), spans, strict=True))
     return found
+
+
+def one_layer(base, memory):
+    """A model of one layer around a memory, as its preset has it."""
+    preset = "hope_nano" if base == rules.PUBLISHED else base
+    width, cms = memory.heads * memory.head_dim, models.CMSConfig(periods=(None,), hidden=8)
+    config = nj.run_preset(preset).model
+    return dataclasses.replace(config, width=width, layers=1, memory=memory, cms=cms)
+
+
+def measure_rule(config, length, seed):
+    """What becomes of the memories of one rule: |W_t| / |W_0|, of the generating and the queried.
+
+    A memory that starts at zero, M(z) = z + U z, is measured by the identity that it starts as.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        start, seen = looks(models.create(config, seed=seed), length, seed)
+        start, seen = start.sum(-1), seen.sum(-1)
+        ratios = np.sqrt(seen / np.where(start == 0, config.memory.head_dim, start))
+    finite = np.isfinite(ratios).all(axis=(1, 2, 3, 4))
+    least, half = int(np.argmin(finite)) * PIECE, len(ratios) // 2
+    if not finite.all():  # what was seen before
+        ratios = ratios[: max(1, least // PIECE)]
+    found = {
+        name: [float(part.min()), float(part.max())]
+        for name, part in (("generating", ratios[..., :-1]), ("queried", ratios[..., -1:]))
+    }
+    found["halves"] = [float(part.max()) for part in (ratios[:half], ratios[half:]) if part.size]
+    return found | {"finite": length if finite.all() else least}
+
+
+def measure_rules(only, length, seed, show):
+    """Every row of the menus, shown as soon as it is measured: {base: {choice: what was found}}."""
+    found = {}
+    for base in rules.BASES if only is None else [only]:
+        found[base] = {}
+        for words, memory in rules.menu(rules.base(base)).items():
+            row = measure_rule(one_layer(base, memory), length, seed)
+            row["bounded"] = rules.bounded(memory)
+            found[base][words] = row
+            show(f"{base}: {words}", row)
+    return found
+
+
+def show_rule(name, row):
+    spans = [f"{n} [{row[n][0]:.3g}, {row[n][1]:.3g}]" for n in ("generating", "queried")]
+    halves = ", ".join(f"{largest:.3g}" for largest in row["halves"])
+    told = "" if row["bounded"] else "; not bounded at any rate"
+    print(
+        f"{name:68}",
+        *spans,
+        f"largest of halves {halves}; finite {row['finite']}{told}",
+        flush=True,
+    )
 
 
 def main():
@@ -82,7 +149,15 @@ def main():
     parser.add_argument(
         "--published", action="store_true", help="the preset's sizes with the published write"
     )
+    parser.add_argument("--rules", action="store_true", help="one row for every choice of a write")
+    parser.add_argument("--only", choices=rules.BASES, help="with --rules, those changed from it")
     given = parser.parse_args()
+    if given.rules:
+        show = (lambda *_: None) if given.json else show_rule
+        found = measure_rules(given.only, given.tokens, given.seed, show)
+        if given.json:
+            print(json.dumps(found))
+        return
     if given.run is None:
         config = nj.run_preset(given.preset).model
         if given.published:
