@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels._tpu import vmem
 from pallas_kernels._tpu.vmem import vmem_limit_of
 from pallas_kernels.mlp_memory import (
+    CHOICES,
     Documents,
     FastWeights,
     Readout,
@@ -74,6 +75,12 @@ MENU = {
     "static and linear": dict(linear=True, rule=DELTA._replace(static=(4,), silent=(3,))),
     "all static": dict(rule=Rule(static=(0, 1, 2, 3, 4), read="running")),
 }
+
+
+def test_the_tables_hold_every_choice_of_the_menu():
+    rules = [case.get("rule", Rule()) for case in (*CASES.values(), *MENU.values())]
+    for name, choices in CHOICES.items():
+        assert {getattr(rule, name) for rule in rules} == set(choices), name
 
 
 def operands(dtype, *, batch=(2,), memories=5, length=LENGTH, momentum=True, readout=True, **more):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from experiments.rules import MENU, OF_RULE
 from nestedjax import levels
 from nestedjax.layers import RuleConfig
 from nestedjax.layers.self_modifying import self_modifying
-from nestedjax.layers.self_modifying_config import SelfModifyingConfig, init_params
-from nestedjax.memory import Tokens
+from nestedjax.layers.self_modifying_config import SelfModifyingConfig
+from tests.layers.cases import LENGTH, draw, streamed
 from tests.layers.token_loop import numpy_loop
 
 BASE = SelfModifyingConfig(heads=2, head_dim=4, hidden=6, chunk_size=4)
@@ -43,6 +44,8 @@ VARIANTS = {
         "rule": RuleConfig("delta", dgd="input_only", step="normalised", targets="unit"),
         "read": "running",
     },
+    "gradient clip": {"rule": RuleConfig(inner_clip=0.5, clip="gradient"), "momentum": False},
+    "erasing U alone": {"rule": RuleConfig(dgd="output_only", erase="implicit")},
     "decay to the start": {"rule": RuleConfig(decay_to="start"), "momentum": False},
     "static": {"static": ("key", "decay"), "inner_scale": 2.0},
     "all but one static": {"static": ("key", "value", "learning_rate", "decay")},
@@ -68,19 +71,20 @@ VARIANTS = {
 }
 
 
-def make(variant, length=16, seed=0):
+def make(variant, length=LENGTH, seed=0):
     config = dataclasses.replace(BASE, **VARIANTS[variant])
-    params = init_params(jax.random.key(seed), config)
-    # an initial state far from the identity, so that every term of the rule matters
-    for name in config.memories:
-        params[name]["outer"] = params[name]["outer"] * 2.0
-    rng = np.random.default_rng(seed)
-    shape = (length, config.heads, config.head_dim)
-    arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(3)]
-    logits = jnp.asarray(rng.normal(size=shape[:2]))
-    momentum = jax.nn.sigmoid(logits) if config.momentum else None
-    queries, keys, values = arrays
-    return config, params, Tokens(keys, values, queries, momentum=momentum)
+    return config, *draw(config, length, seed)
+
+
+def test_the_table_holds_every_choice_of_the_menu():
+    """So that each is streamed in every way, exactly, and is causal."""
+    configs = [make(variant)[0] for variant in VARIANTS]
+    for name, choices in MENU.items():
+        found = {getattr(c.rule if name in OF_RULE else c, name) for c in configs}
+        if name in ("static", "inner_clip", "learning_rate_start", "projection_learning_rate"):
+            assert len(found) > 1, name
+        else:
+            assert found == set(choices), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -88,17 +92,8 @@ def test_equals_the_token_loop(x64, variant):
     config, params, x = make(variant)
     level = self_modifying(config)
     y, _ = jax.jit(lambda p, x: levels.run(level, p, level.init(p), x))(params, x)
-    np.testing.assert_allclose(y, numpy_loop(config, params, x), atol=2e-9)
-
-
-def streamed(level, params, x, cuts):
-    """Outputs and last carry of the pieces between the cuts."""
-    carry, pieces = levels.start(level, params, x), []
-    step = jax.jit(lambda carry, x: levels.run(level, params, carry, x))
-    for first, last in zip([0, *cuts], [*cuts, 16], strict=True):
-        y, carry = step(carry, jax.tree.map(lambda a: a[first:last], x))  # noqa: B023
-        pieces.append(y)
-    return jnp.concatenate(pieces), carry
+    expected = numpy_loop(config, params, x)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-10 * np.max(np.abs(expected)))
 
 
 CUTS = {"tokens": range(1, 16), "chunks, then tokens": [6, 7, 8, 9, 12, 13], "mixed": [1, 4, 9]}
@@ -213,16 +208,18 @@ def test_a_switched_memory_says_what_it_should(x64, switch):
         level.switched({"keys": switch})
 
 
-def test_causal_and_isolated_exactly():
-    config, params, x = make("default")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_causal_and_isolated_exactly(variant):
+    config, params, x = make(variant)
     x = jax.tree.map(lambda a: a.astype(jnp.float32), x)
     level = self_modifying(config)
     run = jax.jit(
         jax.vmap(lambda x: levels.run(level, params, level.init(params), x)[0], axis_size=2)
     )
-    batch = jax.tree.map(lambda a: jnp.stack([a, a + 1]), x)
+    # small, so that the memory without a clip stays finite
+    batch = jax.tree.map(lambda a: jnp.stack([0.3 * a, 0.3 * a + 0.3]), x)
     base = run(batch)
-    changed = jax.tree.map(lambda a: a.at[1, 9:].add(1.0), batch)
+    changed = jax.tree.map(lambda a: a.at[1, 9:].add(0.3), batch)
     after = run(changed)
     assert bool(jnp.all(after[0] == base[0])) and bool(jnp.all(after[1, :9] == base[1, :9]))
     assert float(jnp.max(jnp.abs(after[1, 9:] - base[1, 9:]))) > 1e-3

@@ -13,8 +13,9 @@ def gelu(z):
     return 0.5 * z * (1 + np.tanh(inner))
 
 
-def gelu_slope(z, step=1e-6):
-    return (gelu(z + step) - gelu(z - step)) / (2 * step)
+def gelu_slope(z, step=1e-30):
+    """By a complex step: no two values are subtracted, so no digit is lost."""
+    return gelu(z + 1j * step).imag / step
 
 
 def sigmoid(z):
