@@ -66,6 +66,16 @@ FAMILIES = {
 }
 
 
+def small(preset):
+    """The memory of a preset, in the sizes of the tests."""
+    memory = models.PRESETS[preset].memory
+    sizes = {"heads": 2, "head_dim": 4, "hidden": 4, "chunk_size": 4}
+    return hope(STREAM, dataclasses.replace(memory, **sizes))
+
+
+OF_PRESETS = {preset: small(preset) for preset in ("hope_nano", "hope_linear_nano")}
+
+
 def tokens_of(length, batch=2, seed=0):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(0, VOCAB, (batch, length)), jnp.int32)

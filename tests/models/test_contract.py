@@ -9,12 +9,15 @@ import pytest
 from flax import nnx
 
 from nestedjax import levels, models
-from tests.models.families import FAMILIES, built, caller, token_losses, tokens_of
+from tests.models import families
+from tests.models.families import built, caller, token_losses, tokens_of
 
+FAMILIES = families.FAMILIES | families.OF_PRESETS
 LENGTH, PIECE = 21, 7
 # Compiled and run; the others differ from these in parts that are tested by themselves.
 RUN = ("transformer", "hope_attention", "hope", "hope_attention_nested", "gated_deltanet", "retnet")
-RUN += ("linear_attention",)
+RUN += ("linear_attention", *families.OF_PRESETS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in families.OF_PRESETS]
 NO_RESET = jnp.zeros((2, LENGTH), bool)
 
 
@@ -135,7 +138,7 @@ def test_half_precision_keeps_memories_in_float32(name):
     )
 
 
-@pytest.mark.parametrize("name", ["transformer", "hope", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["transformer", "hope", "gated_deltanet", *SLOW])
 def test_the_gradient_of_every_weight_equals_finite_differences(x64, name):
     """Issue 2, line c: also the start of each memory. In context: see `test_cms.py`."""
     graphdef, weights = built(dataclasses.replace(FAMILIES[name], dtype="float64"))

@@ -18,16 +18,7 @@ VOCAB = families.VOCAB
 LENGTH = 12
 
 
-def small(preset):
-    """The memory of a preset, in the sizes of the tests."""
-    memory = models.PRESETS[preset].memory
-    sizes = {"heads": 2, "head_dim": 4, "hidden": 4, "chunk_size": 4}
-    return families.hope(families.STREAM, dataclasses.replace(memory, **sizes))
-
-
-FAMILIES = families.FAMILIES | {
-    preset: small(preset) for preset in ("hope_nano", "hope_linear_nano")
-}
+FAMILIES = families.FAMILIES | families.OF_PRESETS
 
 
 def of(config):
