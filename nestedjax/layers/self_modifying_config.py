@@ -21,6 +21,12 @@ MEMORIES = ("key", "learning_rate", "decay", "value", "memory")
 class RuleConfig:
     """What one token writes into a memory (spec C6.5).
 
+    No learning rate makes a memory run away where each token's gradient is clipped; or else where U
+    alone is written (or the memory is linear) and its error is clipped, or is toward a target of
+    norm one by "dot", "delta" or l2 with the clipped erasure of U. Others run away at some rate up
+    to 1: l2 without erasure or clip, implicit erasure with l2, targets that are generated or shared
+    without a clip, and V written without a clip or by "delta" (spec C6.12).
+
     Attributes:
       objective: inner objective: "l2" (halved) or "dot", whose gradients are those of the chunk's
         start, or "delta": l2 at the weights of the moment, so that a write corrects its error once.
