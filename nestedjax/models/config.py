@@ -37,8 +37,8 @@ class ModelConfig:
         context: the model to compare with, to see what writing pays.
       embedding_std: standard deviation of the token embedding, which is the head, at the start;
         the first logits do not depend on it. At 0.02 a step of an optimizer like Adam moves it
-        fifty times as far, relatively, as at 1: faster on text, and slower where a model has to
-        find out which tokens are the same (recall, bAbI).
+        fifty times as far, relatively, as at 1: better on text and worse on recall and bAbI
+        (experiments/LOG.md).
     """
 
     vocab: Count

@@ -124,9 +124,9 @@ def test_a_smoke_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.usefixtures("lax_promotion")
 def test_a_run_is_the_same_twice():
-    task, plan = recall.make(32, 4), trials.Plan(4, 2)
+    task, plan = recall.make(32, 4), trials.Plan(12, 4, warmup=1)
     config = recall.configs(task.vocab)["transformer"]
-    first, again, other = (trials.fit(config, task, plan, rate=3e-3, seed=s) for s in (1, 1, 2))
+    first, again, other = (trials.fit(config, task, plan, rate=1e-2, seed=s) for s in (1, 1, 2))
     assert first["curve"] == again["curve"] != other["curve"]
 
 
