@@ -32,9 +32,10 @@ class ModelConfig:
         "full" (all but the blocks' inputs) or "dots" (as "full", but matrix products are kept).
       implementation: how memories run over the whole chunks of a call: "xla" (a scan over chunks),
         "pallas_tpu" or "pallas_gpu" (one kernel each way, on such a device only).
-      writes: whether memories are written in context. Without, the write term of every memory is
-        zero at every token (decay and erasure act), and no block of a continuum memory learns in
-        context: the model to compare with, to see what writing pays.
+      writes: whether memories are written in context. Without, every memory stays at its start,
+        which is learned (learning rate 0, decay 1), and no block of a continuum memory learns in
+        context: the model to compare with, to see what memory pays. Were erasure to act, it would
+        say which tokens were there, and that can be enough (experiments/LOG.md).
       embedding_std: standard deviation of the token embedding, which is the head, at the start;
         the first logits do not depend on it. At 0.02 a step of an optimizer like Adam moves it
         fifty times as far, relatively, as at 1: better on text and worse on recall and bAbI
