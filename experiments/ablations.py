@@ -69,7 +69,9 @@ def configs(vocab: int, *, step_tokens: int) -> dict[str, models.ModelConfig]:
         "decay_to_zero": rule(decay_to="zero"),
         "no_decay": hope(decay_bias=80.0),  # its sigmoid is 1 in float32, without a slope
         "no_cms": small.hope(vocab, BASE),
-        "no_convolution": WithoutConvolution(vocab, full.width, full.layers, BASE, four),
+        "no_convolution": WithoutConvolution(
+            vocab, full.width, full.layers, BASE, four, **small.EMBEDDING
+        ),
         "key_static": hope(static=("key",)),
         "value_static": hope(static=("value",)),
         "learning_rate_static": hope(static=("learning_rate",)),

@@ -48,10 +48,12 @@ def configs(vocab: int) -> dict[str, models.ModelConfig]:
         "hope": small.hope(vocab, layers=1),
         "hope_linear": small.hope(vocab, small.LINEAR, layers=1),
         "deltanet": small.deltanet(vocab, layers=1),
-        "deltanet_to_2": rivals.ReflectingDeltaNetConfig(*sizes, small.HEADS, 32, small.CONV),
+        "deltanet_to_2": rivals.ReflectingDeltaNetConfig(
+            *sizes, small.HEADS, 32, small.CONV, **small.EMBEDDING
+        ),
         "transformer": small.transformer(vocab, layers=1),
-        "lstm": rivals.LSTMConfig(*sizes),
-        "srwm": rivals.SelfReferentialConfig(*sizes, small.HEADS),
+        "lstm": rivals.LSTMConfig(*sizes, **small.EMBEDDING),
+        "srwm": rivals.SelfReferentialConfig(*sizes, small.HEADS, **small.EMBEDDING),
     }
 
 

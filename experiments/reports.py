@@ -145,6 +145,7 @@ def run(
     parser.add_argument("--tasks", nargs="+", choices=known, help="default: all of the scale")
     parser.add_argument("--models", nargs="+", choices=names, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the scale")
+    parser.add_argument("--rates", nargs="+", type=float, help="default: those of the scale")
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
     if data:
         parser.add_argument("--data", type=Path, default=data, help="folder of the data")
@@ -155,14 +156,16 @@ def run(
             parser.error(f"--scale {given.scale} has no task {task}: it has {', '.join(here)}")
     if any(not 0 <= seed < HELDOUT for seed in given.seeds or ()):
         parser.error(f"--seeds {given.seeds}: give seeds from 0 to {HELDOUT - 1}")
+    if any(not 0 < rate <= 1 for rate in given.rates or ()):
+        parser.error(f"--rates {given.rates}: give learning rates above 0, at most 1")
     # All rates and seeds of a model are one program.
     jax.config.update("jax_compilation_cache_dir", str(given.out / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         asked = {task: plans[given.scale](task) for task in given.tasks or here}
-        if given.seeds:
-            seeds = tuple(given.seeds)
-            asked = {t: dataclasses.replace(plan, seeds=seeds) for t, plan in asked.items()}
+        changed = {"seeds": given.seeds, "rates": given.rates}
+        changed = {name: tuple(values) for name, values in changed.items() if values}
+        asked = {t: dataclasses.replace(plan, **changed) for t, plan in asked.items()}
         for name_of, plan in asked.items():
             task = here[name_of](**({"data": given.data} if data else {}))
             table = configs(task)

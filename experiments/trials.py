@@ -159,8 +159,8 @@ def fit(config: models.ModelConfig, task: Task, plan: Plan, *, rate: float, seed
 
     Returns:
       `parameters`; `seconds` (of the processor; on an accelerator, of the clock); `accuracy`, name
-      -> share of right answers after the last step that was done; `curve`, a list of {"step": ..., name:
-      accuracy}; `error`, why it stopped, or None.
+      -> share of right answers after the last step that was done; `curve`, a list of
+      {"step": ..., name: accuracy}; `error`, why it stopped, or None.
     """
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     model, began, curve = models.create(config, seed=seed), clock(), []

@@ -6,7 +6,7 @@ from nestedjax.layers.continuum import CMSConfig, ContinuumMemory, InnerConfig
 from nestedjax.layers.convolution import CausalConv
 from nestedjax.layers.feed_forward import MLP, FeedForward
 from nestedjax.layers.layer import Layer
-from nestedjax.layers.linear import Embed, Linear
+from nestedjax.layers.linear import EMBED_STD, Embed, Linear
 from nestedjax.layers.memory_mixer import MemoryMixer
 from nestedjax.layers.norm import RMSNorm
 from nestedjax.layers.parameters import (
@@ -25,6 +25,7 @@ from nestedjax.layers.self_modifying_config import MEMORIES, RuleConfig, SelfMod
 from nestedjax.layers.self_modifying_mixer import self_modifying_mixer
 
 __all__ = [
+    "EMBED_STD",
     "MEMORIES",
     "MLP",
     "Attention",

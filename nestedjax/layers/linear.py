@@ -69,15 +69,16 @@ def _axes(axes: range) -> int | tuple[int, ...]:
 class Embed(nnx.Module):
     """A token embedding that also is the output head (`attend`).
 
-    The table is drawn from normal(0, 0.02). `attend` divides by 0.02 * width, so that with a
+    The table is drawn from normal(0, std). `attend` divides by std * width, so that with a
     normalised input of any width the first logits are near 0 and the first loss is ln(vocab).
     """
 
-    def __init__(self, vocab: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, vocab: int, width: int, *, std: float = EMBED_STD, dtype: str, rngs: nnx.Rngs
+    ):
         value = jax.random.normal(rngs.params(), (vocab, width), weight_dtype(dtype))
-        self.embedding = param(
-            value * EMBED_STD, ("vocab", "embed"), matrix=None, weight_decay=True
-        )
+        self.embedding = param(value * std, ("vocab", "embed"), matrix=None, weight_decay=True)
+        self.std = std
         self.dtype = dtype
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B d"]:
@@ -88,7 +89,7 @@ class Embed(nnx.Module):
         """Logits in at least float32: the scaled product with every row of the table."""
         wide = self.embedding.dtype
         table = weight(self.embedding, self.dtype)
-        scale = 1.0 / (EMBED_STD * table.shape[1])
+        scale = 1.0 / (self.std * table.shape[1])
         return jnp.einsum(
             "...d,vd->...v",
             hidden.astype(self.dtype),

@@ -75,10 +75,10 @@ def require_switches(level: Level) -> None:
 
 
 def _without_writes(level: Level) -> Level:
-    """The level with nothing written into any of its memories."""
+    """The level whose memories all stay at their start: what is erased would be memory, too."""
     require_switches(level)
     assert level.switched is not None
-    return level.switched({name: "not_written" for name in level.memories})
+    return level.switched({name: "frozen" for name in level.memories})
 
 
 class MemoryMixer(Layer):

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from flax import nnx
 
-from nestedjax.fields import Count, check_fields
-from nestedjax.layers import CMSConfig
+from nestedjax.fields import Count, Range, check_fields
+from nestedjax.layers import EMBED_STD, CMSConfig
 from nestedjax.models.block import Block
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -32,9 +32,14 @@ class ModelConfig:
         "full" (all but the blocks' inputs) or "dots" (as "full", but matrix products are kept).
       implementation: how memories run over the whole chunks of a call: "xla" (a scan over chunks),
         "pallas_tpu" or "pallas_gpu" (one kernel each way, on such a device only).
-      writes: whether memories are written in context. Without, the write term of every memory is
-        zero at every token (decay and erasure act), and no block of a continuum memory learns in
-        context: the model to compare with, to see what writing pays.
+      writes: whether memories are written in context. Without, every memory stays at its start,
+        which is learned (learning rate 0, decay 1), and no block of a continuum memory learns in
+        context: the model to compare with, to see what memory pays. Were erasure to act, it would
+        say which tokens were there, and that can be enough (experiments/LOG.md).
+      embedding_std: standard deviation of the token embedding, which is the head, at the start;
+        the first logits do not depend on it. At 0.02 a step of an optimizer like Adam moves it
+        fifty times as far, relatively, as at 1: better on text and worse on recall and bAbI
+        (experiments/LOG.md).
     """
 
     vocab: Count
@@ -44,6 +49,9 @@ class ModelConfig:
     remat: Remat = dataclasses.field(default="none", kw_only=True)
     implementation: Implementation = dataclasses.field(default="xla", kw_only=True)
     writes: bool = dataclasses.field(default=True, kw_only=True)
+    embedding_std: Annotated[float, Range(1e-3, 10)] = dataclasses.field(
+        default=EMBED_STD, kw_only=True
+    )
 
     def __post_init__(self):
         check_fields(self)

@@ -73,7 +73,7 @@ class InContextModel(nnx.Module):
         # (label, switch) of blocks that do not learn in context; see `models.switched`
         self.switches: tuple[tuple[str, str], ...] = ()
         if not self.config.writes:
-            self.switches = tuple((label, "not_written") for label in self.learning)
+            self.switches = tuple((label, "frozen") for label in self.learning)
 
     @property
     def embed(self) -> Embed:

@@ -45,7 +45,9 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed = Embed(config.vocab, config.width, dtype=config.dtype, rngs=rngs)
+        self.embed = Embed(
+            config.vocab, config.width, std=config.embedding_std, dtype=config.dtype, rngs=rngs
+        )
         self.blocks = stack(
             lambda streams: config.block(rngs=streams), config.layers // config.pattern, rngs=rngs
         )

@@ -109,7 +109,7 @@ def test_a_smoke_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     (row,) = json.loads((tmp_path / "recall.json").read_text())
     assert [entry["step"] for entry in row["curve"]] == [3, 6] and row["seed"] == 0
     assert (tmp_path / "recall.png").stat().st_size > 5000
-    start(monkeypatch, *options, "--seeds", 0, 1)
+    start(monkeypatch, *options, "--seeds", 0, 1, "--rates", "3e-3")
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     first, second = json.loads((tmp_path / "recall.json").read_text())
     assert first == row and second["seed"] == 1
@@ -124,9 +124,9 @@ def test_a_smoke_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.usefixtures("lax_promotion")
 def test_a_run_is_the_same_twice():
-    task, plan = recall.make(32, 4), trials.Plan(4, 2)
+    task, plan = recall.make(32, 4), trials.Plan(12, 4, warmup=1)
     config = recall.configs(task.vocab)["transformer"]
-    first, again, other = (trials.fit(config, task, plan, rate=3e-3, seed=s) for s in (1, 1, 2))
+    first, again, other = (trials.fit(config, task, plan, rate=1e-2, seed=s) for s in (1, 1, 2))
     assert first["curve"] == again["curve"] != other["curve"]
 
 
@@ -152,6 +152,7 @@ def test_a_task_with_an_answer_is_learned():
         (("--scale", "large"), "invalid choice: 'large'"),
         (("--scale", "smoke", "--tasks", "64x8"), "--scale smoke has no task 64x8: it has 32x4"),
         (("--seeds", "-1"), "give seeds from 0"),
+        (("--rates", "0"), "give learning rates above 0"),
         (("--models", "hop"), "invalid choice: 'hop'"),
     ],
 )

@@ -3,6 +3,7 @@
 The embedding, which is the head, and the memories' own starts are apart.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -42,7 +43,18 @@ def test_every_matrix_is_drawn_by_its_fan_in(name):
 
 @pytest.mark.parametrize("name", NANO)
 def test_the_first_loss_is_that_of_a_uniform_guess(name):
-    config = models.PRESETS[name]
+    require_uniform_guess(models.PRESETS[name])
+
+
+@pytest.mark.parametrize("std", [0.005, 1.0])
+def test_the_embedding_starts_as_large_as_asked_for_and_the_first_loss_stays(std):
+    config = dataclasses.replace(models.PRESETS["transformer_nano"], embedding_std=std)
+    model = models.create(config)
+    assert abs(np.asarray(model.embed.embedding[...]).std() / std - 1) < 0.02
+    require_uniform_guess(config)
+
+
+def require_uniform_guess(config):
     model = models.create(config)
     tokens = jax.random.randint(jax.random.key(1), (2, 65), 0, config.vocab)
     logits, _ = model(tokens[:, :-1])

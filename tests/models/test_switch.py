@@ -203,12 +203,12 @@ def test_gates_that_are_watched(name):
         "hope_linear_nano",
     ],
 )
-def test_a_model_without_writes_is_the_one_that_is_not_written(name):
+def test_a_model_without_writes_is_the_one_that_is_frozen(name):
     config = FAMILIES[name]
     model, tokens = of(config), families.tokens_of(LENGTH)
     never = of(dataclasses.replace(config, writes=False))
     jax.tree.map(np.testing.assert_array_equal, models.weights(model), models.weights(never))
-    switched = models.switched(model, {"memories": "not_written"})
+    switched = models.switched(model, {"memories": "frozen"})
     np.testing.assert_array_equal(logits(never, tokens), logits(switched, tokens))
     assert float(jnp.abs(logits(never, tokens) - logits(model, tokens)).max()) > 1e-3
 
