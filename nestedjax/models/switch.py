@@ -93,6 +93,8 @@ def switched(model: Model, how: Mapping[str, str]) -> Model:
     memories: dict[Path, dict[str, str]] = {}
     for path, part, switch in actions:
         module = modules[path]
+        if switch in SWITCHES and not model.config.writes:
+            switch = "frozen"  # as it is: no switch makes such a memory move
         if isinstance(module, InContextModel):
             module.switches = tuple({**dict(module.switches), str(part): switch}.items())
         elif isinstance(module, ContinuumMemory):

@@ -211,6 +211,8 @@ def test_a_model_without_writes_is_the_one_that_is_frozen(name):
     switched = models.switched(model, {"memories": "frozen"})
     np.testing.assert_array_equal(logits(never, tokens), logits(switched, tokens))
     assert float(jnp.abs(logits(never, tokens) - logits(model, tokens)).max()) > 1e-3
+    again = models.switched(never, {"memories": "not_written"})
+    np.testing.assert_array_equal(logits(again, tokens), logits(never, tokens))
 
 
 def test_what_has_no_writes_is_refused():
