@@ -11,7 +11,8 @@ Data:      ../shared/data/babi/en-10k, tasks 1, 2, 4, 5, each story once (task 4
            its end
 Protocol:  words are tokens, one story a row, cut at `LENGTHS`; loss: mean over all words plus mean
            over the answers; AdamW (b2 0.98, weight decay 0.1, clip 1), warm-up of 40 steps, then a
-           cosine; batch 32; each model at the best of one grid of rates on seed 0, then three seeds
+           cosine; batch 32; embeddings of standard deviation 1 (`small_models`); each model at the
+           best of one grid of rates on seed 0, then three seeds
 Hardware:  2 CPU cores; --scale gpu and tpu are meant for one chip
 Output:    a table with the step at which each passes 0.9, `babi.json`, `babi.png` and the finished
            cells in --out (started again, it goes on); what was found is in LOG.md

@@ -11,8 +11,9 @@ Data:      generated: strings of the language, of every length from 2 to 50 as o
            the model says which symbols may come next, the end among them; a string is right if all
            of its sets are. Held out: lengths 2-50, 51-100 (published) and 101-500 (ours)
 Protocol:  one block of width 64 with 4 heads, HOPE at one write a token; AdamW (b2 0.98, weight
-           decay 0.01, clip 1), warm-up of 50 steps, then constant; batch 32; each model at the
-           best of the same rates on seed 0, first bin, then three seeds
+           decay 0.01, clip 1), warm-up of 50 steps, then constant; batch 32; embeddings of standard
+           deviation 1 (`small_models`); each model at the best of the same rates on seed 0, first
+           bin, then three seeds
 Hardware:  2 CPU cores; --scale gpu and tpu are meant for one chip
 Output:    a table, `formal_languages.json`, `formal_languages.png` and the finished cells in --out
            (started again, it goes on); what was found is in LOG.md

@@ -7,20 +7,14 @@ import dataclasses
 
 from nestedjax import models
 from nestedjax.layers import RuleConfig, SelfModifyingConfig
+from pallas_kernels.mlp_memory import CHOICES
 
 PUBLISHED = "published"  # the write of the paper with what keeps it bounded: all defaults
 BASES = ("hope_nano", "hope_linear_nano", "hope_nano_literal", PUBLISHED)
+OF_RULE = {field.name for field in dataclasses.fields(RuleConfig)}
 MENU: dict[str, tuple] = {
-    "objective": ("l2", "dot", "delta"),
-    "values": ("self", "shared"),
-    "targets": ("generated", "unit"),
-    "written": ("both", "outer"),
-    "dgd": ("layerwise", "input_only", "output_only", "none", "functional"),
-    "erase": ("clipped", "implicit"),
-    "step": ("gradient", "normalised"),
+    **{name: choices for name, choices in CHOICES.items() if name in OF_RULE},
     "inner_clip": (None, 1.0),
-    "clip": ("both", "error", "gradient"),
-    "decay_to": ("zero", "start"),
     "architecture": ("mlp", "linear", "residual_linear"),
     "momentum": (False, True),
     "adaptive_query": (False, True),
@@ -28,7 +22,6 @@ MENU: dict[str, tuple] = {
     "learning_rate_start": (None, 0.5, 0.999),
     "projection_learning_rate": (None, 0.05, 0.5),
 }
-OF_RULE = {field.name for field in dataclasses.fields(RuleConfig)}
 
 
 def base(name: str, heads: int = 2, head_dim: int = 16) -> SelfModifyingConfig:

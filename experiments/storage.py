@@ -35,13 +35,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import rules
 from experiments.reports import Parser
 from nestedjax import models
 from nestedjax.layers import RuleConfig, SelfModifyingConfig
 from nestedjax.layers.self_modifying_config import init_params, rule_of
 from nestedjax.run.plots import figure
 from pallas_kernels.delta_rule import delta_rule
-from pallas_kernels.mlp_memory import CHOICES, FastWeights, mlp_memory, predict
+from pallas_kernels.mlp_memory import FastWeights, mlp_memory, predict
 
 WIDTH, ASKED, LATER = 16, 4, 8  # numbers of a vector, pairs that are asked for, pairs after them
 RATES = (0.1, 0.5, 1.0)
@@ -194,14 +195,16 @@ def changes(base: SelfModifyingConfig) -> list[dict[str, Any]]:
     """What is changed alone: each other choice of the rule's menus, and of the memory's."""
     found: list[dict[str, Any]] = []
     for field in dataclasses.fields(RuleConfig):
-        for choice in CHOICES.get(field.name, ()):
+        for choice in rules.MENU[field.name]:
+            if field.name == "inner_clip":
+                continue  # with each "clip"
             if field.name == "clip":  # of what, says nothing without a bound
                 found.append({"inner_clip": 1.0, "clip": choice})
             elif field.name == "decay_to":  # nor to what, without a decay
                 found.append({"decay": KEPT, "decay_to": choice})
             elif choice != getattr(base.rule, field.name):
                 found.append({field.name: choice})
-    for choice in ("mlp", "linear", "residual_linear"):
+    for choice in rules.MENU["architecture"]:
         if choice != base.architecture:
             found.append({"architecture": choice})
     sizes: list[dict[str, Any]] = [
@@ -218,12 +221,9 @@ def changed(section: str, base: SelfModifyingConfig, change: dict[str, Any]) -> 
     Raises:
       ValueError: the library refuses the combination; the message says why.
     """
-    in_rule = {field.name for field in dataclasses.fields(RuleConfig)}
-    rule = {n: v for n, v in change.items() if n in in_rule}
-    others = {n: v for n, v in change.items() if n not in in_rule}
-    decay = others.pop("decay", 1.0)
-    memory = dataclasses.replace(base, rule=dataclasses.replace(base.rule, **rule), **others)
-    return Row(section, named(change), memory, decay)
+    settings = {n: v for n, v in change.items() if n != "decay"}
+    memory = rules.changed(base, **settings)
+    return Row(section, named(change), memory, change.get("decay", 1.0))
 
 
 def named(change: dict[str, Any]) -> str:

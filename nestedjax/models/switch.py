@@ -71,7 +71,8 @@ def switched(model: Model, how: Mapping[str, str]) -> Model:
 
     Args:
       model: of any kind, abstract or not; it is not changed.
-      how: name -> switch, both as in `switches`.
+      how: name -> switch, both as in `switches`. Where `config.writes` is False the memories stay at
+        their start whatever their switch.
 
     Raises:
       ValueError: an unknown name or switch, or a level that cannot be switched.
