@@ -8,8 +8,8 @@ Data:      generated: KEY VALUE for each pair, then keys alone; the answer of ea
            Keys and values are disjoint, four times as many of each as there are pairs
 Protocol:  from scratch, AdamW at 3e-3 (b2 0.98, weight decay 0.01, clip 1), warm-up of 50 steps,
            then constant; batch 64; three seeds; accuracy on the same fresh batches by step, until
-           it is 0.99; embeddings of standard deviation 1 (`small_models`). To name one of the values
-           of the row is right once in as many as there are pairs or more
+           it is 0.99; embeddings of standard deviation 1 (`small_models`). To name one of the
+           values of the row is right once in as many as there are pairs or more
 Hardware:  2 CPU cores; --scale gpu and tpu are meant for one chip
 Output:    a table, `recall.json`, `recall.png` and the finished cells in --out (started again, it
            goes on); what was found is in LOG.md

@@ -21,16 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from nestedjax import checkpoint_leaves as leaves
+from nestedjax.checkpoint_leaves import CheckpointError
 from nestedjax.errors import RunWarning, one_line
-from nestedjax.fingerprints import fingerprints, named_leaves
+from nestedjax.fingerprints import fingerprints
 
 PyTree = Any
-
-UNSUPPORTED = ("uint2", "uint4")  # of tensorstore; the signed ones are supported
 
 
 def _of_orbax(record: logging.LogRecord) -> bool:
@@ -48,10 +47,6 @@ logging.getLogger("absl").addFilter(
     lambda r: not _of_orbax(r) or not (r.levelno > 30 or "not exist" in str(r.msg))
 )
 logging.getLogger("asyncio").addFilter(lambda r: not _of_orbax(r))
-
-
-class CheckpointError(ValueError):
-    """No checkpoint can be used, or a tree cannot be saved; the message names the fix."""
 
 
 class SaveError(CheckpointError):
@@ -167,16 +162,16 @@ class Checkpoints:
           SaveError: this save or the one before it could not be written.
           CheckpointError: the tree or `meta` cannot be saved; nothing was written.
         """
-        named = _flatten(state)
+        named = leaves.flatten(state)
         _require_json(meta)
         self.wait()
         record = {
             "meta": meta,
-            "leaves": {name: _describe(leaf) for name, leaf in named.items()},
+            "leaves": {name: leaves.describe(leaf) for name, leaf in named.items()},
             "fingerprints": fingerprints(state),
         }
         items = {"meta": ocp.args.JsonSave({"record": record, "digest": _digest(record)})}
-        if stored := _stored(named):
+        if stored := leaves.stored(named):
             items["state"] = ocp.args.StandardSave(stored)
         self._saving = step
         try:
@@ -269,12 +264,12 @@ class Checkpoints:
     def _read(self, step: int, like: PyTree, part: str | None) -> tuple[PyTree, dict[str, Any]]:
         record = self._read_record(step)
         prefix = "" if part is None else f"{part}."
-        wanted = {prefix + name: leaf for name, leaf in _flatten(like).items()}
+        wanted = {prefix + name: leaf for name, leaf in leaves.flatten(like).items()}
         saved = {n: leaf for n, leaf in record["leaves"].items() if n.startswith(prefix)}
-        _require_same_leaves(saved, wanted, f"the checkpoint of step {step}")
+        leaves.require_same(saved, wanted, f"the checkpoint of step {step}")
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in _stored(wanted).items()
+            for name, x in leaves.stored(wanted).items()
         }
         try:
             if not abstract:
@@ -286,14 +281,14 @@ class Checkpoints:
                 state = _read_some(self.folder / str(step) / "state", abstract)
         except Exception as error:
             raise _Damaged(_one_line(error)) from error
-        state |= {name: _empty(x) for name, x in wanted.items() if not x.size}
+        state |= {name: leaves.empty(x) for name, x in wanted.items() if not x.size}
         found = fingerprints(state)
         bad = [name for name in found if found[name] != record["fingerprints"][name]]
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             raise _Damaged(f"the values of leaf {bad[0]}{more} are not those saved")
-        leaves = [state[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), record["meta"]
+        whole = [state[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like), whole), record["meta"]
 
     def _read_record(self, step: int) -> dict[str, Any]:
         try:
@@ -352,43 +347,6 @@ def _read_some(path: epath.Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> d
         return reader.restore(path, args=args)
 
 
-def _flatten(state: PyTree) -> dict[str, Any]:
-    """The leaves of a tree that can be saved, by name."""
-    found: dict[str, Any] = {}
-    for name, leaf in named_leaves(state):
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            raise CheckpointError(
-                f"leaf {name} is a {type(leaf).__name__}; checkpoints hold JAX arrays: "
-                "wrap it in jnp.asarray"
-            )
-        if name in found:
-            raise CheckpointError(f"two leaves are called {name}; rename one")
-        if str(leaf.dtype) in UNSUPPORTED:
-            raise CheckpointError(
-                f"leaf {name} is {leaf.dtype}, which tensorstore does not store; save it as int8"
-            )
-        found[name] = leaf
-    return found
-
-
-def _describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _require_same_leaves(saved: dict[str, str], wanted: dict[str, Any], what: str) -> None:
-    fix = "use the configuration of this run, or start in a new run folder"
-    for name, leaf in wanted.items():
-        if name not in saved:
-            raise CheckpointError(f"{what} has no leaf {name}; {fix}")
-        if saved[name] != _describe(leaf):
-            raise CheckpointError(
-                f"leaf {name} is {saved[name]} in {what} and {_describe(leaf)} here; {fix}"
-            )
-    for name in saved:
-        if name not in wanted:
-            raise CheckpointError(f"{what} has a leaf {name} that is not wanted here; {fix}")
-
-
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
@@ -400,21 +358,6 @@ def _require_json(meta: dict[str, Any]) -> None:
         raise CheckpointError(
             f"the meta data of a checkpoint cannot be JSON ({one_line(error)}); simplify it"
         ) from error
-
-
-def _stored(named: dict[str, Any]) -> dict[str, Any]:
-    """Without empty leaves, which Orbax refuses; their shapes are in the record."""
-    return {name: leaf for name, leaf in named.items() if leaf.size}
-
-
-def _empty(like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
-        zeros = jnp.zeros(data.shape, data.dtype)
-        empty = jax.random.wrap_key_data(zeros, impl=jax.random.key_impl(like))  # type: ignore[arg-type]
-    else:
-        empty = jnp.zeros(like.shape, like.dtype)
-    return empty if like.sharding is None else jax.device_put(empty, like.sharding)
 
 
 def _reason(error: BaseException) -> str:

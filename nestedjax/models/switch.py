@@ -71,7 +71,7 @@ def switched(model: Model, how: Mapping[str, str]) -> Model:
 
     Args:
       model: of any kind, abstract or not; it is not changed.
-      how: name -> switch, both as in `switches`. Where `config.writes` is False the memories stay at
+      how: name -> switch, both as in `switches`. Where `config.writes` is False, memories stay at
         their start whatever their switch.
 
     Raises:
